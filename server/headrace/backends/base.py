@@ -1,0 +1,44 @@
+"""The contract of a backend: one loaded model version that can run a batch."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.tensors import TensorSpec
+
+
+class Backend(Protocol):
+    """
+    One model version, loaded and able to run.
+
+    `infer` may be called from several threads at once. `close` is called once, when no `infer`
+    runs any more. A batch of n rows gives the same rows as n batches of one.
+    """
+
+    @property
+    def inputs(self) -> Sequence[TensorSpec]:
+        """The tensors the model itself takes; −1 for a variable dimension, batch included."""
+
+    @property
+    def outputs(self) -> Sequence[TensorSpec]:
+        """The tensors the model itself returns, in the order of `infer`'s result."""
+
+    def infer(self, inputs: Mapping[str, NDArray[np.generic]]) -> Sequence[NDArray[np.generic]]:
+        """
+        Run the model once.
+
+        Args:
+            inputs: One array per input, by name, of the spec's dtype; BYTES as object arrays of
+                `bytes`. Not kept and not written to.
+
+        Returns:
+            One array per output, in `outputs` order; BYTES as object arrays of `bytes` or `str`.
+
+        Raises:
+            BackendError: the model failed on these inputs; the message names no internals.
+        """
+
+    def close(self) -> None:
+        """Free the model."""

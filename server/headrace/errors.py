@@ -1,0 +1,107 @@
+"""Everything that can go wrong, named for what the caller can do about it.
+
+::
+
+    ServingError
+    ├── InvalidRequest            the caller must change the request
+    │   └── InvalidTensor             wrong name, datatype, shape or bytes
+    ├── NotFound                  no such thing here
+    │   ├── ModelNotFound
+    │   └── ModelVersionNotFound
+    ├── PreconditionFailed        the request is right, the data behind it is not
+    │   └── MissingFeatures           the model's policy is `reject`
+    ├── NotReady                  try again, later or elsewhere
+    │   ├── ModelUnavailable          the newest version failed and there is no older one
+    │   └── Draining                  this server is stopping
+    ├── Overloaded                too much work here: slow down
+    ├── DeadlineExceeded          ran out of the caller's time before it cost anything
+    ├── DependencyUnavailable     something behind this server does not answer
+    │   └── FeatureStoreUnavailable
+    └── BackendError              the model ran and failed
+
+    StartupError                  the server could not start: one line, exit code 2
+    ModelLoadError                a model version cannot be loaded: the others go on
+
+Messages carry facts: what was wrong with its value, what was expected, what to do. Never a path,
+host, key or a backend's own text: they go to clients. `rpc.status` turns a class into a gRPC code.
+"""
+
+
+class ServingError(Exception):
+    """Base of every error a caller may see."""
+
+
+class InvalidRequest(ServingError):
+    """The request can never succeed as it stands."""
+
+
+class InvalidTensor(InvalidRequest):
+    """An input or output has the wrong name, datatype, shape or bytes."""
+
+
+class NotFound(ServingError):
+    """There is no such thing on this server."""
+
+
+class ModelNotFound(NotFound):
+    """No model of that name."""
+
+
+class ModelVersionNotFound(NotFound):
+    """The model exists, that version of it does not."""
+
+
+class PreconditionFailed(ServingError):
+    """The request is right; the data it refers to does not allow an answer."""
+
+
+class MissingFeatures(PreconditionFailed):
+    """Features are missing and the model's `missing_features` policy is `reject`."""
+
+
+class NotReady(ServingError):
+    """Not now; the same call may work later or on another replica."""
+
+
+class ModelUnavailable(NotReady):
+    """The model has no version that can serve."""
+
+
+class Draining(NotReady):
+    """This server is stopping and takes no new work."""
+
+
+class Overloaded(ServingError):
+    """The queue is full. Slow down; the same call may work later."""
+
+
+class DeadlineExceeded(ServingError):
+    """The caller's time ran out before the work began."""
+
+
+class DependencyUnavailable(ServingError):
+    """Something this server needs does not answer."""
+
+
+class FeatureStoreUnavailable(DependencyUnavailable):
+    """The online store did not answer, or not in time."""
+
+
+class BackendError(ServingError):
+    """The model ran and failed."""
+
+
+class StartupError(Exception):
+    """
+    The server cannot start with these settings.
+
+    Its message is one line for the operator: paths are allowed in it, secrets are not.
+    """
+
+
+class ModelLoadError(Exception):
+    """
+    A model version cannot be loaded.
+
+    Its message is for `RepositoryIndex` and the log: it names files relative to the model's folder.
+    """

@@ -1,0 +1,322 @@
+"""What a tensor on the wire must look like. Pure: no clock, no I/O, no protobuf.
+
+A request's input is kept as the raw bytes it came in until its batch is formed: raw tensors of
+equal trailing shape concatenate into the batch's raw tensor, for every datatype including BYTES, so
+one `join` does per batch what would otherwise be done per request.
+
+Source: Open Inference Protocol, "Tensor Data" (row-major, little-endian; BYTES elements are a
+4-byte little-endian length and the bytes; BOOL is one byte), with Triton's message texts, which
+clients search for.
+"""
+
+import math
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.errors import InvalidTensor
+
+NUMPY_DTYPES: dict[str, np.dtype[np.generic]] = {
+    "BOOL": np.dtype(np.bool_),
+    "UINT8": np.dtype("<u1"),
+    "UINT16": np.dtype("<u2"),
+    "UINT32": np.dtype("<u4"),
+    "UINT64": np.dtype("<u8"),
+    "INT8": np.dtype("<i1"),
+    "INT16": np.dtype("<i2"),
+    "INT32": np.dtype("<i4"),
+    "INT64": np.dtype("<i8"),
+    "FP16": np.dtype("<f2"),
+    "FP32": np.dtype("<f4"),
+    "FP64": np.dtype("<f8"),
+    "BYTES": np.dtype(np.object_),
+}
+"""Every OIP datatype and the numpy dtype that holds it. BF16, Triton's extension, has none."""
+
+MAX_ELEMENTS = 2**40
+"""Above any message limit; keeps products of hostile shapes small and exact."""
+
+_LENGTH = struct.Struct("<I")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """
+    One input or output that a model declares.
+
+    Args:
+        name: As in the model.
+        datatype: A key of `NUMPY_DTYPES`.
+        shape: −1 where any size is accepted; the batch dimension, where there is one, is first.
+        is_column: One value per row. The caller may send shape `[n]` or `[n,1]`.
+        widens_int32: INT32 is accepted for this INT64 column, and widened (an entity join key).
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    is_column: bool = False
+    widens_int32: bool = False
+    itemsize: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        if self.datatype not in NUMPY_DTYPES:
+            raise ValueError(f"datatype '{self.datatype}' is not supported")
+        object.__setattr__(
+            self,
+            "itemsize",
+            0 if self.datatype == "BYTES" else NUMPY_DTYPES[self.datatype].itemsize,
+        )
+
+    @property
+    def dtype(self) -> np.dtype[np.generic]:
+        return NUMPY_DTYPES[self.datatype]
+
+
+@dataclass(frozen=True, slots=True)
+class GivenTensor:
+    """One input as a caller sent it; `raw` is not yet known to fit `datatype` and `shape`."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    raw: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedInputs:
+    """
+    A request's inputs after `Signature.check`.
+
+    Args:
+        rows: Rows of the request; 1 when the model does not batch.
+        raws: One per signature input, in its order.
+        trailing: Per input, the shape after the batch dimension (the whole shape when the model
+            does not batch). Requests batch together only when these are equal.
+    """
+
+    rows: int
+    raws: tuple[bytes, ...]
+    trailing: tuple[tuple[int, ...], ...]
+
+
+class Signature:
+    """
+    What a model accepts and returns, as its callers see it.
+
+    Args:
+        model: The name used in messages.
+        inputs: In the order in which `CheckedInputs.raws` come.
+        outputs: In reply order.
+        max_batch_size: Most rows in one request and one batch; 0 when the model has no batch
+            dimension.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        max_batch_size: int,
+    ) -> None:
+        self.model = model
+        self.inputs = tuple(inputs)
+        self.outputs = tuple(outputs)
+        self.max_batch_size = max_batch_size
+        self._index = {spec.name: i for i, spec in enumerate(self.inputs)}
+        self._output_index = {spec.name: i for i, spec in enumerate(self.outputs)}
+
+    def check(self, given: Sequence[GivenTensor]) -> CheckedInputs:
+        """
+        Check a request's inputs against the signature.
+
+        Raises:
+            InvalidTensor: a missing, extra or repeated input; a wrong datatype, rank or dimension;
+                no rows or too many; bytes that do not fit the shape.
+        """
+        if len(given) == 1 and len(self.inputs) == 1 and given[0].name == self.inputs[0].name:
+            rows, raw, trailing = self._check_one(self.inputs[0], given[0])
+            return CheckedInputs(rows, (raw,), (trailing,))
+        ordered: list[GivenTensor | None] = [None] * len(self.inputs)
+        for tensor in given:
+            i = self._index.get(tensor.name)
+            if i is None:
+                raise InvalidTensor(
+                    f"unexpected inference input '{tensor.name}' for model '{self.model}'"
+                )
+            if ordered[i] is not None:
+                raise InvalidTensor(f"input '{tensor.name}' already exists in request")
+            ordered[i] = tensor
+        if len(given) != len(self.inputs):
+            raise self._missing(given)
+        raws: list[bytes] = []
+        trailings: list[tuple[int, ...]] = []
+        rows = -1
+        for spec, tensor_or_none in zip(self.inputs, ordered, strict=True):
+            assert tensor_or_none is not None
+            own_rows, raw, trailing = self._check_one(spec, tensor_or_none)
+            if rows not in (-1, own_rows):
+                raise InvalidTensor(
+                    f"input '{spec.name}' batch size does not match other inputs for '{self.model}'"
+                )
+            rows = own_rows
+            raws.append(raw)
+            trailings.append(trailing)
+        return CheckedInputs(max(rows, 1), tuple(raws), tuple(trailings))
+
+    def check_outputs(self, names: Sequence[str]) -> tuple[int, ...]:
+        """
+        Resolve requested outputs to their positions.
+
+        Args:
+            names: As requested; empty asks for all.
+
+        Raises:
+            InvalidTensor: an output the model does not have, or one asked for twice.
+        """
+        if not names:
+            return tuple(range(len(self.outputs)))
+        for name in names:
+            if name not in self._output_index:
+                raise InvalidTensor(
+                    f"unexpected inference output '{name}' for model '{self.model}'"
+                )
+        if len(set(names)) != len(names):
+            raise InvalidTensor(f"an output is requested twice for model '{self.model}'")
+        return tuple(self._output_index[name] for name in names)
+
+    def _check_one(
+        self, spec: TensorSpec, given: GivenTensor
+    ) -> tuple[int, bytes, tuple[int, ...]]:
+        raw, shape = given.raw, given.shape
+        if given.datatype == spec.datatype:
+            itemsize = spec.itemsize
+        elif spec.widens_int32 and given.datatype == "INT32":
+            itemsize = 4
+        else:
+            raise InvalidTensor(
+                f"inference input '{spec.name}' data-type is '{given.datatype}', "
+                f"but model '{self.model}' expects '{spec.datatype}'"
+            )
+        if spec.is_column and len(shape) == 1:
+            shape = (shape[0], 1)
+        self._check_shape(spec, shape)
+        count = math.prod(shape)
+        if itemsize:
+            if len(raw) != count * itemsize:
+                raise InvalidTensor(
+                    f"input byte size mismatch for input '{spec.name}' for model '{self.model}'. "
+                    f"Expected {count * itemsize}, got {len(raw)}"
+                )
+        else:
+            check_bytes(raw, count, spec.name, self.model)
+        if itemsize != spec.itemsize:
+            raw = np.frombuffer(raw, "<i4").astype("<i8").tobytes()
+        if self.max_batch_size:
+            return shape[0], raw, shape[1:]
+        return 1, raw, shape
+
+    def _check_shape(self, spec: TensorSpec, shape: tuple[int, ...]) -> None:
+        expected = spec.shape
+        if len(shape) != len(expected) or any(
+            want not in (-1, got) for want, got in zip(expected, shape, strict=True)
+        ):
+            raise InvalidTensor(
+                f"unexpected shape for input '{spec.name}' for model '{self.model}'. "
+                f"Expected {_listed(expected)}, got {_listed(shape)}"
+            )
+        if any(dim < 0 for dim in shape) or math.prod(shape) > MAX_ELEMENTS:
+            raise InvalidTensor(
+                f"shape {_listed(shape)} of input '{spec.name}' for model '{self.model}' "
+                "has a negative dimension or too many elements"
+            )
+        if not self.max_batch_size:
+            return
+        if shape[0] == 0:
+            raise InvalidTensor(
+                f"input '{spec.name}' for model '{self.model}' has no rows; send at least one"
+            )
+        if shape[0] > self.max_batch_size:
+            raise InvalidTensor(
+                f"inference request batch-size must be <= {self.max_batch_size} for '{self.model}'"
+                f"; input '{spec.name}' has {shape[0]} rows"
+            )
+
+    def _missing(self, given: Sequence[GivenTensor]) -> InvalidTensor:
+        got = [tensor.name for tensor in given]
+        missing = [spec.name for spec in self.inputs if spec.name not in got]
+        return InvalidTensor(
+            f"expected {len(self.inputs)} inputs but got {len(got)} inputs "
+            f"for model '{self.model}'. Got input(s) {got}, but missing required input(s) {missing}. "
+            "Please provide all required input(s)."
+        )
+
+
+def join(spec: TensorSpec, raws: Iterable[bytes], shape: Sequence[int]) -> NDArray[np.generic]:
+    """
+    Make one read-only array of several requests' raw bytes.
+
+    Args:
+        spec: Gives the datatype.
+        raws: Checked raw tensors, in row order.
+        shape: Of the whole array. BYTES become an object array of `bytes`.
+    """
+    whole = b"".join(raws)
+    if spec.datatype == "BYTES":
+        array = np.empty(math.prod(shape), np.object_)
+        array[:] = list(iterate_bytes(whole))
+        return array.reshape(shape)
+    return np.frombuffer(whole, spec.dtype).reshape(shape)
+
+
+def encode(array: NDArray[np.generic]) -> bytes:
+    """
+    Turn an array into raw wire bytes. Object and string arrays become BYTES.
+
+    Elements of an object array are `bytes` or `str` (sent as UTF-8).
+    """
+    if array.dtype.kind in "OSU":
+        parts = []
+        for value in array.ravel().tolist():
+            element = value.encode() if isinstance(value, str) else bytes(value)
+            parts.append(_LENGTH.pack(len(element)))
+            parts.append(element)
+        return b"".join(parts)
+    return array.tobytes()
+
+
+def iterate_bytes(raw: bytes) -> Iterable[bytes]:
+    """Yield the elements of a well-formed raw BYTES tensor."""
+    position, end = 0, len(raw)
+    while position < end:
+        (length,) = _LENGTH.unpack_from(raw, position)
+        position += 4
+        yield raw[position : position + length]
+        position += length
+
+
+def check_bytes(raw: bytes, count: int, name: str, model: str) -> None:
+    """
+    Check that `raw` is exactly `count` length-prefixed elements.
+
+    Raises:
+        InvalidTensor: a length prefix runs past the end, or the number of elements differs.
+    """
+    position, end, found = 0, len(raw), 0
+    while position < end and found <= count:
+        if end - position < 4:
+            break
+        position += 4 + _LENGTH.unpack_from(raw, position)[0]
+        found += 1
+    if position != end or found != count:
+        raise InvalidTensor(
+            f"input '{name}' for model '{model}' has BYTES elements whose length prefixes do not "
+            f"add up to its {end} bytes and {count} elements"
+        )
+
+
+def _listed(shape: Sequence[int]) -> str:
+    return "[" + ",".join(map(str, shape)) + "]"
