@@ -250,8 +250,8 @@ class Signature:
         missing = [spec.name for spec in self.inputs if spec.name not in got]
         return InvalidTensor(
             f"expected {len(self.inputs)} inputs but got {len(got)} inputs "
-            f"for model '{self.model}'. Got input(s) {got}, but missing required input(s) {missing}. "
-            "Please provide all required input(s)."
+            f"for model '{self.model}'. Got input(s) {got}, "
+            f"but missing required input(s) {missing}. Please provide all required input(s)."
         )
 
 
