@@ -1,0 +1,394 @@
+"""The use case: a batch goes through features, assembly, inference and reply on one executor thread.
+
+The edge (`rpc`) hands over `Request`s whose inputs are checked; `ServedModel` queues them and its
+executor threads carry whole batches. Nothing here knows gRPC or protobuf: a request says how to
+answer itself.
+"""
+
+import itertools
+import secrets
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from headrace.backends.base import Backend
+from headrace.batching.batcher import Batcher
+from headrace.errors import (
+    BackendError,
+    DeadlineExceeded,
+    FeatureStoreUnavailable,
+    InvalidRequest,
+    MissingFeatures,
+    ServingError,
+)
+from headrace.features.join import FeatureJoin
+from headrace.features.plan import FeatureStatus
+from headrace.features.store import FeatureRows, OnlineStore
+from headrace.telemetry.metrics import ModelMetrics
+from headrace.tensors import CheckedInputs, Signature, TensorSpec, encode, join
+
+_LOG = structlog.get_logger(__name__)
+
+
+class Request(ABC):
+    """
+    One caller's rows on their way to a model.
+
+    The first of `answer`, `fail` and `drop` to be called replies; a later one does nothing. Whichever
+    thread owns the request calls them, and none of them raises because a caller has left.
+
+    Args:
+        inputs: What `ServedModel.signature.check` returned.
+        deadline_s: Unix seconds; infinite when the caller gave none.
+    """
+
+    __slots__ = ("arrival_s", "batch_key", "deadline_s", "raws", "rows")
+
+    def __init__(self, inputs: CheckedInputs, deadline_s: float) -> None:
+        self.rows = inputs.rows
+        self.raws = inputs.raws
+        self.batch_key = inputs.trailing
+        self.deadline_s = deadline_s
+        self.arrival_s = time.perf_counter()
+
+    @abstractmethod
+    def expired(self, now_s: float) -> bool:
+        """Say whether the caller has left or the deadline has passed (Unix seconds)."""
+
+    @abstractmethod
+    def answer(self, batch: "AnsweredBatch", start: int, prediction_id: str) -> None:
+        """Reply with rows [start, start + self.rows) of the batch."""
+
+    @abstractmethod
+    def fail(self, error: ServingError) -> None:
+        """Reply with an error."""
+
+    def drop(self) -> None:
+        """Give up on an expired request: whoever still listens learns that its time is over."""
+        self.fail(DeadlineExceeded("the deadline passed while the request waited"))
+
+
+class OutputBlock:
+    """
+    One output of a whole batch, ready to be cut per caller.
+
+    Fixed-width outputs are turned into bytes once per batch: a caller's share is then one slice.
+    """
+
+    __slots__ = ("array", "spec", "trailing", "_raw", "_stride")
+
+    def __init__(self, spec: TensorSpec, array: NDArray[np.generic]) -> None:
+        self.spec = spec
+        self.array = array
+        self.trailing = array.shape[1:]
+        self._raw: bytes | None = None
+        self._stride = 0
+        if spec.datatype != "BYTES" and array.shape[0]:
+            self._raw = array.tobytes()
+            self._stride = len(self._raw) // array.shape[0]
+
+    def rows(self, start: int, stop: int) -> NDArray[np.generic]:
+        """Return a view of the rows [start, stop)."""
+        return self.array[start:stop]
+
+    def raw(self, start: int, stop: int) -> bytes:
+        """Return the rows [start, stop) as OIP raw bytes."""
+        if self._raw is None:
+            return encode(self.array[start:stop])
+        return self._raw[start * self._stride : stop * self._stride]
+
+
+@dataclass(frozen=True, slots=True)
+class AnsweredBatch:
+    """
+    What one batch produced.
+
+    Args:
+        model: Who answers.
+        outputs: In signature order.
+        join: The feature join, for a model that has one.
+        features: What was read for it, row for row.
+        missing: Per feature and row, whether the model saw a missing value; shape (features, rows).
+        started_s: When the batch was taken, on `time.perf_counter`'s clock.
+        features_s: How long reading and joining features took.
+        infer_s: How long the model took.
+        now_s: Unix seconds when the features were read; ages are relative to it.
+    """
+
+    model: "ServedModel"
+    outputs: tuple[OutputBlock, ...]
+    join: FeatureJoin | None
+    features: FeatureRows | None
+    missing: NDArray[np.bool_] | None
+    started_s: float
+    features_s: float
+    infer_s: float
+    now_s: float
+
+
+class ServedModel:
+    """
+    One model version that serves: its queue, its executor threads, its way through a batch.
+
+    `start` begins the threads; `stop` lets what waits finish and ends them; `backend.close` is then
+    the caller's business. A request that fails (bad rows for the model, missing features under
+    `reject`) fails alone: its batchmates are answered.
+
+    Args:
+        name: The model's name.
+        version: The version, as the decimal text that replies carry.
+        signature: What callers send and get.
+        backend: Runs the model.
+        batcher: The queue; this object closes it.
+        metrics: Counters, folded once per batch.
+        join: How entities become model inputs; None when callers send the tensors themselves.
+        store: Where `join`'s features are read; required with it.
+        executor_count: Threads that carry batches, one per model instance.
+        feature_timeout_s: Longest that one batch waits for its features.
+        max_entities: Most rows of one request to a model with features.
+        max_feature_age_s: Older values are missing.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        version: str,
+        signature: Signature,
+        backend: Backend,
+        batcher: Batcher[Request],
+        metrics: ModelMetrics,
+        join: FeatureJoin | None = None,
+        store: OnlineStore | None = None,
+        executor_count: int = 1,
+        feature_timeout_s: float = 1.0,
+        max_entities: int = 10_000,
+        max_feature_age_s: float | None = None,
+    ) -> None:
+        if (join is None) != (store is None):
+            raise ValueError("a feature join needs a store, and a store is for a join")
+        self.name = name
+        self.version = version
+        self.signature = signature
+        self.join = join
+        self.max_entities = max_entities
+        self._backend = backend
+        self._batcher = batcher
+        self._metrics = metrics
+        self._store = store
+        self._feature_timeout_s = feature_timeout_s
+        self._max_feature_age_s = max_feature_age_s
+        # The signature may name a part of what the model returns, in another order.
+        positions = {spec.name: i for i, spec in enumerate(backend.outputs)}
+        self._positions = tuple(positions[spec.name] for spec in signature.outputs)
+        self._prediction_prefix = secrets.token_hex(8)
+        self._prediction_counter = itertools.count()
+        self._threads = [
+            threading.Thread(
+                target=self._execute, name=f"executor-{name}-{version}-{i}", daemon=True
+            )
+            for i in range(executor_count)
+        ]
+
+    def start(self) -> None:
+        """Begin taking batches."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self, timeout_s: float) -> bool:
+        """
+        Refuse new requests, finish those that wait, end the threads.
+
+        Returns:
+            Whether every thread ended in time.
+        """
+        self._batcher.close()
+        deadline_s = time.perf_counter() + timeout_s
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(max(0.0, deadline_s - time.perf_counter()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def check_rows(self, rows: int) -> None:
+        """
+        Check the number of entities, before anything is made of them.
+
+        Raises:
+            InvalidRequest: more than the limit, for a model with features.
+        """
+        if self.join is not None and rows > self.max_entities:
+            raise InvalidRequest(
+                f"request has {rows} entities; at most {self.max_entities} are accepted"
+            )
+
+    def submit(self, request: Request) -> None:
+        """
+        Queue a checked request. Never blocks.
+
+        Raises:
+            Overloaded: the queue is full.
+            Draining: the model is stopping.
+        """
+        self._batcher.put(request)
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue now."""
+        return len(self._batcher)
+
+    def _execute(self) -> None:
+        while (batch := self._batcher.take()) is not None:
+            try:
+                self._carry(batch)
+            except Exception as error:
+                _LOG.exception("batch_failed", model=self.name, version=self.version)
+                expected = isinstance(error, BackendError)
+                _fail_all(batch, error if expected else BackendError("internal error"))
+                self._metrics.failed(len(batch))
+
+    def _carry(self, batch: Sequence[Request]) -> None:
+        started_s = time.perf_counter()
+        now_s = time.time()
+        rows = sum([request.rows for request in batch])
+        columns = self._join_inputs(batch, rows)
+        if self.join is None:
+            timing = (started_s, started_s, now_s)
+            self._infer_and_reply(batch, rows, columns, None, None, timing)
+            return
+        try:
+            features = self._read(self.join, columns, now_s)
+        except FeatureStoreUnavailable as error:
+            _fail_all(batch, error)
+            self._metrics.failed(len(batch))
+            return
+        missing = self.join.missing(features)
+        if self.join.rejects_missing and missing.any():
+            kept = self._reject_incomplete(self.join, batch, missing)
+            if len(kept) < len(batch):
+                # The survivors go round again, alone: rare, and simpler than cutting every array.
+                if kept:
+                    self._carry(kept)
+                return
+        inputs = self.join.assemble(features, columns)
+        timing = (started_s, time.perf_counter(), now_s)
+        self._infer_and_reply(batch, rows, inputs, features, missing, timing)
+
+    def _join_inputs(self, batch: Sequence[Request], rows: int) -> dict[str, NDArray[np.generic]]:
+        trailing = batch[0].batch_key
+        columns = {}
+        for i, spec in enumerate(self.signature.inputs):
+            shape = (rows, *trailing[i]) if self.signature.max_batch_size else trailing[i]
+            columns[spec.name] = join(spec, [request.raws[i] for request in batch], shape)
+        return columns
+
+    def _read(
+        self, feature_join: FeatureJoin, columns: dict[str, NDArray[np.generic]], now_s: float
+    ) -> FeatureRows:
+        assert self._store is not None
+        count = feature_join.join_key_count
+        keys = {
+            spec.name: columns.pop(spec.name).reshape(-1) for spec in feature_join.inputs[:count]
+        }
+        return self._store.read(
+            feature_join.plan,
+            keys,
+            now_s=now_s,
+            timeout_s=self._feature_timeout_s,
+            max_age_s=self._max_feature_age_s,
+        )
+
+    def _reject_incomplete(
+        self, feature_join: FeatureJoin, batch: Sequence[Request], missing: NDArray[np.bool_]
+    ) -> list[Request]:
+        names = [feature.name for feature in feature_join.plan.features]
+        kept, start = [], 0
+        for request in batch:
+            part = missing[:, start : start + request.rows]
+            start += request.rows
+            if not part.any():
+                kept.append(request)
+                continue
+            features = [names[i] for i in np.flatnonzero(part.any(axis=1))[:16]]
+            rows = np.flatnonzero(part.any(axis=0))[:16].tolist()
+            request.fail(
+                MissingFeatures(
+                    f"model '{self.name}' needs every feature; missing {features} in rows {rows}"
+                )
+            )
+            self._metrics.failed(1)
+        return kept
+
+    def _infer_and_reply(
+        self,
+        batch: Sequence[Request],
+        rows: int,
+        inputs: dict[str, NDArray[np.generic]],
+        features: FeatureRows | None,
+        missing: NDArray[np.bool_] | None,
+        timing: tuple[float, float, float],
+    ) -> None:
+        started_s, joined_s, now_s = timing
+        try:
+            arrays = self._backend.infer(inputs)
+        except BackendError as error:
+            if len(batch) == 1:
+                batch[0].fail(error)
+                self._metrics.failed(1)
+                return
+            for request in batch:  # one of them is to blame; the others deserve their answer
+                self._carry([request])
+            return
+        inferred_s = time.perf_counter()
+        answered = AnsweredBatch(
+            model=self,
+            outputs=self._blocks(arrays, rows),
+            join=self.join,
+            features=features,
+            missing=missing,
+            started_s=started_s,
+            features_s=joined_s - started_s,
+            infer_s=inferred_s - joined_s,
+            now_s=now_s,
+        )
+        start = 0
+        prefix = self._prediction_prefix
+        for request, number in zip(batch, self._prediction_counter, strict=False):
+            request.answer(answered, start, f"{prefix}{number:010x}")
+            start += request.rows
+        self._metrics.answered(
+            arrivals_s=[request.arrival_s for request in batch],
+            rows=rows,
+            started_s=started_s,
+            features_s=answered.features_s if features else None,
+            infer_s=answered.infer_s,
+            finished_s=time.perf_counter(),
+            statuses=features.statuses if features else None,
+        )
+
+    def _blocks(self, arrays: Sequence[NDArray[np.generic]], rows: int) -> tuple[OutputBlock, ...]:
+        blocks = []
+        for spec, position in zip(self.signature.outputs, self._positions, strict=True):
+            array = arrays[position]
+            if not self.signature.max_batch_size:
+                array = array[np.newaxis]  # one request, one run
+            elif array.shape[:1] != (rows,):
+                raise BackendError(f"model '{self.name}' did not return a row for each row")
+            blocks.append(OutputBlock(spec, array))
+        return tuple(blocks)
+
+
+def _fail_all(batch: Sequence[Request], error: ServingError) -> None:
+    for request in batch:
+        request.fail(error)
+
+
+def count_stale(features: FeatureRows, start: int, stop: int) -> int:
+    """Count the values in rows [start, stop) that were found but are older than allowed."""
+    part = features.statuses[:, start:stop]
+    return int(np.count_nonzero(part == FeatureStatus.OUTSIDE_MAX_AGE))

@@ -1,0 +1,273 @@
+"""Hot calls straight from grpcio's completion queue: the one module that touches grpcio's privates.
+
+`grpc.server`'s own loop thread polls the completion queue and runs any tag that is not one of its
+own as `rpc_state, callbacks = tag(event)`. The tags here are bound methods of `_Taker` and `_Call`:
+no pool thread, no task and no future per request. What is relied on, and was tried on grpcio 1.85.1:
+
+* a method registered with the core and not with the Python server is ours alone;
+* a tag that raises kills the loop while the port stays open: no tag here may raise;
+* `ReceiveCloseOnServer`, started with the call, completes when the caller leaves or the deadline
+  passes, and after a normal reply too: a call is over after its close and its status;
+* a message of None is a caller that left, one that sent too much, or one that sent nothing.
+
+`unusable_because` checks all that with a real call before the server relies on it.
+"""
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from concurrent import futures
+from typing import Any
+
+import grpc
+import structlog
+
+from headrace.rpc.ingress import HotCall, HotMethod, Metadata
+from headrace.rpc.status import Status
+
+try:
+    from grpc import _server
+    from grpc._cython import cygrpc
+except ImportError:  # a future grpcio: `unusable_because` says so
+    _server = cygrpc = None
+
+_LOG = structlog.get_logger(__name__)
+
+OUTSTANDING_REQUESTS = 64
+"""
+Calls that C-core may hand over before Python asks again, per method. Calls nobody asked for wait in
+C-core, out of sight of admission; each call asks for its successor at once.
+"""
+
+_NO_STATE: tuple[None, tuple[()]] = (None, ())
+_NO_MESSAGE = Status(grpc.StatusCode.INVALID_ARGUMENT, "expected one request message")
+_FAR_FUTURE_S = 1e15
+"""A call without a deadline carries 9.2e18, not infinity."""
+
+
+def unusable_because() -> str | None:
+    """
+    Try the private names of the installed grpcio with one call over loopback.
+
+    Returns:
+        None when everything works; else why not, for the log.
+    """
+    if cygrpc is None or _server is None:
+        return "grpcio has no completion queue under the expected names"
+    try:
+        return _try_one_call()
+    except Exception as error:  # whatever a future grpcio does, the answer is the other ingress
+        return f"{type(error).__name__}: {error}"
+
+
+class CompletionQueueIngress:
+    """
+    Takes hot calls on the server's own loop thread.
+
+    Construct it before `server.start()`, call `begin` right after. Bookkeeping is the loop thread's
+    alone, so it needs no lock.
+
+    Args:
+        server: Not started yet. Kept alive as long as any call: a reply after the server object is
+            gone would abort the process.
+        methods: Must not be registered with the server as well, or calls are split.
+    """
+
+    name = "completion-queue"
+
+    def __init__(self, server: grpc.Server, methods: Sequence[HotMethod]) -> None:
+        self._server = server
+        self._state: Any = server._state  # type: ignore[attr-defined]  # noqa: SLF001
+        self._methods = methods
+        self._refusal: Status | None = None
+        self._open = 0
+        self._loop: threading.Thread | None = None
+        for method in methods:
+            self._state.server.register_method(method.path)  # after start it would abort
+
+    def begin(self) -> None:
+        """Ask for the first calls."""
+        self._loop = _loop_thread(self._state)
+        for method in self._methods:
+            taker = _Taker(self, method)
+            for _ in range(OUTSTANDING_REQUESTS):
+                taker.ask()
+
+    def refuse_new(self, status: Status) -> None:
+        """Answer every call from now on with `status`, unread."""
+        self._refusal = status
+
+    @property
+    def open_calls(self) -> int:
+        """Calls that have not ended yet."""
+        return self._open
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the loop thread runs."""
+        return self._loop is not None and self._loop.is_alive()
+
+
+class _Taker:
+    """Asks C-core for calls of one method and begins each."""
+
+    __slots__ = ("_accept", "_ingress", "_path", "_state")
+
+    def __init__(self, ingress: CompletionQueueIngress, method: HotMethod) -> None:
+        self._ingress = ingress
+        self._state = ingress._state
+        self._path = method.path
+        self._accept = method.accept
+
+    def ask(self) -> None:
+        state = self._state
+        with state.lock:
+            if state.stage is _server._ServerStage.STARTED:
+                queue = state.completion_queue
+                state.server.request_registered_call(queue, queue, self._path, self.on_call)
+
+    def on_call(self, event: Any) -> Any:
+        if not event.success:  # the server stops: outstanding requests come back
+            return _NO_STATE
+        try:
+            self.ask()
+            call = _Call(self._ingress, event, self._accept)
+            if self._ingress._refusal is None:
+                call.receive()
+            else:
+                call.refuse(self._ingress._refusal)
+        except Exception:
+            _LOG.exception("ingress_failed", where="on_call")
+            event.call.cancel(cygrpc.StatusCode.internal, "internal error")
+        return _NO_STATE
+
+
+class _Call:
+    """One hot call; see `HotCall`. Its tags run on the loop thread, its replies on any."""
+
+    __slots__ = (
+        "_accept",
+        "_answered",
+        "_call",
+        "_event",
+        "_ingress",
+        "_unfinished",
+        "deadline_s",
+        "gone",
+    )
+
+    def __init__(
+        self,
+        ingress: CompletionQueueIngress,
+        event: Any,
+        accept: Callable[[HotCall, bytes], None],
+    ) -> None:
+        self._ingress = ingress
+        self._accept = accept
+        self._call = event.call
+        self._event = event
+        deadline_s = event.call_details.deadline
+        self.deadline_s = deadline_s if deadline_s < _FAR_FUTURE_S else math.inf
+        self.gone = False
+        self._answered = False
+        self._unfinished = 2  # its close and its status
+        ingress._open += 1
+        # A batch of its own: with the message or the reply its event would come too late.
+        self._call.start_server_batch((cygrpc.ReceiveCloseOnServerOperation(0),), self._on_close)
+
+    @property
+    def metadata(self) -> Metadata:
+        return self._event.invocation_metadata  # type: ignore[no-any-return]
+
+    def receive(self) -> None:
+        self._call.start_server_batch((cygrpc.ReceiveMessageOperation(0),), self._on_message)
+
+    def reply(self, message: bytes) -> None:
+        self._send(
+            (
+                cygrpc.SendInitialMetadataOperation(None, 0),
+                cygrpc.SendMessageOperation(message, 0),
+                cygrpc.SendStatusFromServerOperation(None, 0, b"", 0),
+            )
+        )
+
+    def refuse(self, status: Status) -> None:
+        self._send(
+            (
+                cygrpc.SendInitialMetadataOperation(None, 0),
+                cygrpc.SendStatusFromServerOperation(
+                    status.trailing, status.code.value[0], status.details, 0
+                ),
+            )
+        )
+
+    def _send(self, operations: tuple[Any, ...]) -> None:
+        if self._answered:
+            return
+        self._answered = True
+        error = self._call.start_server_batch(operations, self._on_sent)
+        if error:  # nothing was started, the tag will never come
+            _LOG.error("reply_not_sent", error=error)
+            self._call.cancel(cygrpc.StatusCode.internal, "internal error")
+
+    def _on_message(self, event: Any) -> Any:
+        try:
+            message = event.batch_operations[0].message()
+            if message is None:
+                self.refuse(_NO_MESSAGE)
+            else:
+                self._accept(self, message)
+        except Exception:
+            _LOG.exception("ingress_failed", where="on_message")
+            self._refuse_internal()
+        return _NO_STATE
+
+    def _on_close(self, event: Any) -> Any:
+        self.gone = event.batch_operations[0].cancelled()
+        return self._finish_one()
+
+    def _on_sent(self, _event: Any) -> Any:
+        return self._finish_one()
+
+    def _finish_one(self) -> Any:
+        self._unfinished -= 1
+        if not self._unfinished:
+            self._ingress._open -= 1
+        return _NO_STATE
+
+    def _refuse_internal(self) -> None:
+        try:
+            self.refuse(Status(grpc.StatusCode.INTERNAL, "internal error"))
+        except Exception:
+            _LOG.exception("ingress_failed", where="refuse")
+
+
+def _loop_thread(state: Any) -> threading.Thread | None:
+    """Find the thread that `server.start()` made: grpcio keeps no reference to it."""
+    for thread in threading.enumerate():
+        if getattr(thread, "_args", None) == (state,):
+            return thread
+    return None
+
+
+def _try_one_call() -> str | None:
+    def echo(call: HotCall, message: bytes) -> None:
+        if call.deadline_s == math.inf:
+            call.reply(b"no deadline")
+        else:
+            call.reply(message)
+
+    path = "/headrace.SelfCheck/Echo"
+    server = grpc.server(futures.ThreadPoolExecutor(1), options=[("grpc.so_reuseport", 0)])
+    ingress = CompletionQueueIngress(server, [HotMethod(path, echo)])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        ingress.begin()
+        if not ingress.is_alive:
+            return "the loop thread was not found"
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            answer = channel.unary_unary(path)(b"headrace", timeout=2)
+        return None if answer == b"headrace" else "an echo came back changed"
+    finally:
+        server.stop(grace=0).wait(2)

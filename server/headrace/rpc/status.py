@@ -1,0 +1,79 @@
+"""One table: which error is which gRPC status, and what travels with it."""
+
+import secrets
+from dataclasses import dataclass
+
+import grpc
+import structlog
+from google.rpc import error_details_pb2
+from google.rpc import status_pb2
+
+from headrace import errors
+
+_LOG = structlog.get_logger(__name__)
+
+ERROR_DOMAIN = "headrace.v1"
+DETAILS_LENGTH_MAX = 1_000
+"""Longer details would not fit into HTTP/2 header limits: 20 kB of them break the reply."""
+
+RETRY_PUSHBACK_MS = "100"
+"""What an overloaded server asks of clients that retry. Source: gRFC A6, "Pushback"."""
+
+CODES: dict[type[errors.ServingError], grpc.StatusCode] = {
+    errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.NotFound: grpc.StatusCode.NOT_FOUND,
+    errors.PreconditionFailed: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.NotReady: grpc.StatusCode.UNAVAILABLE,
+    errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.DependencyUnavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.BackendError: grpc.StatusCode.INTERNAL,
+}
+"""A class not listed takes the code of its nearest listed base."""
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """
+    A gRPC status as it goes out.
+
+    Args:
+        code: Its name and number.
+        details: For people; at most `DETAILS_LENGTH_MAX` characters.
+        trailing: Trailing metadata for machines.
+    """
+
+    code: grpc.StatusCode
+    details: str
+    trailing: tuple[tuple[str, str | bytes], ...] = ()
+
+
+def status_of(error: Exception) -> Status:
+    """
+    Turn any error into what its caller may see.
+
+    A `ServingError` keeps its message; anything else is a bug: logged once with an incident number,
+    answered with that number and nothing more.
+    """
+    if not isinstance(error, errors.ServingError):
+        incident = secrets.token_hex(8)
+        _LOG.error("rpc_failed", incident=incident, exc_info=error)
+        return Status(grpc.StatusCode.INTERNAL, f"internal error, incident {incident}")
+    code = next(CODES[base] for base in type(error).__mro__ if base in CODES)
+    details = str(error)
+    if len(details) > DETAILS_LENGTH_MAX:
+        details = details[: DETAILS_LENGTH_MAX - 1] + "…"
+    trailing: tuple[tuple[str, str | bytes], ...] = (
+        ("grpc-status-details-bin", _rich(code, details, type(error).__name__)),
+    )
+    if isinstance(error, errors.Overloaded):
+        trailing += (("grpc-retry-pushback-ms", RETRY_PUSHBACK_MS),)
+    return Status(code, details, trailing)
+
+
+def _rich(code: grpc.StatusCode, details: str, class_name: str) -> bytes:
+    """Add the machine-readable reason. Source: AIP-193, `google.rpc.ErrorInfo`."""
+    reason = "".join(f"_{c}" if c.isupper() else c.upper() for c in class_name).lstrip("_")
+    status = status_pb2.Status(code=code.value[0], message=details)
+    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=reason, domain=ERROR_DOMAIN))
+    return status.SerializeToString()

@@ -1,0 +1,151 @@
+"""Hot calls through grpcio's public API: one pool thread waits for each call's answer.
+
+Slower than the completion queue and with nothing private in it; what the server falls back to when
+an installed grpcio does not have the private names.
+"""
+
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent import futures
+
+import grpc
+import structlog
+
+from headrace.rpc.ingress import HotCall, HotMethod, Metadata
+from headrace.rpc.status import Status
+
+_LOG = structlog.get_logger(__name__)
+
+CALL_THREADS = 256
+"""Each open call holds one; more calls wait for a thread inside grpcio."""
+
+_NO_DEADLINE_S = 1e9
+"""`time_remaining` of a call without a deadline is None or centuries, depending on grpcio."""
+
+
+class ThreadIngress:
+    """
+    Registers the hot methods as ordinary handlers, with raw bytes in and out.
+
+    Args:
+        server: Not started yet.
+        methods: Must not be registered with the server as well.
+    """
+
+    name = "threads"
+
+    def __init__(self, server: grpc.Server, methods: Sequence[HotMethod]) -> None:
+        self._refusal: Status | None = None
+        self._lock = threading.Lock()
+        self._open = 0
+        # A pool of its own: calls that wait for their batch must not starve health checks.
+        self._pool = futures.ThreadPoolExecutor(CALL_THREADS, thread_name_prefix="hot-call")
+        services: dict[str, dict[str, grpc.RpcMethodHandler]] = {}
+        for method in methods:
+            service, name = method.path.strip("/").split("/")
+            behaviour = self._behaviour(method.accept)
+            behaviour.experimental_thread_pool = self._pool  # type: ignore[attr-defined]
+            services.setdefault(service, {})[name] = grpc.unary_unary_rpc_method_handler(behaviour)
+        server.add_generic_rpc_handlers(
+            tuple(
+                grpc.method_handlers_generic_handler(service, handlers)
+                for service, handlers in services.items()
+            )
+        )
+
+    def begin(self) -> None:
+        """Do nothing: the server hands calls over by itself."""
+
+    def refuse_new(self, status: Status) -> None:
+        """Answer every call from now on with `status`."""
+        self._refusal = status
+
+    @property
+    def open_calls(self) -> int:
+        """Calls that have not ended yet."""
+        return self._open
+
+    @property
+    def is_alive(self) -> bool:
+        """Always: grpcio's handlers catch what is raised in them."""
+        return True
+
+    def _behaviour(
+        self, accept: Callable[[HotCall, bytes], None]
+    ) -> Callable[[bytes, grpc.ServicerContext], bytes]:
+        def behave(message: bytes, context: grpc.ServicerContext) -> bytes:
+            with self._lock:
+                self._open += 1
+            try:
+                call = _Call(context)
+                if self._refusal is not None:
+                    call.refuse(self._refusal)
+                else:
+                    _accept(accept, call, message)
+                return call.finish()
+            finally:
+                with self._lock:
+                    self._open -= 1
+
+        return behave
+
+
+def _accept(accept: Callable[[HotCall, bytes], None], call: "_Call", message: bytes) -> None:
+    try:
+        accept(call, message)
+    except Exception:
+        _LOG.exception("ingress_failed", where="accept")
+        call.refuse(Status(grpc.StatusCode.INTERNAL, "internal error"))
+
+
+class _Call:
+    """One hot call; see `HotCall`. Its pool thread sleeps in `finish` until somebody answers."""
+
+    def __init__(self, context: grpc.ServicerContext) -> None:
+        self._context = context
+        self._lock = threading.Lock()
+        self._answered = threading.Event()
+        self._answer: bytes | Status = b""
+        self.gone = False
+        remaining_s = context.time_remaining()
+        has_deadline = remaining_s is not None and remaining_s < _NO_DEADLINE_S
+        self.deadline_s = time.time() + remaining_s if has_deadline else math.inf
+        if not context.add_callback(self._left):
+            self._left()
+
+    @property
+    def metadata(self) -> Metadata:
+        return [(key, value) for key, value in self._context.invocation_metadata()]  # noqa: C416
+
+    def reply(self, message: bytes) -> None:
+        self._end(message)
+
+    def refuse(self, status: Status) -> None:
+        self._end(status)
+
+    def finish(self) -> bytes:
+        self._answered.wait()  # ends: every accepted call is answered, dropped ones too
+        if isinstance(self._answer, bytes):
+            return self._answer
+        self._context.abort_with_status(_AbortStatus(self._answer))
+        raise AssertionError("abort returned")
+
+    def _end(self, answer: bytes | Status) -> None:
+        with self._lock:
+            if not self._answered.is_set():
+                self._answer = answer
+                self._answered.set()
+
+    def _left(self) -> None:
+        self.gone = True
+
+
+class _AbortStatus(grpc.Status):
+    """A status in the shape that `abort_with_status` takes."""
+
+    def __init__(self, status: Status) -> None:
+        self.code = status.code
+        self.details = status.details
+        self.trailing_metadata = status.trailing

@@ -1,0 +1,189 @@
+"""Every metric of the server: name, unit, labels, help.
+
+The hot path folds its numbers in once per batch, into plain integers under one lock; Prometheus text
+is made only when somebody asks. Labels are of bounded size: model names and versions, gRPC codes.
+"""
+
+import threading
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+SECONDS_BOUNDS = (
+    *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01),
+    *(0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0),
+)
+ROWS_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+FEATURE_STATUSES = ("INVALID", "PRESENT", "NULL_VALUE", "NOT_FOUND", "OUTSIDE_MAX_AGE")
+
+METRICS: dict[str, str] = {
+    "headrace_requests_total": "Requests answered with a prediction.",
+    "headrace_requests_failed_total": "Requests that reached a batch and were not answered.",
+    "headrace_request_seconds": "From a request's arrival to the end of its batch's replies.",
+    "headrace_queue_seconds": "How long a request waited for its batch.",
+    "headrace_batches_total": "Batches run.",
+    "headrace_batch_rows": "Rows in a batch.",
+    "headrace_features_seconds": "Reading and joining a batch's features.",
+    "headrace_infer_seconds": "Running the model on a batch.",
+    "headrace_feature_values_total": "Feature values read, by status.",
+    "headrace_queue_requests": "Requests waiting now.",
+    "headrace_rpc_errors_total": "Hot calls refused or failed, by gRPC code.",
+    "headrace_rpc_open_calls": "Hot calls received and not yet finished.",
+}
+"""Name and help of every metric; durations in seconds. `docs/operations.md` lists the same."""
+
+
+class _Histogram:
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def buckets(self) -> list[tuple[str, float]]:
+        edges = [*(str(bound) for bound in self.bounds), "+Inf"]
+        return list(zip(edges, accumulate(self.counts), strict=True))
+
+
+class ModelMetrics:
+    """Numbers of one model version. Any thread may fold into it."""
+
+    def __init__(self, model: str, version: str) -> None:
+        self.labels = [model, version]
+        self.queue_size: Callable[[], int] = int
+        self._lock = threading.Lock()
+        self.requests = self.requests_failed = self.batches = 0
+        self.request_s = _Histogram(SECONDS_BOUNDS)
+        self.queue_s = _Histogram(SECONDS_BOUNDS)
+        self.features_s = _Histogram(SECONDS_BOUNDS)
+        self.infer_s = _Histogram(SECONDS_BOUNDS)
+        self.batch_rows = _Histogram(ROWS_BOUNDS)
+        self.statuses = np.zeros(len(FEATURE_STATUSES), np.int64)
+
+    def answered(
+        self,
+        *,
+        arrivals_s: Sequence[float],
+        rows: int,
+        started_s: float,
+        features_s: float | None,
+        infer_s: float,
+        finished_s: float,
+        statuses: NDArray[np.uint8] | None,
+    ) -> None:
+        """
+        Fold in one answered batch.
+
+        Args:
+            arrivals_s: When each request arrived; with `started_s` and `finished_s` on one clock.
+            rows: Rows of the batch.
+            features_s: None for a model without features.
+            statuses: Feast's status numbers, of any shape.
+        """
+        with self._lock:
+            self.requests += len(arrivals_s)
+            self.batches += 1
+            observe_request, observe_queue = self.request_s.observe, self.queue_s.observe
+            for arrival_s in arrivals_s:
+                observe_request(finished_s - arrival_s)
+                observe_queue(started_s - arrival_s)
+            self.batch_rows.observe(rows)
+            self.infer_s.observe(infer_s)
+            if features_s is not None:
+                self.features_s.observe(features_s)
+            if statuses is not None:
+                self.statuses += np.bincount(statuses.ravel(), minlength=len(FEATURE_STATUSES))
+
+    def failed(self, requests: int) -> None:
+        """Count requests that reached a batch and got an error."""
+        with self._lock:
+            self.requests_failed += requests
+
+
+class Metrics(Collector):
+    """All numbers of the process, as Prometheus collects them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._models: dict[tuple[str, str], ModelMetrics] = {}
+        self._rpc_errors: dict[tuple[str, str], int] = {}
+        self.open_calls: Callable[[], int] = int
+
+    def model(self, name: str, version: str) -> ModelMetrics:
+        """Return the numbers of one model version, the same object each time."""
+        with self._lock:
+            return self._models.setdefault((name, version), ModelMetrics(name, version))
+
+    def rpc_error(self, method: str, code: str) -> None:
+        """Count one hot call that ended with an error."""
+        with self._lock:
+            key = (method, code)
+            self._rpc_errors[key] = self._rpc_errors.get(key, 0) + 1
+
+    def collect(self) -> Iterable[Metric]:
+        with self._lock:
+            models = list(self._models.values())
+            rpc_errors = dict(self._rpc_errors)
+        yield from _model_counters(models)
+        yield from _model_histograms(models)
+        errors = _counter("headrace_rpc_errors_total", ["method", "code"])
+        for key, count in rpc_errors.items():
+            errors.add_metric(list(key), count)
+        yield errors
+        open_calls = "headrace_rpc_open_calls"
+        yield GaugeMetricFamily(open_calls, METRICS[open_calls], value=self.open_calls())
+
+
+_LABELS = ["model", "version"]
+
+
+def _counter(name: str, labels: Sequence[str] = _LABELS) -> CounterMetricFamily:
+    return CounterMetricFamily(name.removesuffix("_total"), METRICS[name], labels=labels)
+
+
+def _model_counters(models: Sequence[ModelMetrics]) -> Iterable[Metric]:
+    requests = _counter("headrace_requests_total")
+    failed = _counter("headrace_requests_failed_total")
+    batches = _counter("headrace_batches_total")
+    values = _counter("headrace_feature_values_total", [*_LABELS, "status"])
+    queue = GaugeMetricFamily(
+        "headrace_queue_requests", METRICS["headrace_queue_requests"], labels=_LABELS
+    )
+    for model in models:
+        requests.add_metric(model.labels, model.requests)
+        failed.add_metric(model.labels, model.requests_failed)
+        batches.add_metric(model.labels, model.batches)
+        queue.add_metric(model.labels, model.queue_size())
+        for status, count in zip(FEATURE_STATUSES[1:], model.statuses[1:].tolist(), strict=True):
+            values.add_metric([*model.labels, status], count)
+    return [requests, failed, batches, values, queue]
+
+
+def _model_histograms(models: Sequence[ModelMetrics]) -> Iterable[Metric]:
+    for name, read in {
+        "headrace_request_seconds": lambda model: model.request_s,
+        "headrace_queue_seconds": lambda model: model.queue_s,
+        "headrace_features_seconds": lambda model: model.features_s,
+        "headrace_infer_seconds": lambda model: model.infer_s,
+        "headrace_batch_rows": lambda model: model.batch_rows,
+    }.items():
+        family = HistogramMetricFamily(name, METRICS[name], labels=_LABELS)
+        for model in models:
+            histogram: _Histogram = read(model)
+            family.add_metric(model.labels, histogram.buckets(), histogram.total)
+        yield family
