@@ -1,4 +1,4 @@
-"""The use case: a batch goes through features, assembly, inference and reply on one executor thread.
+"""The use case: one executor thread carries a batch through features, inference and reply.
 
 The edge (`rpc`) hands over `Request`s whose inputs are checked; `ServedModel` queues them and its
 executor threads carry whole batches. Nothing here knows gRPC or protobuf: a request says how to
@@ -12,6 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import structlog
@@ -40,8 +41,8 @@ class Request(ABC):
     """
     One caller's rows on their way to a model.
 
-    The first of `answer`, `fail` and `drop` to be called replies; a later one does nothing. Whichever
-    thread owns the request calls them, and none of them raises because a caller has left.
+    The first of `answer`, `fail` and `drop` to be called replies; a later one does nothing. They
+    are called by whichever thread owns the request, and do not raise because a caller has left.
 
     Args:
         inputs: What `ServedModel.signature.check` returned.
@@ -49,6 +50,8 @@ class Request(ABC):
     """
 
     __slots__ = ("arrival_s", "batch_key", "deadline_s", "raws", "rows")
+
+    PREDICTION_ID_LENGTH = 26
 
     def __init__(self, inputs: CheckedInputs, deadline_s: float) -> None:
         self.rows = inputs.rows
@@ -81,7 +84,7 @@ class OutputBlock:
     Fixed-width outputs are turned into bytes once per batch: a caller's share is then one slice.
     """
 
-    __slots__ = ("array", "spec", "trailing", "_raw", "_stride")
+    __slots__ = ("_raw", "_stride", "array", "spec", "trailing")
 
     def __init__(self, spec: TensorSpec, array: NDArray[np.generic]) -> None:
         self.spec = spec
@@ -114,10 +117,13 @@ class AnsweredBatch:
         outputs: In signature order.
         join: The feature join, for a model that has one.
         features: What was read for it, row for row.
-        missing: Per feature and row, whether the model saw a missing value; shape (features, rows).
+        missing_per_row: How many features the model saw as missing, row for row.
+        stale_per_row: How many of them were found and too old.
+        output_shapes: Each output's shape after the row.
         started_s: When the batch was taken, on `time.perf_counter`'s clock.
         features_s: How long reading and joining features took.
         infer_s: How long the model took.
+        inferred_s: When the model had answered, on the clock of `started_s`.
         now_s: Unix seconds when the features were read; ages are relative to it.
     """
 
@@ -125,10 +131,13 @@ class AnsweredBatch:
     outputs: tuple[OutputBlock, ...]
     join: FeatureJoin | None
     features: FeatureRows | None
-    missing: NDArray[np.bool_] | None
+    missing_per_row: list[int] | None
+    stale_per_row: list[int] | None
+    output_shapes: tuple[tuple[int, ...], ...]
     started_s: float
     features_s: float
     infer_s: float
+    inferred_s: float
     now_s: float
 
 
@@ -136,8 +145,7 @@ class ServedModel:
     """
     One model version that serves: its queue, its executor threads, its way through a batch.
 
-    `start` begins the threads; `stop` lets what waits finish and ends them; `backend.close` is then
-    the caller's business. A request that fails (bad rows for the model, missing features under
+    `start` begins the threads; `stop` lets what waits finish and ends them; `close` frees the model. A request that fails (bad rows for the model, missing features under
     `reject`) fails alone: its batchmates are answered.
 
     Args:
@@ -187,6 +195,8 @@ class ServedModel:
         # The signature may name a part of what the model returns, in another order.
         positions = {spec.name: i for i, spec in enumerate(backend.outputs)}
         self._positions = tuple(positions[spec.name] for spec in signature.outputs)
+        self.edge_memo: dict[Any, bytes] = {}
+        """What the edge serialized once for this version; bounded by the edge."""
         self._prediction_prefix = secrets.token_hex(8)
         self._prediction_counter = itertools.count()
         self._threads = [
@@ -214,6 +224,10 @@ class ServedModel:
             if thread.ident is not None:
                 thread.join(max(0.0, deadline_s - time.perf_counter()))
         return not any(thread.is_alive() for thread in self._threads)
+
+    def close(self) -> None:
+        """Free the model; the executor threads have ended."""
+        self._backend.close()
 
     def check_rows(self, rows: int) -> None:
         """
@@ -295,6 +309,8 @@ class ServedModel:
         keys = {
             spec.name: columns.pop(spec.name).reshape(-1) for spec in feature_join.inputs[:count]
         }
+        if not keys:  # a service without entities: the request-time columns say how many rows
+            keys = {name: column.reshape(-1) for name, column in columns.items()}
         return self._store.read(
             feature_join.plan,
             keys,
@@ -345,15 +361,19 @@ class ServedModel:
                 self._carry([request])
             return
         inferred_s = time.perf_counter()
+        outputs = self._blocks(arrays, rows)
         answered = AnsweredBatch(
             model=self,
-            outputs=self._blocks(arrays, rows),
+            outputs=outputs,
             join=self.join,
             features=features,
-            missing=missing,
+            missing_per_row=None if missing is None else missing.sum(axis=0).tolist(),
+            stale_per_row=None if features is None else _stale_per_row(features),
+            output_shapes=tuple([block.trailing for block in outputs]),
             started_s=started_s,
             features_s=joined_s - started_s,
             infer_s=inferred_s - joined_s,
+            inferred_s=inferred_s,
             now_s=now_s,
         )
         start = 0
@@ -388,7 +408,6 @@ def _fail_all(batch: Sequence[Request], error: ServingError) -> None:
         request.fail(error)
 
 
-def count_stale(features: FeatureRows, start: int, stop: int) -> int:
-    """Count the values in rows [start, stop) that were found but are older than allowed."""
-    part = features.statuses[:, start:stop]
-    return int(np.count_nonzero(part == FeatureStatus.OUTSIDE_MAX_AGE))
+def _stale_per_row(features: FeatureRows) -> list[int]:
+    stale: list[int] = (features.statuses == FeatureStatus.OUTSIDE_MAX_AGE).sum(axis=0).tolist()
+    return stale

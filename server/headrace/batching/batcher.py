@@ -42,9 +42,9 @@ class Batcher(Generic[RequestT]):
     Holds requests until an executor takes them.
 
     Every request that `put` accepted is either returned by one `take` or dropped because it had
-    expired; none is returned twice. Requests whose `batch_key` differs never share a batch and never
-    hold each other up: the oldest request decides whose turn it is. Any number of threads may call
-    any method.
+    expired; none is returned twice. Requests whose `batch_key` differs never share a batch and
+    never hold each other up: the oldest request decides whose turn it is. Any number of threads may
+    call any method.
 
     Args:
         policy: Decides what makes a batch.

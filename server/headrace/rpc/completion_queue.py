@@ -77,7 +77,7 @@ class CompletionQueueIngress:
 
     def __init__(self, server: grpc.Server, methods: Sequence[HotMethod]) -> None:
         self._server = server
-        self._state: Any = server._state  # type: ignore[attr-defined]  # noqa: SLF001
+        self._state: Any = server._state  # type: ignore[attr-defined]
         self._methods = methods
         self._refusal: Status | None = None
         self._open = 0

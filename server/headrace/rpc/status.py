@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import grpc
 import structlog
-from google.rpc import error_details_pb2
-from google.rpc import status_pb2
+from google.rpc import error_details_pb2, status_pb2
 
 from headrace import errors
 

@@ -117,7 +117,7 @@ class _Call:
 
     @property
     def metadata(self) -> Metadata:
-        return [(key, value) for key, value in self._context.invocation_metadata()]  # noqa: C416
+        return [(key, value) for key, value in self._context.invocation_metadata()]
 
     def reply(self, message: bytes) -> None:
         self._end(message)

@@ -1,0 +1,110 @@
+"""Which model versions serve, and why the others do not."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from headrace.errors import InvalidRequest, ModelNotFound, ModelUnavailable, ModelVersionNotFound
+from headrace.predict import ServedModel
+from headrace.repository.config import ModelConfig
+
+VERSION_MAX = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEntry:
+    """
+    One model of the repository.
+
+    Args:
+        name: The folder's name.
+        config: None when it could not be read.
+        versions: Those that serve, by number.
+        failures: Why the others do not, by number; 0 stands for the model as a whole. For the
+            operator, never for a caller.
+    """
+
+    name: str
+    config: ModelConfig | None
+    versions: Mapping[int, ServedModel]
+    failures: Mapping[int, str]
+
+
+class Catalog:
+    """An immutable view of all models, looked up once per request."""
+
+    def __init__(self, entries: Sequence[ModelEntry]) -> None:
+        self.entries = {entry.name: entry for entry in entries}
+        self._serving: dict[tuple[str, str], ServedModel] = {}
+        for entry in entries:
+            for number in sorted(entry.versions):
+                served = entry.versions[number]
+                self._serving[entry.name, str(number)] = served
+                self._serving[entry.name, ""] = served  # the highest, in the end
+
+    def find(self, name: str, version: str) -> ServedModel:
+        """
+        Find the version that a request names.
+
+        Args:
+            version: Decimal text; empty for the highest serving version.
+
+        Raises:
+            ModelNotFound: no such model.
+            ModelVersionNotFound: no such version of it.
+            ModelUnavailable: it is there and cannot serve.
+            InvalidRequest: the version is not a positive number.
+        """
+        served = self._serving.get((name, version))
+        return served if served is not None else self._look_harder(name, version)
+
+    def entry(self, name: str) -> ModelEntry:
+        """
+        Find a model, serving or not.
+
+        Raises:
+            ModelNotFound: no such model.
+        """
+        try:
+            return self.entries[name]
+        except KeyError:
+            raise ModelNotFound(f"Request for unknown model: '{name}' is not found") from None
+
+    def is_ready(self, name: str, version: str = "") -> bool:
+        """Say whether that version serves; False for an unknown one."""
+        try:
+            self.find(name, version)
+        except (ModelNotFound, ModelVersionNotFound, ModelUnavailable):
+            return False
+        return True
+
+    def all_ready(self) -> bool:
+        """
+        Say whether the server as a whole is ready: no model that ever served has stopped serving.
+
+        Without hot reload, a version that served serves for the life of the process.
+        """
+        return True
+
+    def served(self) -> Sequence[ServedModel]:
+        """All serving versions."""
+        return [served for entry in self.entries.values() for served in entry.versions.values()]
+
+    def _look_harder(self, name: str, version: str) -> ServedModel:
+        entry = self.entry(name)
+        if not version:
+            raise ModelUnavailable(f"model '{name}' has no version that can serve")
+        if not (version.isascii() and version.isdecimal() and 0 < int(version) <= VERSION_MAX):
+            raise InvalidRequest(
+                f"failed to get model version from specified version string '{version}', "
+                "version should be an integral value > 0"
+            )
+        number = int(version)
+        if number in entry.versions:  # written with leading zeros
+            return entry.versions[number]
+        if number in entry.failures:
+            raise ModelUnavailable(
+                f"Request for unknown model: '{name}' version {number} is not at ready state"
+            )
+        raise ModelVersionNotFound(
+            f"Request for unknown model: '{name}' version {number} is not found"
+        )

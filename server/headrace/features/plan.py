@@ -1,0 +1,386 @@
+"""A feature service, compiled once into the plain data that a read needs.
+
+Nothing here is Feast: `repo` reads the registry and hands over `ViewSource`s. Whatever can be known
+before a request is worked out now: the columns of the result, the key groups (every view whose join
+keys come from the same request columns is in the same Redis hash, so one HMGET per entity reads
+them all) and the bytes of the commands around the entity's own values.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+
+from headrace.errors import ModelLoadError
+from headrace.features import layout
+from headrace.features.values import KEY_DATATYPES, TAGS, ValueType, parse_default
+
+
+class FeatureStatus(IntEnum):
+    """How a value was found; names and numbers are Feast's `FieldStatus`."""
+
+    PRESENT = 1
+    NULL_VALUE = 2
+    NOT_FOUND = 3
+    OUTSIDE_MAX_AGE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class JoinKey:
+    """
+    A request column that says which entity a row is about.
+
+    Args:
+        name: As the service's projections name it (their `join_key_map` applied).
+        value_type: A key of `KEY_DATATYPES`.
+    """
+
+    name: str
+    value_type: ValueType
+
+    @property
+    def datatype(self) -> str:
+        """Its tensor datatype: INT64, INT32 or BYTES. Timestamps are INT64 seconds."""
+        return KEY_DATATYPES[self.value_type]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedFeature:
+    """
+    One column of the result.
+
+    Args:
+        name: As returned.
+        view: The name under which the store holds the view.
+        feature: The feature's name in that view.
+        value_type: As the registry declares it.
+        ttl_s: Age above which a value is OUTSIDE_MAX_AGE; None is for ever.
+        default: What the field's `headrace.default` tag says, or None.
+        view_index: Its view's place in `FeaturePlan.views`.
+        group: Its key group's place in `FeaturePlan.groups`.
+    """
+
+    name: str
+    view: str
+    feature: str
+    value_type: ValueType
+    ttl_s: float | None
+    default: Any
+    view_index: int
+    group: int
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.value_type.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedView:
+    """
+    A feature view as one group of join keys reads it.
+
+    Args:
+        name: The name under which the store holds it.
+        ttl_s: None is for ever.
+        group: Its key group's place in `FeaturePlan.groups`.
+    """
+
+    name: str
+    ttl_s: float | None
+    group: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeyGroup:
+    """
+    The views that one entity key reads, and the command that reads them.
+
+    An entity key is `key_prefix`, then per join key its type, length and value, then `key_suffix`.
+
+    Args:
+        join_keys: Places in `FeaturePlan.join_keys`, in the order of the entity key.
+        base_names: The join keys' names in the views, in that order.
+        views: Places in `FeaturePlan.views`.
+        features: Places in `FeaturePlan.features`, in the order of `fields`: floats, doubles,
+            booleans, integers, then the rest, so that each kind decodes at once.
+        object_count: How many of `features`, at the end, decode one by one.
+        fields: Hash fields: those of `features` up to the last `object_count`, those of the
+            event times of `views`, the last `object_count`.
+        key_prefix: See above.
+        key_suffix: See above.
+        command_head: Of an HMGET of `fields`, in RESP, up to the key.
+        command_tail: The same command after the key.
+    """
+
+    join_keys: tuple[int, ...]
+    base_names: tuple[str, ...]
+    views: tuple[int, ...]
+    features: tuple[int, ...]
+    object_count: int
+    fields: tuple[bytes, ...]
+    key_prefix: bytes
+    key_suffix: bytes
+    command_head: bytes
+    command_tail: bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class FeaturePlan:
+    """
+    All that reading a feature service takes. Immutable, and equal only to itself.
+
+    Args:
+        service: The service's name.
+        project: The Feast project.
+        registry_version: Which state of the registry it was compiled from.
+        join_keys: In the order in which the service's views first name them.
+        features: In the service's declared order.
+        views: In that order too.
+        groups: One per distinct set of join keys.
+    """
+
+    service: str
+    project: str
+    registry_version: str
+    join_keys: tuple[JoinKey, ...]
+    features: tuple[PlannedFeature, ...]
+    views: tuple[PlannedView, ...]
+    groups: tuple[KeyGroup, ...]
+    view_of_feature: np.ndarray[Any, np.dtype[np.intp]] = field(init=False, repr=False)
+    ttls_s: np.ndarray[Any, np.dtype[np.float64]] = field(init=False, repr=False)
+    block_widths: Mapping[np.dtype[Any], int] = field(init=False, repr=False)
+    block_columns: tuple[int, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        widths: dict[np.dtype[Any], int] = {}
+        columns = []
+        for feature in self.features:
+            columns.append(widths.get(feature.dtype, 0))
+            widths[feature.dtype] = columns[-1] + 1
+        ttls = [np.inf if view.ttl_s is None else view.ttl_s for view in self.views]
+        indices = [feature.view_index for feature in self.features]
+        object.__setattr__(self, "view_of_feature", np.array(indices, np.intp))
+        object.__setattr__(self, "ttls_s", np.array(ttls, np.float64))
+        object.__setattr__(self, "block_widths", widths)
+        object.__setattr__(self, "block_columns", tuple(columns))
+
+    @property
+    def is_float32(self) -> bool:
+        """Whether the whole result is one float32 matrix."""
+        return list(self.block_widths) == [np.dtype(np.float32)]
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSource:
+    """A feature as a service's projection declares it; `default` is the tag's text or None."""
+
+    name: str
+    value_type: ValueType
+    default: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ViewSource:
+    """
+    A feature view as a service projects it.
+
+    Args:
+        name: The name under which the store holds it.
+        join_keys: (name in the view, name in the request, value type) each; none for a view
+            without entities.
+        features: In declared order.
+        ttl_s: None is for ever.
+    """
+
+    name: str
+    join_keys: tuple[tuple[str, str, ValueType], ...]
+    features: tuple[FeatureSource, ...]
+    ttl_s: float | None = None
+
+
+def compile_plan(
+    service: str,
+    project: str,
+    registry_version: str,
+    sources: Sequence[ViewSource],
+    neighbours: Iterable[tuple[Collection[str], str, str]] = (),
+) -> FeaturePlan:
+    """
+    Compile a feature service.
+
+    Args:
+        service: Its name.
+        project: The Feast project.
+        registry_version: Which state of the registry this is.
+        sources: The service's projections in declared order.
+        neighbours: What else the project stores: (join keys, view, feature) each.
+
+    Raises:
+        ModelLoadError: two columns of one name, one request column of two types, a join key of a
+            type that cannot be one, an unusable default, or two fields of one hash that collide.
+    """
+    if not any(source.features for source in sources):
+        raise ModelLoadError(f"feature service '{service}' has no features")
+    join_keys = _join_keys(service, sources)
+    positions = {key.name: i for i, key in enumerate(join_keys)}
+    signatures = [tuple(sorted(source.join_keys)) for source in sources]
+    group_of = {signature: i for i, signature in enumerate(dict.fromkeys(signatures))}
+    view_of: dict[tuple[str, int], int] = {}
+    views: list[PlannedView] = []
+    features: list[PlannedFeature] = []
+    for source, signature in zip(sources, signatures, strict=True):
+        group = group_of[signature]
+        view = view_of.setdefault((source.name, group), len(views))
+        if view == len(views):
+            views.append(PlannedView(source.name, source.ttl_s, group))
+        features += [
+            PlannedFeature(
+                name=feature.name,
+                view=source.name,
+                feature=feature.name,
+                value_type=feature.value_type,
+                ttl_s=source.ttl_s,
+                default=_default(service, feature),
+                view_index=view,
+                group=group,
+            )
+            for feature in source.features
+        ]
+    _refuse_repeated_names(service, features, positions)
+    _refuse_colliding_fields(service, sources, neighbours)
+    groups = tuple(
+        _group(index, signature, project, positions, views, features)
+        for signature, index in group_of.items()
+    )
+    return FeaturePlan(
+        service, project, registry_version, join_keys, tuple(features), tuple(views), groups
+    )
+
+
+def _join_keys(service: str, sources: Sequence[ViewSource]) -> tuple[JoinKey, ...]:
+    types: dict[str, ValueType] = {}
+    for source in sources:
+        for _, name, value_type in source.join_keys:
+            if value_type not in KEY_DATATYPES:
+                allowed = ", ".join(sorted(t.name for t in KEY_DATATYPES))
+                raise ModelLoadError(
+                    f"join key '{name}' of feature service '{service}' is {value_type.name}; "
+                    f"a join key is one of {allowed}"
+                )
+            if types.setdefault(name, value_type) is not value_type:
+                raise ModelLoadError(
+                    f"join key '{name}' of feature service '{service}' is {types[name].name} in "
+                    f"one view and {value_type.name} in '{source.name}'; rename one with "
+                    "`with_join_key_map`"
+                )
+    return tuple(JoinKey(name, value_type) for name, value_type in types.items())
+
+
+def _default(service: str, feature: FeatureSource) -> Any:
+    if feature.default is None:
+        return None
+    try:
+        return parse_default(feature.default, feature.value_type)
+    except ValueError as error:
+        raise ModelLoadError(
+            f"tag headrace.default of feature '{feature.name}' in feature service '{service}' is "
+            f"'{feature.default}', which is no {feature.value_type.name}: {error}"
+        ) from None
+
+
+def _refuse_repeated_names(
+    service: str, features: Sequence[PlannedFeature], join_keys: Mapping[str, int]
+) -> None:
+    views: dict[str, str] = {}
+    for feature in features:
+        if feature.name in join_keys:
+            raise ModelLoadError(
+                f"feature service '{service}' has a feature and a join key called "
+                f"'{feature.name}'; rename the feature"
+            )
+        if feature.name in views:
+            raise ModelLoadError(
+                f"feature service '{service}' has two features called '{feature.name}', in views "
+                f"'{views[feature.name]}' and '{feature.view}'; select one of them "
+                "(`view[[...]]`), rename one, or split the service"
+            )
+        views[feature.name] = feature.view
+
+
+def _refuse_colliding_fields(
+    service: str,
+    sources: Sequence[ViewSource],
+    neighbours: Iterable[tuple[Collection[str], str, str]],
+) -> None:
+    # Feast does not look: two features whose names hash alike overwrite each other's values.
+    own = {
+        (frozenset(base for base, _, _ in source.join_keys), source.name, feature.name)
+        for source in sources
+        for feature in source.features
+    }
+    others = {(frozenset(keys), view, feature) for keys, view, feature in neighbours}
+    holders: dict[tuple[frozenset[str], bytes], tuple[str, str]] = {}
+    for entity, view, feature in [*sorted(own, key=_by_name), *sorted(others, key=_by_name)]:
+        at = (entity, layout.feature_field(view, feature))
+        holder = holders.get(at)
+        if holder is None and (entity, view, feature) in own:
+            holders[at] = (view, feature)
+        elif holder is not None and holder != (view, feature):
+            raise ModelLoadError(
+                f"features '{holder[0]}:{holder[1]}' and '{view}:{feature}' have the same 32-bit "
+                f"field name in the store, so feature service '{service}' would read one for the "
+                "other; rename one"
+            )
+
+
+def _by_name(named: tuple[frozenset[str], str, str]) -> tuple[str, str]:
+    return named[1:]
+
+
+def _group(
+    index: int,
+    signature: tuple[tuple[str, str, ValueType], ...],
+    project: str,
+    positions: Mapping[str, int],
+    views: Sequence[PlannedView],
+    features: Sequence[PlannedFeature],
+) -> KeyGroup:
+    own_views = [i for i, view in enumerate(views) if view.group == index]
+    own = sorted(
+        (i for i, feature in enumerate(features) if feature.group == index),
+        key=lambda i: _KIND_ORDER.get(features[i].value_type, len(_KIND_ORDER)),
+    )
+    objects = sum(features[i].dtype == np.object_ for i in own)
+    names = [layout.feature_field(features[i].view, features[i].feature) for i in own]
+    times = [layout.time_field(views[i].name) for i in own_views]
+    fields = [*names[: len(own) - objects], *times, *names[len(own) - objects :]]
+    return KeyGroup(
+        join_keys=tuple(positions[name] for _, name, _ in signature),
+        base_names=tuple(base for base, _, _ in signature),
+        views=tuple(own_views),
+        features=tuple(own),
+        object_count=objects,
+        fields=tuple(fields),
+        key_prefix=layout.key_prefix([base for base, _, _ in signature]),
+        key_suffix=project.encode(),
+        command_head=b"*%d\r\n$5\r\nHMGET\r\n" % (2 + len(fields)),
+        command_tail=b"\r\n" + b"".join(b"$%d\r\n%s\r\n" % (len(name), name) for name in fields),
+    )
+
+
+_KIND_ORDER = {
+    value_type: i
+    for i, value_type in enumerate(
+        [
+            ValueType.FLOAT,
+            ValueType.DOUBLE,
+            ValueType.BOOL,
+            ValueType.INT32,
+            ValueType.INT64,
+            ValueType.UNIX_TIMESTAMP,
+        ]
+    )
+}
+assert set(_KIND_ORDER) == set(TAGS) - {ValueType.BYTES, ValueType.STRING}

@@ -1,0 +1,143 @@
+"""Pack a batch's HMGET commands: a template per key group, filled in by numpy.
+
+When every join key is an integer all commands have the same length, so they are one 2-D array of
+bytes into which each key column is copied. Text keys make the length vary: those commands are put
+together one by one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.features.layout import value_head
+from headrace.features.plan import FeaturePlan, KeyGroup
+from headrace.features.values import ValueType
+
+MAX_PART_BYTES = 256 << 10
+"""Commands sent before their replies are read: few enough that neither side waits for the other."""
+
+_KEY_DTYPES: dict[ValueType, np.dtype[Any]] = {
+    ValueType.INT32: np.dtype("<i4"),
+    ValueType.INT64: np.dtype("<i8"),
+    ValueType.UNIX_TIMESTAMP: np.dtype("<i8"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PackedCommands:
+    """
+    The commands that read a batch's entities from one key group.
+
+    Args:
+        rows: How many there are: one per distinct entity.
+        inverse: Which of them each row of the batch asked for; None when that is its own.
+        parts: Their bytes, in parts of whole commands of about `MAX_PART_BYTES` at most.
+        byte_count: Of all parts.
+    """
+
+    rows: int
+    inverse: NDArray[np.intp] | None
+    parts: list[Any]
+    byte_count: int
+
+
+class CommandPacker:
+    """
+    Packs the commands of one key group.
+
+    Args:
+        plan: The plan.
+        group: One of its groups.
+    """
+
+    def __init__(self, plan: FeaturePlan, group: KeyGroup) -> None:
+        self._group = group
+        self._join_keys = [plan.join_keys[i] for i in group.join_keys]
+        self._template = b""
+        self._places: list[int] = []  # of each value in the template
+        if all(key.value_type in _KEY_DTYPES for key in self._join_keys):
+            self._make_template()
+
+    def pack(self, entities: Mapping[str, NDArray[Any]], rows: int) -> PackedCommands:
+        """Make the commands; `entities` as `OnlineStore.read` takes them."""
+        columns = [_column(entities[key.name], key.value_type) for key in self._join_keys]
+        rows, inverse, columns = _distinct(columns, rows)
+        if not self._template:
+            return self._pack_text(columns, rows, inverse)
+        length = len(self._template)
+        commands = np.empty((rows, length), np.uint8)
+        commands[:] = np.frombuffer(self._template, np.uint8)
+        for column, place in zip(columns, self._places, strict=True):
+            width = column.itemsize
+            commands[:, place : place + width] = column.view(np.uint8).reshape(rows, width)
+        step = max(MAX_PART_BYTES // length, 1)
+        parts = [commands[first : first + step] for first in range(0, rows, step)]
+        return PackedCommands(rows, inverse, parts, commands.size)
+
+    def _pack_text(
+        self, columns: list[NDArray[Any]], rows: int, inverse: NDArray[np.intp] | None
+    ) -> PackedCommands:
+        group = self._group
+        pieces: list[list[bytes]] = []
+        for key, column in zip(self._join_keys, columns, strict=True):
+            if key.value_type in _KEY_DTYPES:
+                head, raw, width = value_head(key.value_type, column.itemsize), column.tobytes(), 0
+                width = column.itemsize
+                values = [head + raw[i : i + width] for i in range(0, len(raw), width)]
+            else:
+                values = [value_head(key.value_type, len(text)) + text for text in column.tolist()]
+            pieces.append(values)
+        commands = []
+        for values in zip(*pieces, strict=True):
+            key = b"".join((group.key_prefix, *values, group.key_suffix))
+            commands.append(
+                b"%b$%d\r\n%b%b" % (group.command_head, len(key), key, group.command_tail)
+            )
+        whole = b"".join(commands)
+        step = max(MAX_PART_BYTES * rows // len(whole), 1)
+        parts: list[Any] = [whole]
+        if step < rows:
+            parts = [b"".join(commands[first : first + step]) for first in range(0, rows, step)]
+        return PackedCommands(rows, inverse, parts, len(whole))
+
+    def _make_template(self) -> None:
+        group = self._group
+        key = bytearray(group.key_prefix)
+        places = []
+        for join_key in self._join_keys:
+            width = _KEY_DTYPES[join_key.value_type].itemsize
+            key += value_head(join_key.value_type, width)
+            places.append(len(key))
+            key += bytes(width)
+        key += group.key_suffix
+        head = group.command_head + b"$%d\r\n" % len(key)
+        self._template = head + bytes(key) + group.command_tail
+        self._places = [len(head) + place for place in places]
+
+
+def _column(values: NDArray[Any], value_type: ValueType) -> NDArray[Any]:
+    dtype = _KEY_DTYPES.get(value_type)
+    if dtype is None:
+        return values
+    return np.ascontiguousarray(values.astype(dtype, casting="safe", copy=False))
+
+
+def _distinct(
+    columns: list[NDArray[Any]], rows: int
+) -> tuple[int, NDArray[np.intp] | None, list[NDArray[Any]]]:
+    """Keep each entity once. Counting them costs less than reading a few of them twice."""
+    if not columns:
+        return 1, np.zeros(rows, np.intp) if rows > 1 else None, columns
+    if rows == 1:
+        return 1, None, columns
+    lists = [column.tolist() for column in columns]
+    keys = lists[0] if len(lists) == 1 else list(zip(*lists, strict=True))
+    if len(set(keys)) == rows:
+        return rows, None, columns
+    places: dict[Any, int] = {}
+    inverse = np.array([places.setdefault(key, len(places)) for key in keys], np.intp)
+    first = np.unique(inverse, return_index=True)[1]
+    return len(first), inverse, [column[first] for column in columns]

@@ -1,0 +1,213 @@
+"""Online features from Redis, written by Feast: one pipeline and one decode per batch.
+
+For each key group of the plan one HMGET per entity is packed (`redis_commands`), all are sent and
+answered in one exchange (`redis_connection`), and each group's replies become columns (`cells`).
+"""
+
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from headrace.errors import FeatureStoreUnavailable
+from headrace.features.cells import GroupDecoder, UnexpectedReplyError
+from headrace.features.plan import FeaturePlan, FeatureStatus, KeyGroup, PlannedFeature
+from headrace.features.redis_commands import MAX_PART_BYTES, CommandPacker, PackedCommands
+from headrace.features.redis_connection import RedisConnection, RedisOptions
+from headrace.features.store import FeatureRows, RowBlocks, row_count
+
+MAX_IDLE_CONNECTIONS = 8
+CHECK_TIMEOUT_S = 1.0
+_UNAVAILABLE = "the online feature store does not answer"
+_log = structlog.get_logger(__name__)
+
+_Exchange = Sequence[tuple[int, Any]]  # (place of the key group, commands) each
+
+
+class RedisStore:
+    """
+    An `OnlineStore` over a standalone Redis or Valkey in Feast's layout.
+
+    A connection serves one thread at a time and is closed at the first irregularity. One that turns
+    out to have died while idle is replaced, and the read tried once more. The user that logs in
+    must be allowed HMGET and ECHO.
+
+    Args:
+        options: Where the server is.
+        connect_timeout_s: The longest that connecting may take, within a read's own time.
+    """
+
+    def __init__(self, options: RedisOptions, *, connect_timeout_s: float = 1.0) -> None:
+        self.mismatches = 0
+        """Values met that were damaged or not of their feature's type."""
+        self._options = options
+        self._connect_timeout_s = connect_timeout_s
+        self._idle: deque[RedisConnection] = deque()
+        self._readers: weakref.WeakKeyDictionary[FeaturePlan, list[_GroupReader]] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._lock = threading.Lock()
+        self._reported: set[tuple[str, str]] = set()
+        self._is_up = True
+        self._is_closed = False
+
+    def read(
+        self,
+        plan: FeaturePlan,
+        entities: Mapping[str, NDArray[Any]],
+        *,
+        now_s: float,
+        timeout_s: float,
+        max_age_s: float | None = None,
+    ) -> FeatureRows:
+        deadline_s = time.monotonic() + timeout_s
+        readers = self._readers.get(plan) or self._prepare(plan)
+        rows = row_count(plan, entities)
+        packed = [reader.packer.pack(entities, rows) for reader in readers]
+        replies = self._converse(_exchanges(packed), deadline_s)
+        blocks = RowBlocks(plan, rows)
+        try:
+            for reader, commands, data in zip(readers, packed, replies, strict=True):
+                reader.place(blocks, commands, data)
+        except UnexpectedReplyError as error:
+            raise self._down(str(error)) from None
+        return blocks.finish(now_s, max_age_s)
+
+    def check(self) -> None:
+        self._converse([[(0, b"")]], time.monotonic() + CHECK_TIMEOUT_S)
+
+    def close(self) -> None:
+        self._is_closed = True
+        self._drop_idle()
+
+    def _prepare(self, plan: FeaturePlan) -> list["_GroupReader"]:
+        readers = [_GroupReader(plan, group, self._note_mismatch) for group in plan.groups]
+        with self._lock:
+            return self._readers.setdefault(plan, readers)
+
+    def _converse(self, exchanges: Sequence[_Exchange], deadline_s: float) -> list[bytes]:
+        """Return each key group's replies."""
+        try:
+            idle = self._idle.pop()
+        except IndexError:
+            idle = None
+        try:
+            try:
+                replies = self._converse_on(idle, exchanges, deadline_s)
+            except OSError as error:
+                if idle is None or isinstance(error, TimeoutError):
+                    raise
+                # It died while idle, and the others with it. Reading twice is harmless.
+                self._drop_idle()
+                replies = self._converse_on(None, exchanges, deadline_s)
+        except OSError as error:
+            raise self._down(str(error)) from None
+        self._is_up = True
+        return replies
+
+    def _converse_on(
+        self, connection: RedisConnection | None, exchanges: Sequence[_Exchange], deadline_s: float
+    ) -> list[bytes]:
+        if connection is None:
+            remaining_s = max(deadline_s - time.monotonic(), 0.001)
+            connection = RedisConnection(self._options, min(remaining_s, self._connect_timeout_s))
+        replies: dict[int, list[bytes]] = {}
+        try:
+            for exchange in exchanges:
+                pieces = connection.exchange([commands for _, commands in exchange], deadline_s)
+                for (group, _), piece in zip(exchange, pieces, strict=True):
+                    replies.setdefault(group, []).append(piece)
+        except BaseException:
+            # What is still on its way would be taken for the answer to something else.
+            connection.close()
+            raise
+        if self._is_closed or len(self._idle) >= MAX_IDLE_CONNECTIONS:
+            connection.close()
+        else:
+            self._idle.append(connection)
+        return [b"".join(pieces) for pieces in replies.values()]
+
+    def _drop_idle(self) -> None:
+        while True:
+            try:
+                self._idle.pop().close()
+            except IndexError:
+                return
+
+    def _down(self, reason: str) -> FeatureStoreUnavailable:
+        if self._is_up:
+            self._is_up = False
+            _log.error("online_store_down", reason=reason)
+        return FeatureStoreUnavailable(_UNAVAILABLE)
+
+    def _note_mismatch(self, feature: PlannedFeature, reason: str) -> None:
+        with self._lock:
+            self.mismatches += 1
+            is_new = (feature.view, feature.feature) not in self._reported
+            self._reported.add((feature.view, feature.feature))
+        if is_new:
+            _log.warning(
+                "stored_value_mismatch", view=feature.view, feature=feature.feature, reason=reason
+            )
+
+
+class _GroupReader:
+    """
+    One key group of a plan: its commands, its replies, and where their columns belong.
+
+    Args:
+        plan: The plan.
+        group: One of its groups.
+        on_mismatch: As `GroupDecoder` takes it.
+    """
+
+    def __init__(
+        self,
+        plan: FeaturePlan,
+        group: KeyGroup,
+        on_mismatch: Callable[[PlannedFeature, str], None],
+    ) -> None:
+        self.packer = CommandPacker(plan, group)
+        self._decoder = GroupDecoder(plan, group, on_mismatch)
+        self._features = _as_slice(group.features)
+        self._views = _as_slice(group.views)
+        self._dtypes = [plan.features[i].dtype for i in group.features]
+        columns = [plan.block_columns[i] for i in group.features]
+        self._columns = {at: _as_slice(columns[at]) for at in self._decoder.slices}
+
+    def place(self, blocks: RowBlocks, commands: PackedCommands, data: bytes) -> None:
+        """
+        Decode the replies to `commands` and put them into the rows that asked.
+
+        Raises:
+            UnexpectedReplyError: they are not one reply per command.
+        """
+        decoded = self._decoder.decode(data, commands.rows)
+        rows = slice(None) if commands.inverse is None else commands.inverse
+        for at, values in decoded.columns:
+            blocks.blocks[self._dtypes[at.start]][:, self._columns[at]] = values[rows]
+        if decoded.statuses is None:
+            blocks.statuses[self._features] = FeatureStatus.PRESENT
+        else:
+            blocks.statuses[self._features] = decoded.statuses[rows].T
+        blocks.event_times_s[self._views] = decoded.event_times_s[rows].T
+
+
+def _exchanges(packed: Sequence[PackedCommands]) -> list[_Exchange]:
+    """All at once when that is little enough, else part by part."""
+    if sum(commands.byte_count for commands in packed) <= MAX_PART_BYTES:
+        return [[(group, commands.parts[0]) for group, commands in enumerate(packed)]]
+    return [[(group, part)] for group, commands in enumerate(packed) for part in commands.parts]
+
+
+def _as_slice(indices: Sequence[int]) -> slice | NDArray[np.intp]:
+    """Neighbours as a slice: assigning to one costs numpy far less."""
+    if list(indices) == list(range(indices[0], indices[0] + len(indices))):
+        return slice(indices[0], indices[0] + len(indices))
+    return np.array(indices, np.intp)

@@ -1,0 +1,165 @@
+"""What every online store promises, and the rows that it returns."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.features.plan import FeaturePlan, FeatureStatus
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureRows:
+    """
+    The features of a batch of rows, one column per feature.
+
+    Args:
+        values: One per `plan.features`, shape (n,), of the feature's own dtype. A value is given
+            where its status is PRESENT or OUTSIDE_MAX_AGE; elsewhere it is NaN, 0, False or None.
+        statuses: `FeatureStatus`, shape (features, n).
+        event_times_s: Unix seconds, shape (views, n); NaN where unknown.
+        matrix: When every feature is float32: shape (n, features), C order, and `values` are its
+            columns. Otherwise None.
+    """
+
+    values: tuple[NDArray[Any], ...]
+    statuses: NDArray[np.uint8]
+    event_times_s: NDArray[np.float64]
+    matrix: NDArray[np.float32] | None
+
+
+class OnlineStore(Protocol):
+    """
+    Where the latest feature values are. Safe for several threads at once.
+
+    A value that is damaged or of another type than the registry declares is NULL_VALUE, counted and
+    logged: one bad writer must not stop the service of every other feature.
+    """
+
+    def read(
+        self,
+        plan: FeaturePlan,
+        entities: Mapping[str, NDArray[Any]],
+        *,
+        now_s: float,
+        timeout_s: float,
+        max_age_s: float | None = None,
+    ) -> FeatureRows:
+        """
+        Read one row of features per entity.
+
+        An entity that occurs several times may be read once. A BYTES key of a text join key that is
+        not UTF-8 names no entity.
+
+        Args:
+            plan: What to read.
+            entities: By `plan.join_keys[*].name`, each of shape (n,): int64, int32 or, for BYTES
+                keys, an object array of `bytes`. n is at least 1.
+            now_s: Unix seconds, for the ages.
+            timeout_s: The longest this may take.
+            max_age_s: Older values are OUTSIDE_MAX_AGE, besides each view's own TTL.
+
+        Raises:
+            FeatureStoreUnavailable: no answer, not in time, or not one of this store's.
+        """
+        ...
+
+    def check(self) -> None:
+        """
+        Ask the store for a sign of life.
+
+        Raises:
+            FeatureStoreUnavailable: there is none.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of every connection. A read that is under way may fail."""
+        ...
+
+
+class RowBlocks:
+    """
+    Rows being put together: one 2-D block per dtype, NOT_FOUND until something is found.
+
+    Args:
+        plan: Which features and views.
+        rows: How many rows.
+    """
+
+    def __init__(self, plan: FeaturePlan, rows: int) -> None:
+        self.plan = plan
+        self.blocks: dict[np.dtype[Any], NDArray[Any]] = {
+            dtype: np.full((rows, width), _FILLERS[dtype.kind], dtype)
+            for dtype, width in plan.block_widths.items()
+        }
+        self.statuses = np.full((len(plan.features), rows), FeatureStatus.NOT_FOUND, np.uint8)
+        self.event_times_s = np.full((len(plan.views), rows), np.nan)
+
+    def put(self, feature: int, row: int, value: Any) -> None:
+        """Set one value, found to be PRESENT, or NULL_VALUE when it is None."""
+        status = FeatureStatus.NULL_VALUE if value is None else FeatureStatus.PRESENT
+        self.statuses[feature, row] = status
+        if value is not None:
+            dtype = self.plan.features[feature].dtype
+            # A list is one element of an object block, so it must not be broadcast: index fully.
+            self.blocks[dtype][row, self.plan.block_columns[feature]] = value
+
+    def finish(self, now_s: float, max_age_s: float | None) -> FeatureRows:
+        """Judge the ages and hand over the rows."""
+        plan = self.plan
+        mark_outside_max_age(plan, self.statuses, self.event_times_s, now_s, max_age_s)
+        return FeatureRows(
+            values=tuple(
+                self.blocks[feature.dtype][:, column]
+                for feature, column in zip(plan.features, plan.block_columns, strict=True)
+            ),
+            statuses=self.statuses,
+            event_times_s=self.event_times_s,
+            matrix=next(iter(self.blocks.values())) if plan.is_float32 else None,
+        )
+
+
+def mark_outside_max_age(
+    plan: FeaturePlan,
+    statuses: NDArray[np.uint8],
+    event_times_s: NDArray[np.float64],
+    now_s: float,
+    max_age_s: float | None,
+) -> None:
+    """
+    Turn PRESENT into OUTSIDE_MAX_AGE, in place, where a value is too old.
+
+    The limit is the view's TTL or `max_age_s`, whichever is smaller. A value exactly that old is
+    not too old; one whose event time is unknown is, where there is a limit.
+    """
+    limits_s = plan.ttls_s if max_age_s is None else np.minimum(plan.ttls_s, max_age_s)
+    limited = limits_s < np.inf
+    if not limited.any():
+        return
+    oldest_s = (now_s - limits_s)[:, None]
+    outside = ~(event_times_s >= oldest_s) & limited[:, None]
+    if outside.any():
+        outside = outside[plan.view_of_feature] & (statuses == FeatureStatus.PRESENT)
+        statuses[outside] = FeatureStatus.OUTSIDE_MAX_AGE
+
+
+def row_count(plan: FeaturePlan, entities: Mapping[str, NDArray[Any]]) -> int:
+    """
+    Return n.
+
+    Raises:
+        ValueError: the service has no join keys at all and no array says how many rows there are,
+            or the arrays differ in length. A caller's check has gone wrong.
+    """
+    counts = {len(entities[key.name]) for key in plan.join_keys}
+    if not counts:
+        counts = {len(array) for array in entities.values()} or {1}
+    if len(counts) != 1:
+        raise ValueError(f"entity columns of different lengths: {sorted(counts)}")
+    return counts.pop()
+
+
+_FILLERS: dict[str, Any] = {"f": np.nan, "i": 0, "b": False, "O": None}

@@ -1,0 +1,256 @@
+"""`headrace.v1.PredictionService/Predict` as a hot method: columns in, requests out, and back."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from google.protobuf import duration_pb2
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+
+from headrace.catalog import Catalog
+from headrace.errors import InvalidRequest, InvalidTensor, ServingError
+from headrace.features.plan import FeatureStatus
+from headrace.predict import AnsweredBatch, OutputBlock, Request, ServedModel
+from headrace.rpc.ingress import HotCall
+from headrace.rpc.status import status_of
+from headrace.rpc.wire import delimited, tag
+from headrace.telemetry.metrics import Metrics
+from headrace.tensors import CheckedInputs, GivenTensor, TensorSpec, encode
+from headrace.v1 import prediction_service_pb2 as pb
+
+PATH = "/headrace.v1.PredictionService/Predict"
+
+_COLUMN_KINDS: dict[str, tuple[str, ...]] = {
+    "INT64": ("int64s",),
+    "INT32": ("int32s",),
+    "INT16": ("int32s",),
+    "INT8": ("int32s",),
+    "UINT64": ("int64s",),
+    "UINT32": ("int64s",),
+    "UINT16": ("int32s",),
+    "UINT8": ("int32s",),
+    "FP16": ("floats",),
+    "FP32": ("floats",),
+    "FP64": ("doubles", "floats"),
+    "BOOL": ("bools",),
+    "BYTES": ("strings", "bytes_values"),
+}
+"""The column kinds that fit each datatype without loss; the first is what messages ask for."""
+
+
+class Predict:
+    """
+    The hot method.
+
+    Args:
+        catalog: Returns the models as they are now.
+        metrics: Counts what is refused.
+    """
+
+    path = PATH
+
+    def __init__(self, catalog: Callable[[], Catalog], metrics: Metrics) -> None:
+        self._catalog = catalog
+        self._metrics = metrics
+
+    def accept(self, call: HotCall, message: bytes) -> None:
+        """Parse, check and queue one request; refuse it when it cannot be served."""
+        try:
+            request = pb.PredictRequest.FromString(message)
+            version = str(request.model_version) if request.HasField("model_version") else ""
+            model = self._catalog().find(request.model_name, version)
+            specs = {spec.name: spec for spec in model.signature.inputs}
+            given = [_given(column, specs, model) for column in request.columns]
+            checked = model.signature.check(given)
+            selection = model.signature.check_outputs(request.output_names)
+            model.submit(
+                _PredictRequest(call, self._metrics, checked, selection, request.include_features)
+            )
+        except DecodeError:
+            self._refuse(call, InvalidRequest("the message is not a PredictRequest"))
+        except Exception as error:
+            self._refuse(call, error)
+
+    def _refuse(self, call: HotCall, error: Exception) -> None:
+        status = status_of(error)
+        self._metrics.rpc_error("Predict", status.code.name)
+        call.refuse(status)
+
+
+class _PredictRequest(Request):
+    """A `Predict` call in the queue."""
+
+    __slots__ = ("_call", "_include_features", "_metrics", "_selection")
+
+    def __init__(
+        self,
+        call: HotCall,
+        metrics: Metrics,
+        inputs: CheckedInputs,
+        selection: tuple[int, ...],
+        include_features: bool,  # noqa: FBT001 a request field
+    ) -> None:
+        super().__init__(inputs, call.deadline_s)
+        self._call = call
+        self._metrics = metrics
+        self._selection = selection
+        self._include_features = include_features
+
+    def expired(self, now_s: float) -> bool:
+        return self._call.gone or self.deadline_s <= now_s
+
+    def answer(self, batch: AnsweredBatch, start: int, prediction_id: str) -> None:
+        stop = start + self.rows
+        reply = pb.PredictResponse(
+            prediction_id=prediction_id,
+            model_name=batch.model.name,
+            model_version=int(batch.model.version),
+            timings=self._timings(batch),
+        )
+        if batch.missing_per_row is not None and batch.stale_per_row is not None:
+            reply.missing_feature_count = sum(batch.missing_per_row[start:stop])
+            reply.stale_feature_count = sum(batch.stale_per_row[start:stop])
+        parts = [reply.SerializeToString()]
+        batched = bool(batch.model.signature.max_batch_size)
+        for i in self._selection:
+            parts.append(_output(batch.outputs[i], start, stop, batched=batched))
+        if self._include_features and batch.features is not None:
+            parts.extend(_features(batch, start, stop))
+        self._call.reply(b"".join(parts))
+
+    def fail(self, error: ServingError) -> None:
+        status = status_of(error)
+        self._metrics.rpc_error("Predict", status.code.name)
+        self._call.refuse(status)
+
+    def _timings(self, batch: AnsweredBatch) -> pb.Timings:
+        return pb.Timings(
+            queue=_duration(batch.started_s - self.arrival_s),
+            features=_duration(batch.features_s),
+            infer=_duration(batch.infer_s),
+            total=_duration(batch.inferred_s - self.arrival_s),
+        )
+
+
+def _given(column: Any, specs: dict[str, TensorSpec], model: ServedModel) -> GivenTensor:
+    name = column.name
+    kind = column.values.WhichOneof("kind")
+    values = getattr(column.values, kind).values if kind else ()
+    spec = specs.get(name)
+    if spec is None:  # `check` says so, in the same words as for a tensor
+        return GivenTensor(name, "", (len(values),), b"")
+    if len(spec.shape) > 2 or (len(spec.shape) == 2 and spec.shape[1] not in (1, -1)):
+        raise InvalidTensor(
+            f"input '{name}' of model '{model.name}' has more than one value per row; "
+            "use inference.GRPCInferenceService/ModelInfer"
+        )
+    model.check_rows(len(values))
+    accepted = _COLUMN_KINDS[spec.datatype]
+    if spec.widens_int32:
+        accepted = (*accepted, "int32s")
+    if kind not in accepted:
+        raise InvalidTensor(
+            f"column '{name}' has {kind or 'no values'}, but model '{model.name}' expects "
+            f"'{accepted[0]}' for {spec.datatype}"
+        )
+    shape = (len(values), 1) if len(spec.shape) == 2 else (len(values),)
+    return GivenTensor(name, spec.datatype, shape, _raw(name, spec, values))
+
+
+def _raw(name: str, spec: TensorSpec, values: Any) -> bytes:
+    if spec.datatype == "BYTES":
+        array = np.empty(len(values), np.object_)
+        array[:] = list(values)
+        return encode(array)
+    try:
+        return np.fromiter(values, spec.dtype, len(values)).tobytes()
+    except OverflowError:
+        raise InvalidTensor(
+            f"column '{name}' has a value out of range for {spec.datatype}"
+        ) from None
+
+
+def _output(block: OutputBlock, start: int, stop: int, *, batched: bool) -> bytes:
+    shape = (stop - start, *block.trailing) if batched else block.trailing
+    head = pb.OutputColumn(name=block.spec.name, shape=shape).SerializeToString()
+    return delimited(
+        _OUTPUTS, head + delimited(_VALUES_OF_OUTPUT, _column(block.rows(start, stop)))
+    )
+
+
+def _features(batch: AnsweredBatch, start: int, stop: int) -> list[bytes]:
+    assert batch.join is not None
+    assert batch.features is not None
+    plan, rows = batch.join.plan, batch.features
+    ages_s = (batch.now_s - rows.event_times_s[:, start:stop]).astype("<f8")
+    parts = []
+    for i, feature in enumerate(plan.features):
+        parts.append(
+            delimited(
+                _FEATURES,
+                pb.FeatureColumn(name=feature.name).SerializeToString()
+                + delimited(_VALUES_OF_FEATURE, _column(rows.values[i][start:stop]))
+                # A status is one byte, and so is its varint.
+                + delimited(_STATUSES, rows.statuses[i, start:stop].tobytes())
+                + delimited(_AGES, ages_s[feature.view_index].tobytes()),
+            )
+        )
+    return parts
+
+
+def _column(array: NDArray[Any]) -> bytes:
+    """Serialize a `Column` of all elements, row-major."""
+    dtype = array.dtype
+    if dtype == np.float32 or dtype == np.float16:
+        return delimited(_FLOATS, delimited(_VALUES, array.astype("<f4").tobytes()))
+    if dtype == np.float64:
+        return delimited(_DOUBLES, delimited(_VALUES, array.astype("<f8").tobytes()))
+    if dtype == np.bool_:  # one byte each, 0 or 1: its own varint
+        return delimited(_BOOLS, delimited(_VALUES, array.tobytes()))
+    flat = array.ravel().tolist()
+    column = pb.Column()
+    if dtype == np.object_ or dtype.kind in "SU":
+        if any(isinstance(value, bytes) for value in flat):
+            column.bytes_values.values.extend(_as_bytes(value) for value in flat)
+        elif all(value is None or isinstance(value, str) for value in flat):
+            column.strings.values.extend(value or "" for value in flat)
+        # Lists have no column kind: their statuses and ages are still told.
+    elif dtype.itemsize <= 4 and dtype != np.uint32:
+        column.int32s.values.extend(flat)
+    else:
+        column.int64s.values.extend(_signed(value) for value in flat)
+    return bytes(column.SerializeToString())
+
+
+def _as_bytes(value: Any) -> bytes:
+    return value.encode() if isinstance(value, str) else value or b""
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _duration(seconds: float) -> duration_pb2.Duration:
+    whole = int(seconds)
+    return duration_pb2.Duration(seconds=whole, nanos=int((seconds - whole) * 1e9))
+
+
+def _tag_of(message: Any, field: str) -> bytes:
+    return tag(message.DESCRIPTOR.fields_by_name[field].number)
+
+
+_OUTPUTS = _tag_of(pb.PredictResponse, "outputs")
+_FEATURES = _tag_of(pb.PredictResponse, "features")
+_VALUES_OF_OUTPUT = _tag_of(pb.OutputColumn, "values")
+_VALUES_OF_FEATURE = _tag_of(pb.FeatureColumn, "values")
+_STATUSES = _tag_of(pb.FeatureColumn, "statuses")
+_AGES = _tag_of(pb.FeatureColumn, "ages_s")
+_FLOATS = _tag_of(pb.Column, "floats")
+_DOUBLES = _tag_of(pb.Column, "doubles")
+_BOOLS = _tag_of(pb.Column, "bools")
+_VALUES = _tag_of(pb.FloatColumn, "values")
+assert {FeatureStatus(number).name for number in range(1, 5)} == {
+    name.removeprefix("FEATURE_STATUS_")
+    for name in pb.FeatureStatus.keys()[1:]
+}

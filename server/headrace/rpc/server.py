@@ -1,0 +1,169 @@
+"""The gRPC port: hot methods on the chosen ingress, everything else on an ordinary server."""
+
+import errno
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent import futures
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from headrace.catalog import Catalog
+from headrace.errors import Draining, StartupError
+from headrace.rpc import completion_queue, infer, oip, prediction
+from headrace.rpc.ingress import HotMethod, Ingress
+from headrace.rpc.status import status_of
+from headrace.rpc.threads import ThreadIngress
+from headrace.telemetry.metrics import Metrics
+
+_LOG = structlog.get_logger(__name__)
+
+CONTROL_THREADS = 8
+"""For the ordinary methods: health, metadata, reflection."""
+
+STREAMS_PER_CONNECTION_MAX = 1_024
+"""grpcio's own default is unlimited."""
+
+STOP_GRACE_S = 0.2
+"""Hot calls have ended by then; an open health Watch would make any grace last to its end."""
+
+SERVICES = (oip.SERVICE, "headrace.v1.PredictionService", health.SERVICE_NAME)
+
+
+class GrpcServer:
+    """
+    The port and everything on it.
+
+    `start`, then `leave` (health says NOT_SERVING, calls are still served), then `refuse_new`, then
+    `stop`.
+
+    Args:
+        host: To listen on.
+        port: 0 takes a free one.
+        ingress: `completion-queue` or `threads`.
+        catalog: Returns the models as they are now.
+        is_ready: Whether the server as a whole is ready.
+        metrics: Counts.
+        max_message_bytes: In and out.
+        with_reflection: Whether to serve reflection.
+
+    Raises:
+        StartupError: the address cannot be listened on.
+    """
+
+    def __init__(
+        self,
+        *,
+        host: str,
+        port: int,
+        ingress: str,
+        catalog: Callable[[], Catalog],
+        is_ready: Callable[[], bool],
+        metrics: Metrics,
+        max_message_bytes: int,
+        with_reflection: bool,
+    ) -> None:
+        _refuse_taken_port(host, port)
+        self._catalog = catalog
+        self._is_ready = is_ready
+        self._server = grpc.server(
+            futures.ThreadPoolExecutor(CONTROL_THREADS, thread_name_prefix="control"),
+            options=[
+                # grpcio would otherwise share a taken port silently.
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION_MAX),
+                ("grpc.max_receive_message_length", max_message_bytes),
+                ("grpc.max_send_message_length", max_message_bytes),
+            ],
+        )
+        hot = [
+            HotMethod(method.path, method.accept)
+            for method in (infer.ModelInfer(catalog, metrics), prediction.Predict(catalog, metrics))
+        ]
+        self.ingress = _make_ingress(ingress, self._server, hot)
+        metrics.open_calls = lambda: self.ingress.open_calls
+        self._health = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._server.add_generic_rpc_handlers((oip.OipServicer(catalog, is_ready).handler(),))
+        if with_reflection:
+            names = (*SERVICES, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._server)
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            self.port = self._server.add_insecure_port(address)
+        except RuntimeError:
+            raise StartupError(f"--grpc-address {address}: cannot be listened on") from None
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self.update_health()
+        self._server.start()
+        self.ingress.begin()
+
+    def update_health(self) -> None:
+        """Say how the server, its services and its models are."""
+        catalog = self._catalog()
+        self._say(["", *SERVICES], serving=self._is_ready())
+        for name in catalog.entries:
+            self._say([name], serving=catalog.is_ready(name))
+
+    def leave(self) -> None:
+        """Say NOT_SERVING to whoever asks or watches, and go on serving."""
+        self._health.enter_graceful_shutdown()
+
+    def refuse_new(self) -> None:
+        """Answer hot calls from now on with UNAVAILABLE."""
+        self.ingress.refuse_new(status_of(Draining("this server is stopping")))
+
+    def stop(self, timeout_s: float) -> int:
+        """
+        Wait until the hot calls have ended, then close the port.
+
+        Returns:
+            Hot calls that had not ended in time.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        while self.ingress.open_calls and time.monotonic() < deadline_s:
+            time.sleep(0.005)
+        unfinished = self.ingress.open_calls
+        stopped = self._server.stop(STOP_GRACE_S)
+        if not stopped.wait(STOP_GRACE_S + 5):
+            _LOG.warning("grpc_stop_timed_out")
+        return unfinished
+
+    def _say(self, names: Iterable[str], *, serving: bool) -> None:
+        statuses = health_pb2.HealthCheckResponse
+        for name in names:
+            self._health.set(name, statuses.SERVING if serving else statuses.NOT_SERVING)
+
+
+def _make_ingress(name: str, server: grpc.Server, hot: Sequence[HotMethod]) -> Ingress:
+    if name == "threads":
+        return ThreadIngress(server, hot)
+    reason = completion_queue.unusable_because()
+    if reason is not None:
+        _LOG.warning("ingress_fell_back", ingress="threads", reason=reason, grpcio=grpc.__version__)
+        return ThreadIngress(server, hot)
+    return completion_queue.CompletionQueueIngress(server, hot)
+
+
+def _refuse_taken_port(host: str, port: int) -> None:
+    """Bind plainly first: grpcio's own message does not say why it failed."""
+    if not port:
+        return
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno in errno.errorcode else str(error)
+        raise StartupError(
+            f"--grpc-address {host}:{port}: {reason}; choose another or stop what uses it"
+        ) from None

@@ -1,0 +1,154 @@
+"""Every setting of `headrace serve`: the one source of its flags, environment and documentation.
+
+A setting comes from the flag, else the environment (`HEADRACE_GRPC_ADDRESS`), else the file named
+by `--config` (key `grpc_address`), else the default. Nothing else reads the environment.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from headrace.errors import StartupError
+
+
+class ServeSettings(BaseSettings):
+    """Settings of one gateway process; fixed for its life."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="HEADRACE_", frozen=True, extra="forbid", protected_namespaces=()
+    )
+
+    model_repository: Path = Field(
+        description="Folder of models, in Triton's layout: <model>/config.pbtxt, "
+        "<model>/<version>/model.onnx."
+    )
+    feature_repo: Path | None = Field(
+        None,
+        description="Feast feature repository, applied already: a folder with a "
+        "feature_store.yaml. Without it only models that need no features are ready.",
+    )
+    grpc_address: str = Field(
+        "127.0.0.1:8500",
+        description="host:port of the gRPC server. Port 0 takes a free one; a host other than "
+        "loopback opens the server to the network.",
+    )
+    http_address: str = Field(
+        "127.0.0.1:8501",
+        description="host:port for /healthz, /readyz and /metrics, which change nothing.",
+    )
+    ingress: Literal["completion-queue", "threads"] = Field(
+        "completion-queue",
+        description="How hot calls are taken: straight from grpcio's completion queue, or through "
+        "its public API, slower.",
+    )
+    reflection: bool = Field(
+        default=False, description="Whether to serve gRPC reflection, for grpcurl and the like."
+    )
+    max_message_bytes: int = Field(
+        64 * 2**20, ge=1024, le=2**31 - 1, description="Largest gRPC message, in and out, in bytes."
+    )
+    max_queue_size: int = Field(
+        4_096,
+        ge=1,
+        le=1_000_000,
+        description="Requests that may wait per model version; one more is refused with "
+        "RESOURCE_EXHAUSTED. A model's dynamic_batching.default_queue_policy overrides it.",
+    )
+    max_entities: int = Field(
+        10_000, ge=1, le=1_000_000, description="Rows in one request to a model with features."
+    )
+    feature_timeout_s: float = Field(
+        1.0,
+        gt=0,
+        le=60,
+        description="Longest that one batch waits for its features, in seconds; its requests then "
+        "fail with UNAVAILABLE.",
+    )
+    drain_delay_s: float = Field(
+        5.0,
+        ge=0,
+        le=600,
+        description="How long to keep serving after SIGTERM with health NOT_SERVING, in seconds, "
+        "so that load balancers notice first.",
+    )
+    drain_timeout_s: float = Field(
+        30.0,
+        gt=0,
+        le=600,
+        description="How long requests that were accepted may take to finish when stopping, "
+        "in seconds.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe log line to write."
+    )
+
+    toml_file: ClassVar[Path | None] = None
+
+    @field_validator("grpc_address", "http_address")
+    @classmethod
+    def _is_host_and_port(cls, value: str) -> str:
+        split_address(value)
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        **_: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        if cls.toml_file is None:
+            return init_settings, env_settings
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, cls.toml_file)
+
+
+def load_settings(flags: Mapping[str, Any], config: Path | None = None) -> ServeSettings:
+    """
+    Put the settings together.
+
+    Args:
+        flags: Those given on the command line, by field name.
+        config: A TOML file.
+
+    Raises:
+        StartupError: what is missing or wrong, all of it, in one line.
+    """
+    if config is not None and not config.is_file():
+        raise StartupError(f"--config {config}: no such file")
+    source = type("ServeSettings", (ServeSettings,), {"toml_file": config, "__module__": __name__})
+    try:
+        settings = source(**flags)
+    except ValidationError as error:
+        faults = []
+        for fault in error.errors():
+            name = ".".join(map(str, fault["loc"]))
+            variable = f"HEADRACE_{name.upper()}"
+            faults.append(f"--{name.replace('_', '-')} (or {variable}): {fault['msg']}")
+        raise StartupError("; ".join(faults)) from None
+    except (SettingsError, ValueError) as error:
+        raise StartupError(f"settings: {error}") from None
+    assert isinstance(settings, ServeSettings)
+    return settings
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """
+    Split `host:port`; an IPv6 host is in brackets.
+
+    Raises:
+        ValueError: it is not of that form.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdecimal() or int(port) > 65_535:
+        raise ValueError(f"expected host:port, got '{address}'")
+    return host.strip("[]"), int(port)

@@ -1,0 +1,103 @@
+"""The HTTP port: /healthz, /readyz and /metrics. Nothing here changes state."""
+
+import threading
+from collections.abc import Callable
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
+
+from headrace.errors import StartupError
+
+REQUEST_TIMEOUT_S = 10.0
+"""A client that does not finish its request line by then is cut off."""
+
+
+class HttpEndpoint:
+    """
+    A small server on a thread of its own.
+
+    Args:
+        host: To listen on.
+        port: 0 takes a free one.
+        is_ready: Answers /readyz.
+        collector: Answers /metrics.
+
+    Raises:
+        StartupError: the address cannot be listened on.
+    """
+
+    def __init__(
+        self, host: str, port: int, is_ready: Callable[[], bool], collector: Collector
+    ) -> None:
+        registry = CollectorRegistry()
+        registry.register(collector)
+
+        class Handler(_Handler):
+            pages = {  # noqa: RUF012 set once
+                "/healthz": lambda: (HTTPStatus.OK, "text/plain", b"ok\n"),
+                "/readyz": lambda: (
+                    (HTTPStatus.OK, "text/plain", b"ready\n")
+                    if is_ready()
+                    else (HTTPStatus.SERVICE_UNAVAILABLE, "text/plain", b"not ready\n")
+                ),
+                "/metrics": lambda: (
+                    HTTPStatus.OK,
+                    CONTENT_TYPE_LATEST,
+                    generate_latest(registry),
+                ),
+            }
+
+        try:
+            self._server = _Server((host, port), Handler)
+        except OSError as error:
+            raise StartupError(
+                f"--http-address {host}:{port}: {error.strerror}; choose another or stop what uses "
+                "it"
+            ) from None
+        self.port: int = self._server.server_address[1]
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.1,), name="http", daemon=True
+        )
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Close the port."""
+        if self._thread.ident is not None:
+            self._server.shutdown()
+            self._thread.join(5)
+        self._server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    allow_reuse_address = True
+    request_queue_size = 64
+
+
+class _Handler(BaseHTTPRequestHandler):
+    pages: dict[str, Callable[[], tuple[HTTPStatus, str, bytes]]]
+    timeout = REQUEST_TIMEOUT_S
+    server_version = "headrace"
+    sys_version = ""
+
+    def do_GET(self) -> None:
+        page = self.pages.get(self.path.partition("?")[0])
+        if page is None:
+            self.send_error(HTTPStatus.NOT_FOUND)
+            return
+        status, content_type, body = page()
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        """Probes are no news."""
