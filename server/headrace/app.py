@@ -174,11 +174,12 @@ class Gateway:
 
     def _load(self, folder: ModelFolder) -> ModelEntry:
         """Load the highest version of one model; report why when that fails."""
+        reason = folder.reason
+        if reason is None and not folder.versions:
+            reason = "no version: expected a folder named by a positive number"
+        if reason is not None:
+            return self._failed(folder.name, 0, ModelLoadError(reason), None)
         try:
-            if folder.reason is not None:
-                raise ModelLoadError(folder.reason)
-            if not folder.versions:
-                raise ModelLoadError("no version: expected a folder named by a positive number")
             text = (folder.path / "config.pbtxt").read_text("utf-8") if folder.has_config else ""
             config = parse_config(text, folder.name)
         except (ModelLoadError, OSError, UnicodeDecodeError) as error:

@@ -46,6 +46,7 @@ class Catalog:
         Find the version that a request names.
 
         Args:
+            name: The model's folder name.
             version: Decimal text; empty for the highest serving version.
 
         Raises:

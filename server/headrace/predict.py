@@ -145,8 +145,9 @@ class ServedModel:
     """
     One model version that serves: its queue, its executor threads, its way through a batch.
 
-    `start` begins the threads; `stop` lets what waits finish and ends them; `close` frees the model. A request that fails (bad rows for the model, missing features under
-    `reject`) fails alone: its batchmates are answered.
+    `start` begins the threads; `stop` lets what waits finish and ends them; `close` frees the
+    model. A request that fails (rows that the model cannot run, missing features under `reject`)
+    fails alone: its batchmates are answered.
 
     Args:
         name: The model's name.

@@ -228,7 +228,9 @@ class Signature:
                 f"unexpected shape for input '{spec.name}' for model '{self.model}'. "
                 f"Expected {_listed(expected)}, got {_listed(shape)}"
             )
-        if any(dim < 0 for dim in shape) or math.prod(shape) > MAX_ELEMENTS:
+        # A 0 does not excuse the other dimensions: numpy refuses [0, 2**62] too.
+        sizes = [dim or 1 for dim in shape] if 0 in shape else shape
+        if any(dim < 0 for dim in shape) or math.prod(sizes) > MAX_ELEMENTS:
             raise InvalidTensor(
                 f"shape {_listed(shape)} of input '{spec.name}' for model '{self.model}' "
                 "has a negative dimension or too many elements"
@@ -262,13 +264,16 @@ def join(spec: TensorSpec, raws: Iterable[bytes], shape: Sequence[int]) -> NDArr
     Args:
         spec: Gives the datatype.
         raws: Checked raw tensors, in row order.
-        shape: Of the whole array. BYTES become an object array of `bytes`.
+        shape: Of the whole array. BYTES become an object array of `bytes`, which is writable. Any
+            BOOL byte but 0 is true.
     """
     whole = b"".join(raws)
     if spec.datatype == "BYTES":
         array = np.empty(math.prod(shape), np.object_)
         array[:] = list(iterate_bytes(whole))
         return array.reshape(shape)
+    if spec.datatype == "BOOL":  # a model must not see a bool of 2
+        whole = (np.frombuffer(whole, np.uint8) != 0).tobytes()
     return np.frombuffer(whole, spec.dtype).reshape(shape)
 
 
@@ -281,7 +286,8 @@ def encode(array: NDArray[np.generic]) -> bytes:
     if array.dtype.kind in "OSU":
         parts = []
         for value in array.ravel().tolist():
-            element = value.encode() if isinstance(value, str) else bytes(value)
+            # Not `bytes(value)`, which makes n zeros of the number n.
+            element = value.encode() if isinstance(value, str) else b"" + value
             parts.append(_LENGTH.pack(len(element)))
             parts.append(element)
         return b"".join(parts)

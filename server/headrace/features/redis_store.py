@@ -179,7 +179,7 @@ class _GroupReader:
         self._views = _as_slice(group.views)
         self._dtypes = [plan.features[i].dtype for i in group.features]
         columns = [plan.block_columns[i] for i in group.features]
-        self._columns = {at: _as_slice(columns[at]) for at in self._decoder.slices}
+        self._columns = {at.start: _as_slice(columns[at]) for at in self._decoder.slices}
 
     def place(self, blocks: RowBlocks, commands: PackedCommands, data: bytes) -> None:
         """
@@ -191,7 +191,8 @@ class _GroupReader:
         decoded = self._decoder.decode(data, commands.rows)
         rows = slice(None) if commands.inverse is None else commands.inverse
         for at, values in decoded.columns:
-            blocks.blocks[self._dtypes[at.start]][:, self._columns[at]] = values[rows]
+            block = blocks.blocks[self._dtypes[at.start]]
+            block[:, self._columns[at.start]] = values[rows]
         if decoded.statuses is None:
             blocks.statuses[self._features] = FeatureStatus.PRESENT
         else:

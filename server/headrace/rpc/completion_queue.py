@@ -1,7 +1,7 @@
 """Hot calls straight from grpcio's completion queue: the one module that touches grpcio's privates.
 
-`grpc.server`'s own loop thread polls the completion queue and runs any tag that is not one of its
-own as `rpc_state, callbacks = tag(event)`. The tags here are bound methods of `_Taker` and `_Call`:
+`grpc.server`'s own loop thread polls the completion queue and runs any tag that is not one of
+its own as `rpc_state, callbacks = tag(event)`. The tags here are bound methods of `_Taker` and `_Call`:
 no pool thread, no task and no future per request. What is relied on, and was tried on grpcio 1.85.1:
 
 * a method registered with the core and not with the Python server is ours alone;

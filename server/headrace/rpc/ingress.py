@@ -72,4 +72,4 @@ class Ingress(Protocol):
 
     @property
     def is_alive(self) -> bool:
-        """Whether calls are still being taken. False means that the port is open and nobody hears."""
+        """Whether calls are being taken. False: the port is open and nobody listens."""

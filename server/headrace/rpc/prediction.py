@@ -184,25 +184,23 @@ def _features(batch: AnsweredBatch, start: int, stop: int) -> list[bytes]:
     assert batch.features is not None
     plan, rows = batch.join.plan, batch.features
     ages_s = (batch.now_s - rows.event_times_s[:, start:stop]).astype("<f8")
-    parts = []
-    for i, feature in enumerate(plan.features):
-        parts.append(
-            delimited(
-                _FEATURES,
-                pb.FeatureColumn(name=feature.name).SerializeToString()
-                + delimited(_VALUES_OF_FEATURE, _column(rows.values[i][start:stop]))
-                # A status is one byte, and so is its varint.
-                + delimited(_STATUSES, rows.statuses[i, start:stop].tobytes())
-                + delimited(_AGES, ages_s[feature.view_index].tobytes()),
-            )
+    return [
+        delimited(
+            _FEATURES,
+            pb.FeatureColumn(name=feature.name).SerializeToString()
+            + delimited(_VALUES_OF_FEATURE, _column(rows.values[i][start:stop]))
+            # A status is one byte, and so is its varint.
+            + delimited(_STATUSES, rows.statuses[i, start:stop].tobytes())
+            + delimited(_AGES, ages_s[feature.view_index].tobytes()),
         )
-    return parts
+        for i, feature in enumerate(plan.features)
+    ]
 
 
 def _column(array: NDArray[Any]) -> bytes:
     """Serialize a `Column` of all elements, row-major."""
     dtype = array.dtype
-    if dtype == np.float32 or dtype == np.float16:
+    if dtype in (np.float32, np.float16):
         return delimited(_FLOATS, delimited(_VALUES, array.astype("<f4").tobytes()))
     if dtype == np.float64:
         return delimited(_DOUBLES, delimited(_VALUES, array.astype("<f8").tobytes()))

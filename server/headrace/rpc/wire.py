@@ -4,8 +4,8 @@ A serialized message may be the concatenation of serialized parts of it, and a p
 fixed-width numbers is their little-endian bytes: so a reply is a constant part made once, plus a
 few length-delimited fields, and an output array goes out without a Python object per number.
 
-Source: Protocol Buffers documentation, "Encoding" (length-delimited records, packed repeated fields,
-last one wins).
+Source: Protocol Buffers documentation, "Encoding" (length-delimited records, packed repeated
+fields, last one wins).
 """
 
 LENGTH_DELIMITED = 2

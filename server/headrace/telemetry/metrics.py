@@ -1,7 +1,8 @@
 """Every metric of the server: name, unit, labels, help.
 
-The hot path folds its numbers in once per batch, into plain integers under one lock; Prometheus text
-is made only when somebody asks. Labels are of bounded size: model names and versions, gRPC codes.
+The hot path folds its numbers in once per batch, into plain integers under one lock; Prometheus
+text is made only when somebody asks. Labels are of bounded size: model names and versions, gRPC
+codes.
 """
 
 import threading
@@ -90,9 +91,12 @@ class ModelMetrics:
         Fold in one answered batch.
 
         Args:
-            arrivals_s: When each request arrived; with `started_s` and `finished_s` on one clock.
+            arrivals_s: When each request arrived, on `time.perf_counter`'s clock.
             rows: Rows of the batch.
-            features_s: None for a model without features.
+            started_s: When the batch was taken, on that clock.
+            features_s: How long its features took; None for a model without features.
+            infer_s: How long the model took.
+            finished_s: When the last reply was sent, on that clock.
             statuses: Feast's status numbers, of any shape.
         """
         with self._lock:

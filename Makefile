@@ -1,0 +1,79 @@
+# Everything people do with this repository. `make` lists it.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Bare machines have no uv: the environment is made by plain venv and pip, faster with uv if it is there.
+UV := $(shell command -v uv 2>/dev/null)
+INSTALL := $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
+
+PROTOS := $(shell find protos -name '*.proto')
+STUBS := server/headrace/v1/prediction_service_pb2.py
+INSTALLED := $(VENV)/.installed
+MODEL := model_repository/home_valuation/1/manifest.json
+
+.PHONY: help setup protos model demo up test test-all lint fmt bench loadtest lock clean
+
+help:  ## list these targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(INSTALLED) protos  ## make .venv with everything, headrace included
+
+$(INSTALLED): requirements.lock requirements-data.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) --no-deps --require-hashes -r requirements.lock
+	$(INSTALL) --no-deps --require-hashes -r requirements-data.lock
+	$(INSTALL) --no-deps --no-build-isolation --editable .
+	touch $@
+
+protos: $(STUBS)  ## generate the Python stubs from protos/
+
+$(STUBS): $(PROTOS) | $(INSTALLED)
+	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=server --pyi_out=server --grpc_python_out=server $(PROTOS)
+
+model: $(MODEL)  ## train the home valuation model and export it to ONNX
+
+$(MODEL): model_repository/home_valuation/train.py model_repository/home_valuation/home_sales.py $(STUBS)
+	$(BIN)/python model_repository/home_valuation/train.py
+	touch $@
+
+demo: setup model  ## real home sales through the whole path, on this machine; exits by itself
+	$(BIN)/headrace demo
+
+up: setup model  ## the same stack, serving until Ctrl-C
+	$(BIN)/headrace up
+
+test: setup model  ## all tests but the slow ones
+	$(BIN)/python -m pytest
+
+test-all: setup model  ## all tests
+	$(BIN)/python -m pytest -m ""
+
+lint: setup  ## check everything, change nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+
+fmt: setup  ## format, and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup model  ## measure the gateway against its ceiling and against glue code
+	$(BIN)/python loadtest/bench/run.py
+
+loadtest: setup model  ## Locust against `headrace up`
+	$(BIN)/python loadtest/run.py
+
+lock:  ## renew requirements.lock (needs uv)
+	uv pip compile pyproject.toml --universal --python-version 3.11 --extra cpu --group dev \
+	  --generate-hashes --no-emit-index-url --no-annotate --no-header --quiet --output-file requirements.lock
+
+clean:  ## remove what was made, the environment too
+	rm -rf $(VENV) features/data model_repository/*/[0-9]* server/headrace/v1/*_pb2* \
+	  .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,540 @@
+"""A model's `config.pbtxt`: parsed, checked, and completed from the model itself.
+
+Source: Triton, `model_config.proto` and "Model Configuration"; for the parameters of the ONNX
+Runtime backend, "Model Config Options" in that backend's README.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
+
+from google.protobuf import text_format
+from google.protobuf.message import Message
+from tritonclient.grpc import model_config_pb2
+
+from headrace.errors import ModelLoadError
+from headrace.tensors import TensorSpec
+
+PLATFORM = "onnxruntime_onnx"
+BACKEND = "onnxruntime"
+MODEL_FILENAME = "model.onnx"
+
+AUTO_MAX_BATCH_SIZE = 256
+"""Rows per batch for a model whose folder says nothing. Triton's 4 suits a server that waits for
+company; a batch here is whatever waits already, so a larger limit costs a lone request nothing."""
+
+MAX_QUEUE_DELAY_S = 60.0
+MAX_INSTANCES = 256
+MAX_THREADS = 1024
+MAX_FEATURES = 10_000
+
+_DATATYPES = {
+    "TYPE_BOOL": "BOOL",
+    "TYPE_UINT8": "UINT8",
+    "TYPE_UINT16": "UINT16",
+    "TYPE_UINT32": "UINT32",
+    "TYPE_UINT64": "UINT64",
+    "TYPE_INT8": "INT8",
+    "TYPE_INT16": "INT16",
+    "TYPE_INT32": "INT32",
+    "TYPE_INT64": "INT64",
+    "TYPE_FP16": "FP16",
+    "TYPE_FP32": "FP32",
+    "TYPE_FP64": "FP64",
+    "TYPE_STRING": "BYTES",
+}
+_DATA_TYPES = {datatype: data_type for data_type, datatype in _DATATYPES.items()}
+
+# What this module reads or refuses. Everything else in a file is `without_effect`.
+_READ = {
+    "name",
+    "platform",
+    "backend",
+    "default_model_filename",
+    "max_batch_size",
+    "parameters",
+    "input.name",
+    "input.data_type",
+    "input.dims",
+    "output.name",
+    "output.data_type",
+    "output.dims",
+    "instance_group.name",
+    "instance_group.kind",
+    "instance_group.count",
+    "dynamic_batching.preferred_batch_size",
+    "dynamic_batching.max_queue_delay_microseconds",
+    "dynamic_batching.default_queue_policy.max_queue_size",
+    "optimization.graph.level",
+}
+_READ_IN_PART = {path.rpartition(".")[0] for path in _READ} | {"optimization"}
+
+_FEATURE_PARAMETERS = {"feature_order", "missing_features", "max_feature_age_s"}
+_PARAMETERS = _FEATURE_PARAMETERS | {
+    "feature_service",
+    "latency_slo_ms",
+    "intra_op_thread_count",
+    "inter_op_thread_count",
+    "execution_mode",
+    "enable_mem_arena",
+    "enable_mem_pattern",
+    "share_session_between_instances",  # it is, always
+}
+
+MissingFeaturePolicy = Literal["nan", "default", "reject"]
+ExecutionMode = Literal["sequential", "parallel"]
+GraphOptimization = Literal["all", "extended", "basic", "disabled"]
+
+_MISSING_FEATURE_POLICIES: dict[str, MissingFeaturePolicy] = {
+    "nan": "nan",
+    "default": "default",
+    "reject": "reject",
+}
+_EXECUTION_MODES: dict[str, ExecutionMode] = {"0": "sequential", "1": "parallel"}
+_GRAPH_OPTIMIZATIONS: dict[int, GraphOptimization] = {
+    0: "all",
+    -1: "basic",
+    1: "extended",
+    2: "disabled",
+}
+_SWITCHES = {"0": False, "1": True, "false": False, "true": True}
+
+_Choice = TypeVar("_Choice")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """
+    What a model's folder says about serving it.
+
+    Args:
+        name: The folder's name.
+        max_batch_size: Most rows in a batch; 0 for a model without a batch dimension.
+        inputs: What the ONNX model takes, −1 for the batch dimension first when there is one.
+            Empty when the file does not say; `complete` fills it.
+        outputs: What callers get, in reply order; a part of the ONNX model's outputs. As `inputs`.
+        max_queue_delay_s: Longest wait for a better batch; 0 sends at once what waits.
+        preferred_batch_sizes: Row counts worth waiting for, ascending.
+        max_queue_size: Most waiting requests; 0 for the server's own limit.
+        instance_count: Executors that run the model side by side.
+        device_kind: Where it runs.
+        feature_service: Feast feature service joined to each row.
+        feature_order: Names of the input's columns; None for the service's own order.
+        missing_features: What the model gets for a missing feature.
+        max_feature_age_s: Older values are missing; None leaves it to each view's own TTL.
+        latency_slo_s: Time budget of a request whose caller sets no deadline.
+        intra_op_thread_count: Threads inside one operator; 0 lets ONNX Runtime take every core.
+            1 by default, unlike Triton's 0: a small model gains nothing from a second thread, and
+            thread pools of several models would fight over the same cores.
+        inter_op_thread_count: Threads across operators, in parallel mode only; 0 as above.
+        execution_mode: Whether independent operators may run side by side.
+        graph_optimization: How far ONNX Runtime rewrites the graph.
+        enable_mem_arena: Whether freed memory is kept for the next run.
+        enable_mem_pattern: Whether allocations of a run are planned from the last one.
+        without_effect: Settings that the file has and this server does not use, for the log.
+        message: The `inference.ModelConfig` message itself. Not to be changed.
+    """
+
+    name: str
+    max_batch_size: int = 0
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+    max_queue_delay_s: float = 0.0
+    preferred_batch_sizes: tuple[int, ...] = ()
+    max_queue_size: int = 0
+    instance_count: int = 1
+    device_kind: Literal["cpu"] = "cpu"
+    feature_service: str | None = None
+    feature_order: tuple[str, ...] | None = None
+    missing_features: MissingFeaturePolicy = "nan"
+    max_feature_age_s: float | None = None
+    latency_slo_s: float | None = None
+    intra_op_thread_count: int = 1
+    inter_op_thread_count: int = 1
+    execution_mode: ExecutionMode = "sequential"
+    graph_optimization: GraphOptimization = "all"
+    enable_mem_arena: bool = True
+    enable_mem_pattern: bool = True
+    without_effect: tuple[str, ...] = ()
+    message: Any = field(default_factory=model_config_pb2.ModelConfig, compare=False, repr=False)
+
+
+def parse_config(text: str, model_name: str) -> ModelConfig:
+    """
+    Read `config.pbtxt`.
+
+    A setting that would change what the model answers and that this server does not have is an
+    error; one that only tunes is listed in `without_effect`.
+
+    Args:
+        text: The file's text; empty when there is no file.
+        model_name: The folder's name.
+
+    Raises:
+        ModelLoadError: the text is not an `inference.ModelConfig`, or asks for what cannot be done.
+    """
+    message = _parse_text(text)
+    if message.name not in ("", model_name):
+        raise _wrong(f"name is {_shown(message.name)}; expected '{model_name}', as the folder")
+    _refuse_unsupported(message)
+    if message.max_batch_size < 0:
+        raise _wrong(f"max_batch_size is {message.max_batch_size}; expected 0 or more")
+    message.name = model_name
+    parameters = _Parameters(message)
+    feature_service = parameters.text("feature_service")
+    if feature_service is None:
+        for key in sorted(_FEATURE_PARAMETERS):
+            if parameters.text(key) is not None:
+                raise _wrong(f"parameter '{key}' needs the parameter 'feature_service'")
+    latency_slo_ms = parameters.positive("latency_slo_ms")
+    config = ModelConfig(
+        name=model_name,
+        max_batch_size=message.max_batch_size,
+        inputs=_tensors("input", message.input, message.max_batch_size),
+        outputs=_tensors("output", message.output, message.max_batch_size),
+        max_queue_delay_s=_queue_delay_s(message.dynamic_batching),
+        preferred_batch_sizes=_preferred_batch_sizes(message.dynamic_batching),
+        max_queue_size=message.dynamic_batching.default_queue_policy.max_queue_size,
+        instance_count=_instance_count(message.instance_group),
+        feature_service=feature_service,
+        feature_order=_feature_order(parameters.text("feature_order")),
+        missing_features=parameters.choice(
+            "missing_features", _MISSING_FEATURE_POLICIES, default="nan"
+        ),
+        max_feature_age_s=parameters.positive("max_feature_age_s"),
+        latency_slo_s=None if latency_slo_ms is None else latency_slo_ms / 1000,
+        intra_op_thread_count=parameters.count("intra_op_thread_count", 1, MAX_THREADS),
+        inter_op_thread_count=parameters.count("inter_op_thread_count", 1, MAX_THREADS),
+        execution_mode=parameters.choice("execution_mode", _EXECUTION_MODES, default="sequential"),
+        graph_optimization=_graph_optimization(message.optimization.graph.level),
+        enable_mem_arena=parameters.choice("enable_mem_arena", _SWITCHES, default=True),
+        enable_mem_pattern=parameters.choice("enable_mem_pattern", _SWITCHES, default=True),
+        without_effect=tuple(sorted({*_unread(message), *parameters.unknown()})),
+        message=message,
+    )
+    _check_batching(config)
+    return config
+
+
+def complete(
+    config: ModelConfig, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+) -> ModelConfig:
+    """
+    Fill in what the file leaves out, and check the rest against the model.
+
+    As Triton does for ONNX: inputs and outputs that the file does not list come from the model. A
+    file that lists neither and gives no `max_batch_size` gets `AUTO_MAX_BATCH_SIZE` when the first
+    dimension of every tensor is variable.
+
+    Args:
+        config: From `parse_config`.
+        inputs: What the model takes, batch dimension included. An empty shape means that the model
+            does not say (ONNX Runtime reports scalars and undeclared shapes alike).
+        outputs: What it returns, likewise.
+
+    Returns:
+        A configuration with inputs and outputs, whose `message` has them too.
+
+    Raises:
+        ModelLoadError: file and model differ, or the model does not say enough.
+    """
+    if not config.inputs or not config.outputs:
+        config = _fill(config, inputs, outputs)
+        _check_batching(config)
+    declared = {spec.name for spec in config.inputs}
+    for spec in inputs:
+        if spec.name not in declared:
+            raise _wrong(f"the model needs input '{spec.name}', which config.pbtxt does not list")
+    _compare("input", config.inputs, inputs, config.max_batch_size)
+    _compare("output", config.outputs, outputs, config.max_batch_size)
+    return config
+
+
+class _Parameters:
+    """The `parameters` entries, read with messages that say what was expected."""
+
+    def __init__(self, message: Any) -> None:
+        self._values: dict[str, str] = {
+            key: value.string_value for key, value in message.parameters.items()
+        }
+
+    def unknown(self) -> Iterator[str]:
+        return (f"parameters.{key}" for key in self._values if key not in _PARAMETERS)
+
+    def text(self, key: str) -> str | None:
+        value = self._values.get(key)
+        if value is None:
+            return None
+        if not value.strip():
+            raise _wrong(f"parameter '{key}' has no string_value")
+        return value.strip()
+
+    def count(self, key: str, default: int, most: int) -> int:
+        value = self.text(key)
+        if value is None:
+            return default
+        if not re.fullmatch(r"[0-9]{1,9}", value) or int(value) > most:
+            raise self._not(key, value, f"a whole number from 0 to {most}")
+        return int(value)
+
+    def positive(self, key: str) -> float | None:
+        value = self.text(key)
+        if value is None:
+            return None
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not (math.isfinite(number) and number > 0):
+            raise self._not(key, value, "a number above 0")
+        return number
+
+    def choice(self, key: str, choices: Mapping[str, _Choice], *, default: _Choice) -> _Choice:
+        value = self.text(key)
+        if value is None:
+            return default
+        if value not in choices:
+            raise self._not(key, value, " or ".join(f"'{choice}'" for choice in choices))
+        return choices[value]
+
+    @staticmethod
+    def _not(key: str, value: str, expected: str) -> ModelLoadError:
+        return _wrong(f"parameter '{key}' is {_shown(value)}; expected {expected}")
+
+
+def _wrong(fact: str) -> ModelLoadError:
+    return ModelLoadError(f"config.pbtxt: {fact}")
+
+
+def _shown(value: str) -> str:
+    return repr(value if len(value) <= 80 else value[:77] + "...")
+
+
+def _listed(shape: Sequence[int]) -> str:
+    return "[" + ",".join(map(str, shape)) + "]"
+
+
+def _parse_text(text: str) -> Any:
+    message = model_config_pb2.ModelConfig()
+    try:
+        text_format.Parse(text, message)
+    except text_format.ParseError as error:
+        # The message repeats the position and quotes the line; neither is wanted twice.
+        reason = re.sub(r"^\d+:\d+ : ", "", str(error))
+        reason = re.sub(r"^'.*': (?=[A-Z])", "", reason, flags=re.DOTALL)
+        line, column = error.GetLine(), error.GetColumn()
+        where = f"line {line}, column {column}: " if line else ""
+        raise _wrong(f"{where}{reason[:300]}") from None
+    return message
+
+
+def _refuse_unsupported(message: Any) -> None:
+    for value, accepted, key in (
+        (message.platform, PLATFORM, "platform"),
+        (message.backend, BACKEND, "backend"),
+        (message.default_model_filename, MODEL_FILENAME, "default_model_filename"),
+    ):
+        if value not in ("", accepted):
+            raise _wrong(f"{key} is {_shown(value)}; expected '{accepted}'")
+    for is_there, key in (
+        (message.HasField("sequence_batching"), "sequence_batching"),
+        (message.HasField("ensemble_scheduling"), "ensemble_scheduling"),
+        (message.model_transaction_policy.decoupled, "model_transaction_policy.decoupled"),
+        (message.batch_input, "batch_input"),
+        (message.batch_output, "batch_output"),
+        (message.cc_model_filenames, "cc_model_filenames"),
+        (message.model_operations.op_library_filename, "model_operations.op_library_filename"),
+        (message.model_repository_agents.agents, "model_repository_agents"),
+        (message.version_policy.HasField("specific"), "version_policy.specific"),
+        (
+            message.optimization.execution_accelerators.ListFields(),
+            "optimization.execution_accelerators",
+        ),
+    ):
+        if is_there:
+            raise _wrong(f"{key} is not supported by this server")
+
+
+def _unread(message: Message, path: str = "") -> Iterator[str]:
+    for descriptor, value in message.ListFields():
+        name = path + descriptor.name
+        if name in _READ_IN_PART:
+            for part in [value] if isinstance(value, Message) else value:
+                yield from _unread(part, name + ".")
+        elif name not in _READ:
+            yield name
+
+
+def _tensors(kind: str, entries: Sequence[Any], max_batch_size: int) -> tuple[TensorSpec, ...]:
+    specs: dict[str, TensorSpec] = {}
+    for entry in entries:
+        if not entry.name:
+            raise _wrong(f"an {kind} has no name")
+        if entry.name in specs:
+            raise _wrong(f"{kind} '{entry.name}' is listed twice")
+        data_type = model_config_pb2.DataType.Name(entry.data_type)
+        if data_type == "TYPE_INVALID":
+            raise _wrong(f"{kind} '{entry.name}' has no data_type")
+        if data_type not in _DATATYPES:
+            raise _wrong(
+                f"{kind} '{entry.name}' has data_type {data_type}; "
+                f"expected one of {', '.join(_DATATYPES)}"
+            )
+        _refuse_unsupported_tensor(kind, entry)
+        for dim in entry.dims:
+            if dim != -1 and dim < 1:
+                raise _wrong(f"{kind} '{entry.name}' has the dim {dim}; expected -1 or above 0")
+        batch = (-1,) if max_batch_size else ()
+        specs[entry.name] = TensorSpec(entry.name, _DATATYPES[data_type], (*batch, *entry.dims))
+    return tuple(specs.values())
+
+
+def _refuse_unsupported_tensor(kind: str, entry: Any) -> None:
+    if entry.HasField("reshape"):
+        raise _wrong(
+            f"reshape of {kind} '{entry.name}' is not supported by this server; give the model's "
+            "own dims (none for one value per row)"
+        )
+    for key in ("is_shape_tensor", "allow_ragged_batch", "optional", "is_non_linear_format_io"):
+        if getattr(entry, key, False):  # an output has a part of them
+            raise _wrong(f"{key} of {kind} '{entry.name}' is not supported by this server")
+
+
+def _queue_delay_s(dynamic_batching: Any) -> float:
+    delay_us = dynamic_batching.max_queue_delay_microseconds
+    if delay_us > MAX_QUEUE_DELAY_S * 1e6:
+        raise _wrong(
+            f"max_queue_delay_microseconds is {delay_us}; "
+            f"expected at most {MAX_QUEUE_DELAY_S * 1e6:.0f}"
+        )
+    return float(delay_us / 1e6)
+
+
+def _preferred_batch_sizes(dynamic_batching: Any) -> tuple[int, ...]:
+    for size in dynamic_batching.preferred_batch_size:
+        if size < 1:
+            raise _wrong(f"preferred_batch_size has {size}; expected sizes above 0")
+    return tuple(sorted(set(dynamic_batching.preferred_batch_size)))
+
+
+def _instance_count(groups: Sequence[Any]) -> int:
+    count = 0
+    for group in groups:
+        kind = model_config_pb2.ModelInstanceGroup.Kind.Name(group.kind)
+        if kind == "KIND_GPU" or group.gpus:
+            raise _wrong("instance_group asks for a GPU, which comes later; expected KIND_CPU")
+        if group.passive:
+            raise _wrong("instance_group.passive is not supported by this server")
+        if group.count < 0:
+            raise _wrong(f"instance_group count is {group.count}; expected 1 or more")
+        count += group.count or 1
+    if count > MAX_INSTANCES:
+        raise _wrong(f"instance_group asks for {count} instances; at most {MAX_INSTANCES}")
+    return count or 1
+
+
+def _feature_order(text: str | None) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    expected = "expected a JSON list of feature names, each once"
+    try:
+        names = json.loads(text)
+    except (ValueError, RecursionError):
+        raise _wrong(f"parameter 'feature_order' is not JSON; {expected}") from None
+    if (
+        not isinstance(names, list)
+        or not 0 < len(names) <= MAX_FEATURES
+        or not all(isinstance(name, str) and name for name in names)
+        or len(set(names)) != len(names)
+    ):
+        raise _wrong(f"parameter 'feature_order' is {_shown(text)}; {expected}")
+    return tuple(names)
+
+
+def _graph_optimization(level: int) -> GraphOptimization:
+    if level not in _GRAPH_OPTIMIZATIONS:
+        raise _wrong(f"optimization.graph.level is {level}; expected -1, 0, 1 or 2")
+    return _GRAPH_OPTIMIZATIONS[level]
+
+
+def _check_batching(config: ModelConfig) -> None:
+    if config.max_batch_size == 0:
+        if not config.inputs and not config.outputs:
+            return  # `complete` will say
+        if config.message.HasField("dynamic_batching"):
+            raise _wrong("dynamic_batching needs a max_batch_size above 0")
+    elif config.preferred_batch_sizes[-1:] > (config.max_batch_size,):
+        raise _wrong(
+            f"preferred_batch_size has {config.preferred_batch_sizes[-1]}; "
+            f"expected at most max_batch_size, {config.max_batch_size}"
+        )
+
+
+def _fill(
+    config: ModelConfig, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+) -> ModelConfig:
+    max_batch_size = config.max_batch_size
+    if not config.inputs and not config.outputs and not max_batch_size:
+        can_batch = all(spec.shape[:1] == (-1,) for spec in (*inputs, *outputs))
+        max_batch_size = AUTO_MAX_BATCH_SIZE if can_batch else 0
+    message = model_config_pb2.ModelConfig()
+    message.CopyFrom(config.message)
+    message.platform, message.backend = PLATFORM, BACKEND
+    message.max_batch_size = max_batch_size
+    for declared, actual, entries in (
+        (config.inputs, inputs, message.input),
+        (config.outputs, outputs, message.output),
+    ):
+        for spec in () if declared else actual:
+            if not spec.shape:
+                raise _wrong(
+                    f"'{spec.name}' has no shape in the model; list inputs and outputs with dims"
+                )
+            entries.add(
+                name=spec.name,
+                data_type=model_config_pb2.DataType.Value(_DATA_TYPES[spec.datatype]),
+                dims=spec.shape[1:] if max_batch_size else spec.shape,
+            )
+    return replace(
+        config,
+        max_batch_size=max_batch_size,
+        inputs=config.inputs or tuple(inputs),
+        outputs=config.outputs or tuple(outputs),
+        message=message,
+    )
+
+
+def _compare(
+    kind: str, declared: Sequence[TensorSpec], actual: Sequence[TensorSpec], max_batch_size: int
+) -> None:
+    by_name = {spec.name: spec for spec in actual}
+    for spec in declared:
+        model = by_name.get(spec.name)
+        if model is None:
+            raise _wrong(
+                f"the model has no {kind} '{spec.name}'; it has "
+                + ", ".join(f"'{name}'" for name in by_name)
+            )
+        if spec.datatype != model.datatype:
+            raise _wrong(
+                f"{kind} '{spec.name}' is {_DATA_TYPES[spec.datatype]}, "
+                f"but {_DATA_TYPES[model.datatype]} in the model"
+            )
+        if not model.shape:
+            continue  # the model does not say
+        if max_batch_size and model.shape[0] != -1:
+            raise _wrong(
+                f"max_batch_size is {max_batch_size}, but {kind} '{spec.name}' has the shape "
+                f"{_listed(model.shape)} in the model, without a variable first dimension"
+            )
+        if len(spec.shape) != len(model.shape) or any(
+            want not in (-1, got) for want, got in zip(model.shape, spec.shape, strict=True)
+        ):
+            raise _wrong(
+                f"{kind} '{spec.name}' has the shape {_listed(spec.shape)}"
+                f"{' with its batch dimension' if max_batch_size else ''}, "
+                f"but {_listed(model.shape)} in the model"
+            )

@@ -1,0 +1,247 @@
+"""What a hot method can rely on, whichever ingress carries its calls."""
+
+import contextlib
+import threading
+import time
+from concurrent import futures
+
+import grpc
+import pytest
+
+from headrace.rpc.completion_queue import CompletionQueueIngress, unusable_because
+from headrace.rpc.ingress import HotMethod
+from headrace.rpc.status import Status
+from headrace.rpc.threads import ThreadIngress
+
+PATH = "/headrace.Test/Hot"
+UNAVAILABLE = Status(grpc.StatusCode.UNAVAILABLE, "leaving")
+
+
+class Port:
+    """A server with one hot method, whose `accept` each test chooses."""
+
+    def __init__(self, ingress_class):
+        self.accept = lambda call, message: call.reply(b"echo:" + message)
+        self.server = grpc.server(
+            futures.ThreadPoolExecutor(2),
+            options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 1_000)],
+        )
+        self.ingress = ingress_class(
+            self.server, [HotMethod(PATH, lambda call, message: self.accept(call, message))]
+        )
+        self.port = self.server.add_insecure_port("127.0.0.1:0")
+        self.server.start()
+        self.ingress.begin()
+        self.channel = grpc.insecure_channel(f"127.0.0.1:{self.port}")
+        self.hot = self.channel.unary_unary(PATH)
+
+    def close(self):
+        self.channel.close()
+        self.server.stop(0).wait(5)
+
+
+@pytest.fixture(params=[CompletionQueueIngress, ThreadIngress], ids=["completion-queue", "threads"])
+def port(request):
+    port = Port(request.param)
+    yield port
+    port.close()
+
+
+def until(condition, timeout_s=5.0):
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "it did not happen"
+        time.sleep(0.002)
+
+
+def test_the_installed_grpcio_has_what_the_completion_queue_needs():
+    assert unusable_because() is None
+
+
+def test_a_reply_reaches_its_caller(port):
+    assert port.hot(b"hello", timeout=5) == b"echo:hello"
+
+
+def test_an_empty_message_is_a_message(port):
+    assert port.hot(b"", timeout=5) == b"echo:"
+
+
+def test_a_reply_may_come_later_from_another_thread(port):
+    held = []
+    arrived = threading.Event()
+
+    def accept(call, message):
+        held.append(call)
+        arrived.set()
+
+    port.accept = accept
+    future = port.hot.future(b"x", timeout=5)
+    assert arrived.wait(5)
+    held[0].reply(b"later")
+
+    assert future.result() == b"later"
+
+
+def test_many_calls_in_flight_are_each_answered_once_and_right(port):
+    port.accept = lambda call, message: threading.Thread(
+        target=call.reply, args=(b"echo:" + message,)
+    ).start()
+
+    pending = [port.hot.future(b"%d" % i, timeout=10) for i in range(150)]
+
+    assert [f.result() for f in pending] == [b"echo:%d" % i for i in range(150)]
+    until(lambda: port.ingress.open_calls == 0)
+
+
+def test_only_the_first_answer_counts(port):
+    def accept(call, message):
+        call.reply(b"first")
+        call.reply(b"second")
+        call.refuse(UNAVAILABLE)
+
+    port.accept = accept
+
+    assert port.hot(b"x", timeout=5) == b"first"
+    until(lambda: port.ingress.open_calls == 0)
+
+
+def test_a_refusal_carries_code_details_and_trailing_metadata(port):
+    status = Status(
+        grpc.StatusCode.RESOURCE_EXHAUSTED, "too much", (("grpc-retry-pushback-ms", "100"),)
+    )
+    port.accept = lambda call, message: call.refuse(status)
+
+    with pytest.raises(grpc.RpcError) as refused:
+        port.hot(b"x", timeout=5)
+
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert refused.value.details() == "too much"
+    assert ("grpc-retry-pushback-ms", "100") in refused.value.trailing_metadata()
+
+
+def test_metadata_of_the_caller_is_there(port):
+    port.accept = lambda call, message: call.reply(dict(call.metadata)["who"].encode())
+
+    assert port.hot(b"x", timeout=5, metadata=[("who", "me")]) == b"me"
+
+
+def test_the_deadline_is_known_in_unix_seconds(port):
+    port.accept = lambda call, message: call.reply(b"%f" % (call.deadline_s - time.time()))
+
+    assert float(port.hot(b"x", timeout=7)) == pytest.approx(7, abs=0.5)
+
+
+def test_no_deadline_is_infinite(port):
+    port.accept = lambda call, message: call.reply(str(call.deadline_s).encode())
+
+    assert port.hot(b"x") == b"inf"
+
+
+def test_a_cancelled_caller_is_seen_while_its_call_waits(port):
+    held = []
+    port.accept = lambda call, message: held.append(call)
+    future = port.hot.future(b"x", timeout=30)
+    until(lambda: held)
+    assert not held[0].gone
+
+    future.cancel()
+
+    until(lambda: held[0].gone)
+    held[0].reply(b"too late")
+    until(lambda: port.ingress.open_calls == 0)
+
+
+def test_a_deadline_that_passes_is_seen_while_its_call_waits(port):
+    held = []
+    port.accept = lambda call, message: held.append(call)
+    with pytest.raises(grpc.RpcError) as late:
+        port.hot(b"x", timeout=0.1)
+
+    assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    until(lambda: held[0].gone)
+    held[0].refuse(UNAVAILABLE)
+    until(lambda: port.ingress.open_calls == 0)
+
+
+def test_a_lost_connection_is_seen_while_its_call_waits(port):
+    held = []
+    port.accept = lambda call, message: held.append(call)
+    future = port.hot.future(b"x", timeout=30)
+    until(lambda: held)
+
+    port.channel.close()
+
+    assert future.cancelled()
+
+    until(lambda: held[0].gone)
+    held[0].reply(b"too late")
+    until(lambda: port.ingress.open_calls == 0)
+
+
+def test_a_method_that_raises_fails_its_call_without_a_word_and_not_the_next(port):
+    def accept(call, message):
+        if message == b"bad":
+            raise RuntimeError("secret")
+        call.reply(b"fine")
+
+    port.accept = accept
+
+    with pytest.raises(grpc.RpcError) as failed:
+        port.hot(b"bad", timeout=5)
+
+    assert failed.value.code() is grpc.StatusCode.INTERNAL
+    assert "secret" not in failed.value.details()
+    assert port.hot(b"good", timeout=5) == b"fine"
+    assert port.ingress.is_alive
+
+
+def test_a_message_over_the_limit_is_refused_and_the_next_is_served(port):
+    with pytest.raises(grpc.RpcError) as refused:
+        port.hot(b"x" * 1_001, timeout=5)
+
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "larger than max" in refused.value.details()
+    assert port.hot(b"x", timeout=5) == b"echo:x"
+    until(lambda: port.ingress.open_calls == 0)
+
+
+def test_a_call_without_a_message_is_refused(port):
+    stream = port.channel.stream_unary(PATH)
+
+    with pytest.raises(grpc.RpcError) as refused:
+        stream(iter(()), timeout=5)
+
+    assert refused.value.code() in (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.UNIMPLEMENTED,  # grpcio's own handlers
+    )
+    assert port.hot(b"x", timeout=5) == b"echo:x"
+
+
+def test_new_calls_are_refused_politely_and_those_accepted_are_answered(port):
+    held = []
+    port.accept = lambda call, message: held.append(call)
+    accepted = port.hot.future(b"x", timeout=30)
+    until(lambda: held)
+
+    port.ingress.refuse_new(UNAVAILABLE)
+    with pytest.raises(grpc.RpcError) as refused:
+        port.hot(b"late", timeout=5)
+    held[0].reply(b"kept")
+
+    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert refused.value.details() == "leaving"
+    assert accepted.result() == b"kept"
+    until(lambda: port.ingress.open_calls == 0)
+
+
+def test_clients_that_leave_in_the_middle_of_everything_leave_nothing_behind(port):
+    for _ in range(20):
+        with contextlib.ExitStack() as stack:
+            channel = stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{port.port}"))
+            hot = channel.unary_unary(PATH)
+            for i in range(20):
+                hot.future(b"%d" % i, timeout=0.001 if i % 3 == 0 else 5)
+
+    assert port.hot(b"still here", timeout=5) == b"echo:still here"
+    until(lambda: port.ingress.open_calls == 0)

@@ -1,0 +1,186 @@
+"""What callers and executors of the batcher can rely on. Executors are driven by hand here."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from headrace.batching.batcher import Batcher
+from headrace.batching.policy import BatchPolicy
+from headrace.errors import Draining, Overloaded
+
+
+class Caller:
+    """A request that can leave."""
+
+    def __init__(self, name, rows=1, batch_key="shape"):
+        self.name = name
+        self.rows = rows
+        self.batch_key = batch_key
+        self.arrival_s = time.perf_counter()
+        self.has_left = False
+        self.drops = 0
+
+    def expired(self, now_s):
+        return self.has_left
+
+    def drop(self):
+        self.drops += 1
+
+
+def names(batch):
+    return [caller.name for caller in batch]
+
+
+def make(max_batch_size=4, delay_s=0.0, max_queue_size=8):
+    return Batcher(BatchPolicy(max_batch_size, delay_s), max_queue_size=max_queue_size)
+
+
+def test_a_free_executor_takes_everything_that_waits_and_fits():
+    batcher = make()
+    for name in "abcdef":
+        batcher.put(Caller(name))
+
+    assert names(batcher.take()) == list("abcd")
+    assert names(batcher.take()) == list("ef")
+
+
+def test_rows_are_counted_and_not_requests():
+    batcher = make()
+    batcher.put(Caller("three", rows=3))
+    batcher.put(Caller("two", rows=2))
+
+    assert names(batcher.take()) == ["three"]
+    assert names(batcher.take()) == ["two"]
+
+
+def test_a_waiting_executor_is_woken_by_the_first_request():
+    batcher = make()
+    with ThreadPoolExecutor(1) as executor:
+        taken = executor.submit(batcher.take)
+        batcher.put(Caller("a"))
+
+        assert names(taken.result(5)) == ["a"]
+
+
+def test_each_of_many_requests_is_taken_exactly_once_by_several_executors():
+    batcher = make(max_queue_size=100_000)
+    taken = [[] for _ in range(3)]
+
+    def execute(mine):
+        while (batch := batcher.take()) is not None:
+            mine.extend(names(batch))
+
+    executors = [threading.Thread(target=execute, args=(mine,)) for mine in taken]
+    for executor in executors:
+        executor.start()
+    for number in range(5_000):
+        batcher.put(Caller(number))
+    batcher.close()
+    for executor in executors:
+        executor.join(10)
+
+    assert not any(executor.is_alive() for executor in executors)
+    assert sorted(taken[0] + taken[1] + taken[2]) == list(range(5_000))
+
+
+def test_a_caller_who_left_while_queued_costs_no_row_of_the_batch():
+    batcher = make(max_batch_size=2)
+    callers = [Caller(name) for name in "abcd"]
+    for caller in callers:
+        batcher.put(caller)
+    callers[0].has_left = True
+
+    assert names(batcher.take()) == ["b", "c"]
+    assert [caller.drops for caller in callers] == [1, 0, 0, 0]
+
+
+def test_one_caller_leaving_does_not_disturb_its_batch():
+    batcher = make()
+    callers = [Caller(name) for name in "abc"]
+    for caller in callers:
+        batcher.put(caller)
+    callers[1].has_left = True
+
+    assert names(batcher.take()) == ["a", "c"]
+    assert callers[1].drops == 1
+
+
+def test_another_shape_neither_joins_the_batch_nor_blocks_it():
+    batcher = make()
+    for name, shape in [("a", "x"), ("odd", "y"), ("b", "x")]:
+        batcher.put(Caller(name, batch_key=shape))
+
+    assert names(batcher.take()) == ["a", "b"]
+    assert names(batcher.take()) == ["odd"]
+
+
+def test_the_oldest_request_decides_whose_turn_it_is():
+    batcher = make(max_batch_size=1)
+    for name, shape in [("first", "x"), ("second", "y"), ("third", "x")]:
+        batcher.put(Caller(name, batch_key=shape))
+
+    assert [names(batcher.take()) for _ in range(3)] == [["first"], ["second"], ["third"]]
+
+
+def test_a_partial_batch_leaves_when_its_delay_is_over():
+    batcher = make(delay_s=0.05)
+    caller = Caller("a")
+    batcher.put(caller)
+
+    assert names(batcher.take()) == ["a"]
+    assert time.perf_counter() - caller.arrival_s >= 0.05
+
+
+def test_a_batch_that_fills_up_does_not_wait_out_its_delay():
+    batcher = make(max_batch_size=2, delay_s=60)
+    batcher.put(Caller("a"))
+    with ThreadPoolExecutor(1) as executor:
+        taken = executor.submit(batcher.take)
+        batcher.put(Caller("b"))
+
+        assert names(taken.result(5)) == ["a", "b"]
+
+
+def test_a_full_queue_refuses():
+    batcher = make(max_queue_size=2)
+    batcher.put(Caller("a"))
+    batcher.put(Caller("b"))
+
+    with pytest.raises(Overloaded, match="2 requests are already waiting"):
+        batcher.put(Caller("c"))
+    assert names(batcher.take()) == ["a", "b"]
+
+
+def test_callers_who_left_make_room_in_a_full_queue():
+    batcher = make(max_queue_size=2)
+    gone = Caller("gone")
+    batcher.put(gone)
+    batcher.put(Caller("a"))
+    gone.has_left = True
+
+    batcher.put(Caller("b"))
+
+    assert names(batcher.take()) == ["a", "b"]
+    assert gone.drops == 1
+
+
+def test_closing_refuses_what_comes_and_hands_out_what_waits_without_delay():
+    batcher = make(delay_s=60)
+    batcher.put(Caller("a"))
+    batcher.close()
+
+    with pytest.raises(Draining):
+        batcher.put(Caller("late"))
+    assert names(batcher.take()) == ["a"]
+    assert batcher.take() is None
+
+
+def test_closing_ends_every_waiting_executor():
+    batcher = make()
+    with ThreadPoolExecutor(3) as executor:
+        waiting = [executor.submit(batcher.take) for _ in range(3)]
+        batcher.close()
+
+        assert [future.result(5) for future in waiting] == [None, None, None]
