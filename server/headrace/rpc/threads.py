@@ -126,7 +126,7 @@ class _Call:
         self._end(status)
 
     def finish(self) -> bytes:
-        self._answered.wait()  # ends: every accepted call is answered, dropped ones too
+        self._answered.wait()  # ends when somebody answers, and when the call itself ends
         if isinstance(self._answer, bytes):
             return self._answer
         self._context.abort_with_status(_AbortStatus(self._answer))
@@ -140,6 +140,7 @@ class _Call:
 
     def _left(self) -> None:
         self.gone = True
+        self._end(b"")  # nobody hears it: the pool thread is free again
 
 
 class _AbortStatus(grpc.Status):

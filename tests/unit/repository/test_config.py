@@ -51,7 +51,7 @@ def with_service(key, value):
 
 
 def tensor(data_type="TYPE_FP32", more="", kind="input"):
-    return f"{kind} [ {{ name: 'x' data_type: {data_type} dims: [ 4 ] {more} }} ]"
+    return f" {kind} [ {{ name: 'x' data_type: {data_type} dims: [ 4 ] {more} }} ]"
 
 
 def test_every_setting_is_read():
@@ -184,8 +184,7 @@ UNSUPPORTED = "is not supported by this server"
             f"model_operations.op_library_filename {UNSUPPORTED}",
         ),
         (
-            "optimization { execution_accelerators { gpu_execution_accelerator "
-            "{ name: 'tensorrt' } } }",
+            "optimization { execution_accelerators { gpu_execution_accelerator { name: 'trt' } } }",
             f"optimization.execution_accelerators {UNSUPPORTED}",
         ),
         ("optimization { graph { level: 3 } }", "level is 3; expected -1, 0, 1 or 2"),
@@ -314,7 +313,7 @@ def test_a_shape_that_the_model_does_not_tell_comes_from_the_file():
 @pytest.mark.parametrize(
     ("text", "inputs", "outputs", "fact"),
     [
-        (IO, [X], [], "the model has no output 'y'; it has "),
+        (IO, [TensorSpec("x", "FP32", (4,))], [], "the model has no output 'y'; it has "),
         (IO, [TensorSpec("a", "FP32", (4,))], [Y], "the model needs input 'a', which"),
         (
             IO,

@@ -98,7 +98,7 @@ def test_the_repository_itself_may_be_a_link(tmp_path):
     [(b"a\nb", "a\\nb"), (b"a\\b", "a\\\\b"), (b"\xff", "\\udcff"), (b"a\x1b[2J", "a\\x1b[2J")],
 )
 def test_a_name_that_cannot_be_a_models_is_reported_escaped(tmp_path, name, shown):
-    os.mkdir(os.fsencode(tmp_path) + b"/" + name)
+    (tmp_path / os.fsdecode(name)).mkdir()
     folder = only(tmp_path)
     assert folder.name == shown
     assert folder.reason == "the folder's name is not a model name"
