@@ -4,7 +4,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 
 import structlog
@@ -19,7 +18,7 @@ from headrace.features.repo import FeatureRepo, open_feature_repo
 from headrace.features.store import OnlineStore
 from headrace.predict import Request, ServedModel
 from headrace.repository.config import ModelConfig, complete, parse_config
-from headrace.repository.scan import ModelFolder, scan
+from headrace.repository.scan import ModelFolder, VersionFolder, scan
 from headrace.repository.validate import check_golden, check_manifest
 from headrace.rpc.server import GrpcServer
 from headrace.settings import ServeSettings, split_address
@@ -173,56 +172,56 @@ class Gateway:
             self._features_readable = False
 
     def _load(self, folder: ModelFolder) -> ModelEntry:
-        """Load the highest version of one model; report why when that fails."""
-        reason = folder.reason
-        if reason is None and not folder.versions:
-            reason = "no version: expected a folder named by a positive number"
-        if reason is not None:
-            return self._failed(folder.name, 0, ModelLoadError(reason), None)
+        """Load the highest version that can serve; keep the reasons of those above it."""
+        failures: dict[int, str] = {}
+        config: ModelConfig | None = None
         try:
-            text = (folder.path / "config.pbtxt").read_text("utf-8") if folder.has_config else ""
-            config = parse_config(text, folder.name)
-        except (ModelLoadError, OSError, UnicodeDecodeError) as error:
-            return self._failed(folder.name, 0, error, None)
-        version = max(folder.versions)
-        try:
-            config, served = self._load_version(
-                config, version.number, version.path, self._settings
-            )
+            if folder.reason is not None:
+                raise ModelLoadError(folder.reason)
+            config = parse_config(folder.read_config(), folder.name)
+            for version in reversed(folder.versions):
+                try:
+                    completed, served = self._load_version(config, version)
+                except ModelLoadError as error:
+                    failures[version.number] = str(error)
+                    _report_failure(folder.name, version.number, error)
+                    continue
+                _LOG.info("model_loaded", model=folder.name, version=version.number)
+                return ModelEntry(folder.name, completed, {version.number: served}, failures)
         except ModelLoadError as error:
-            return self._failed(folder.name, version.number, error, config)
-        _LOG.info("model_loaded", model=folder.name, version=version.number)
-        return ModelEntry(folder.name, config, {version.number: served}, {})
-
-    def _failed(
-        self, name: str, number: int, error: Exception, config: ModelConfig | None
-    ) -> ModelEntry:
-        _LOG.error("model_load_failed", model=name, version=number or None, reason=str(error))
-        return ModelEntry(name, config, {}, {number: str(error)})
+            failures[0] = str(error)
+            _report_failure(folder.name, None, error)
+        return ModelEntry(folder.name, config, {}, failures)
 
     def _load_version(
-        self, config: ModelConfig, number: int, path: Path, settings: ServeSettings
+        self, config: ModelConfig, version: VersionFolder
     ) -> tuple[ModelConfig, ServedModel]:
-        check_manifest(path)
-        backend = load_onnx(path / "model.onnx", config)
+        if version.reason is not None:
+            raise ModelLoadError(version.reason)
+        check_manifest(version.path)
+        backend = load_onnx(version.model_path, config)
         try:
             config = complete(config, backend.inputs, backend.outputs)
-            check_golden(path, backend)
+            if config.without_effect:
+                _LOG.warning(
+                    "config_without_effect", model=config.name, settings=config.without_effect
+                )
+            check_golden(version.path, backend)
             join = self._join(config)
         except BaseException:
             backend.close()
             raise
         inputs = config.inputs if join is None else join.inputs
-        metrics = self.metrics.model(config.name, str(number))
+        metrics = self.metrics.model(config.name, str(version.number))
         batcher: Batcher[Request] = Batcher(
             BatchPolicy(
                 config.max_batch_size, config.max_queue_delay_s, config.preferred_batch_sizes
             ),
-            max_queue_size=config.max_queue_size or settings.max_queue_size,
+            max_queue_size=config.max_queue_size or self._settings.max_queue_size,
         )
         served = ServedModel(
             name=config.name,
-            version=str(number),
+            version=str(version.number),
             signature=Signature(config.name, inputs, config.outputs, config.max_batch_size),
             backend=backend,
             batcher=batcher,
@@ -230,8 +229,8 @@ class Gateway:
             join=join,
             store=self._store if join is not None else None,
             executor_count=config.instance_count,
-            feature_timeout_s=settings.feature_timeout_s,
-            max_entities=settings.max_entities,
+            feature_timeout_s=self._settings.feature_timeout_s,
+            max_entities=self._settings.max_entities,
             max_feature_age_s=config.max_feature_age_s,
         )
         metrics.queue_size = lambda: served.waiting
@@ -253,6 +252,10 @@ class Gateway:
             missing_features=config.missing_features,
             max_batch_size=config.max_batch_size,
         )
+
+
+def _report_failure(model: str, version: int | None, error: ModelLoadError) -> None:
+    _LOG.error("model_load_failed", model=model, version=version, reason=str(error))
 
 
 def open_gateway(settings: ServeSettings) -> Gateway:

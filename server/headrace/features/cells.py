@@ -1,4 +1,4 @@
-"""Decode a batch of Redis replies into columns: everything numpy can do at once, it does at once.
+"""Decode a batch of Redis replies into columns: all of a kind at once, one by one only what is odd.
 
 A batch is one HMGET reply per entity, each of the same fields. Two ways lead from its bytes to
 columns, and they agree:
@@ -6,17 +6,17 @@ columns, and they agree:
 - *Known layout.* Replies in which every field is there and has a length seen before differ from one
   another only in known places. When a batch fits a layout learned from an earlier one, byte for
   byte under a mask, the columns are strided views of the received bytes and nothing is parsed.
-- *Any replies.* hiredis cuts them into cells; one gather brings the first bytes of every scalar
-  cell into an array, where tags, lengths, fixed widths and varints are checked and decoded for all
-  cells of a kind. Text and lists, and the rare cell that does not look as expected, go one by one
-  through `values.decode_value`.
+- *Any replies.* hiredis cuts them into cells; those of one kind are joined and looked at as one
+  array, where tags, widths and varints are checked and decoded. Text and lists, and the rare cell
+  that does not look as expected, go through `values.decode_value`.
 
-Source: RESP2 (https://valkey.io/topics/protocol/) and `features.values`, `features.layout`.
+Source: RESP2 (https://valkey.io/topics/protocol/), `features.values` and `features.plan`.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import hiredis
@@ -29,33 +29,39 @@ from headrace.features.values import (
     TAGS,
     ValueMismatchError,
     ValueType,
+    decode_time,
     decode_value,
 )
 
 MAX_LAYOUTS = 16
-"""Layouts remembered per key group. Integers and fractions of seconds vary in length."""
+"""Layouts remembered per key group: integers and fractions of seconds vary in length."""
 
-_HEAD = 1 + MAX_VARINT_BYTES  # of a scalar cell: its tag and the longest payload
-_TIME_HEAD = 2 * _HEAD  # of an event time: two tagged varints
-_SHIFTS = np.arange(MAX_VARINT_BYTES, dtype=np.uint64) * np.uint64(7)
-_WEIGHTS = np.uint64(1) << _SHIFTS
-_WIDTHS = {ValueType.FLOAT: 5, ValueType.DOUBLE: 9, ValueType.BOOL: 2}  # of a whole cell
+_Cell = bytes | None
+_Reply = Sequence[_Cell]
+
+_WIDTHS = {ValueType.FLOAT: 5, ValueType.DOUBLE: 9, ValueType.BOOL: 2}  # bytes of a whole cell
+_WEIGHTS = np.uint64(1) << (np.arange(MAX_VARINT_BYTES, dtype=np.uint64) * np.uint64(7))
+_EXACT_WEIGHTS = _WEIGHTS[:7].astype(np.float64)  # 49 bits: sums are exact, and BLAS is fast
+_VARINT_RANGE = np.arange(MAX_VARINT_BYTES)
+
+# An event time between 1978 and 3058: five bytes of seconds, then perhaps nanoseconds.
+_SECONDS_TAG, _SECONDS_BYTES, _NANOS_TAG, _NANOS_AT = 0x08, 5, 0x10, 7
+_TIME_WIDTH = _NANOS_AT + _SECONDS_BYTES
 
 
 class UnexpectedReplyError(Exception):
     """The store answered with something that is not one reply per entity."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class DecodedGroup:
     """
     What one key group's replies held, a row per entity read.
 
     Args:
-        columns: (features of the group, their values of shape (rows, features)) per kind, where the
-            first are places in `KeyGroup.features`.
-        statuses: Shape (rows, features of the group).
-        event_times_s: Shape (rows, views of the group).
+        columns: (which of `KeyGroup.features`, their values of shape (rows, features)) per kind.
+        statuses: Shape (rows, features of the group); None when all are PRESENT.
+        event_times_s: Shape (rows, views of the group); NaN where unknown.
     """
 
     columns: list[tuple[slice, NDArray[Any]]]
@@ -71,6 +77,9 @@ class GroupDecoder:
         plan: The plan.
         group: One of its groups.
         on_mismatch: Called with a feature whose stored value is not of its type, and why.
+
+    Attributes:
+        slices: Those that `DecodedGroup.columns` have, in order.
     """
 
     def __init__(
@@ -82,14 +91,16 @@ class GroupDecoder:
         self._features = [plan.features[i] for i in group.features]
         self._on_mismatch = on_mismatch
         self._width = len(group.fields)
-        self._time_count = len(group.views)
-        self._scalar_count = len(group.features) - group.object_count
-        self._kinds = _kinds(self._features[: self._scalar_count])
+        scalars = len(group.features) - group.object_count
+        self._kinds = _kinds(self._features[:scalars])
+        self._times = slice(scalars, scalars + len(group.views))
+        self._objects = slice(scalars, len(self._features))
+        # A cell's place in a reply, per feature: the event times come before the objects.
+        self._cells = [*range(scalars), *range(self._times.stop, self._width)]
         self._layouts: dict[int, _Layout] = {}
         self.slices = [kind.at for kind in self._kinds]
-        """The places that `DecodedGroup.columns` can have, in order."""
         if group.object_count:
-            self.slices.append(slice(self._scalar_count, len(self._features)))
+            self.slices.append(self._objects)
 
     def decode(self, data: bytes, rows: int) -> DecodedGroup:
         """
@@ -99,18 +110,22 @@ class GroupDecoder:
             UnexpectedReplyError: `data` is not exactly that many arrays of the right width.
         """
         row_length, remainder = divmod(len(data), rows)
-        if not remainder:
-            known = self._layouts.get(row_length)
-            if known is not None:
-                decoded = known.decode(data, rows)
-                if decoded is not None:
-                    return decoded
-        return self._decode_replies(self._parse(data, rows), row_length)
+        known = None if remainder else self._layouts.get(row_length)
+        if known is not None and (decoded := known.decode(data, rows)) is not None:
+            return decoded
+        replies = self._parse(data, rows)
+        try:
+            decoded = self._decode_replies(replies)
+        except TypeError:  # a nil among the cells has no length and cannot be joined
+            return self._decode_with_gaps(replies)
+        if decoded.statuses is None and row_length not in self._layouts:
+            self._learn(replies)
+        return decoded
 
-    def _parse(self, data: bytes, rows: int) -> list[list[bytes | None]]:
+    def _parse(self, data: bytes, rows: int) -> list[_Reply]:
         reader = hiredis.Reader(notEnoughData=_NOT_ENOUGH)
         reader.feed(data)
-        replies = []
+        replies: list[_Reply] = []
         try:
             while (reply := reader.gets()) is not _NOT_ENOUGH:
                 if type(reply) is not list or len(reply) != self._width:
@@ -122,94 +137,58 @@ class GroupDecoder:
             raise UnexpectedReplyError(f"{len(replies)} whole replies to {rows} commands")
         return replies
 
-    def _decode_replies(
-        self, replies: Sequence[Sequence[bytes | None]], row_length: int
-    ) -> DecodedGroup:
-        rows, scalars, times = len(replies), self._scalar_count, self._time_count
-        cells: list[Any] = list(chain.from_iterable(replies))
-        try:
-            lengths = np.fromiter(map(len, cells), np.intp, len(cells)).reshape(rows, -1)
-            absent = None
-        except TypeError:  # a nil among them
-            absent = np.array([cell is None for cell in cells]).reshape(rows, -1)
-            cells = [b"" if cell is None else cell for cell in cells]
-            lengths = np.fromiter(map(len, cells), np.intp, len(cells)).reshape(rows, -1)
-        block = np.frombuffer(b"".join([*cells, bytes(_TIME_HEAD)]), np.uint8)
-        starts = lengths.ravel().cumsum().reshape(rows, -1) - lengths
-        heads = block[starts[:, :scalars, None] + _HEAD_RANGE]
-
-        decoded = np.zeros((rows, len(self._features)), np.bool_)
+    def _decode_replies(self, replies: Sequence[_Reply]) -> DecodedGroup:
+        """Decode cells of which none is nil."""
+        ok = np.ones((len(replies), len(self._features)), np.bool_)
         columns: list[tuple[slice, NDArray[Any]]] = []
         for kind in self._kinds:
-            at = kind.at
-            values, decoded[:, at] = kind.decode(heads[:, at], lengths[:, at])
-            columns.append((at, values))
-        time_cells = slice(scalars, scalars + times)
-        times_s, times_decoded = _decode_times(
-            block[starts[:, time_cells, None] + _TIME_RANGE], lengths[:, time_cells]
-        )
-        if absent is not None:
-            times_s[absent[:, time_cells]] = np.nan
-
-        statuses = np.where(decoded, np.uint8(FeatureStatus.PRESENT), FeatureStatus.NULL_VALUE)
-        statuses = statuses.astype(np.uint8, copy=False)
-        if scalars < len(self._features):
-            columns.append(self._decode_objects(replies, statuses))
-        of_features = np.r_[0:scalars, scalars + times : self._width]
-        if absent is not None:
-            statuses[absent[:, of_features]] = FeatureStatus.NOT_FOUND
-        # Whatever is there and did not decode: nulls in another spelling, older types, damage.
-        odd = ~decoded[:, :scalars] & (lengths[:, :scalars] > 0)
-        if odd.any():
-            self._decode_odd(odd, replies, columns, statuses)
-        elif scalars == len(self._features) and decoded.all() and times_decoded.all():
-            # A nil event time is the one thing left that a layout cannot hold.
-            if absent is None:
-                self._learn(replies, lengths, row_length)
+            values, ok[:, kind.at] = kind.decode(replies)
+            columns.append((kind.at, values))
+        times_s = _decode_times(replies, self._times)
+        if self._objects.start < self._objects.stop:
+            shape = (len(replies), self._objects.stop - self._objects.start)
+            columns.append((self._objects, np.full(shape, None, np.object_)))
+            ok[:, self._objects] = False
+        if ok.all():
+            return DecodedGroup(columns, None, times_s)
+        statuses = np.full(ok.shape, FeatureStatus.PRESENT, np.uint8)
+        for row, feature in np.argwhere(~ok).tolist():
+            raw = replies[row][self._cells[feature]]
+            value = self._decode_one(feature, raw) if raw else None
+            if value is None:
+                statuses[row, feature] = FeatureStatus.NULL_VALUE
+            else:
+                at, values = next(entry for entry in columns if entry[0].stop > feature)
+                values[row, feature - at.start] = value
         return DecodedGroup(columns, statuses, times_s)
 
-    def _decode_objects(
-        self, replies: Sequence[Sequence[bytes | None]], statuses: NDArray[np.uint8]
-    ) -> tuple[slice, NDArray[Any]]:
-        first = self._scalar_count
-        values = np.full((len(replies), len(self._features) - first), None, np.object_)
-        for row, reply in enumerate(replies):
-            for i, raw in enumerate(reply[first + self._time_count :]):
-                if raw and (value := self._decode_one(first + i, raw)) is not None:
-                    values[row, i] = value
-                    statuses[row, first + i] = FeatureStatus.PRESENT
-        return slice(first, len(self._features)), values
+    def _decode_with_gaps(self, replies: Sequence[_Reply]) -> DecodedGroup:
+        absent = np.array([[cell is None for cell in reply] for reply in replies])
+        decoded = self._decode_replies([[cell or b"" for cell in reply] for reply in replies])
+        assert decoded.statuses is not None or not absent[:, self._cells].any()
+        if decoded.statuses is not None:
+            decoded.statuses[absent[:, self._cells]] = FeatureStatus.NOT_FOUND
+        decoded.event_times_s[absent[:, self._times]] = np.nan
+        return decoded
 
-    def _decode_odd(
-        self,
-        odd: NDArray[np.bool_],
-        replies: Sequence[Sequence[bytes | None]],
-        columns: Sequence[tuple[slice, NDArray[Any]]],
-        statuses: NDArray[np.uint8],
-    ) -> None:
-        for row, cell in np.argwhere(odd).tolist():
-            value = self._decode_one(cell, replies[row][cell] or b"")
-            if value is not None:
-                at, values = next(entry for entry in columns if entry[0].stop > cell)
-                values[row, cell - at.start] = value
-                statuses[row, cell] = FeatureStatus.PRESENT
-
-    def _decode_one(self, cell: int, raw: bytes) -> Any:
-        feature = self._features[cell]
+    def _decode_one(self, feature: int, raw: bytes) -> Any:
         try:
-            return decode_value(raw, feature.value_type)
+            return decode_value(raw, self._features[feature].value_type)
         except ValueMismatchError as error:
-            self._on_mismatch(feature, str(error))
+            self._on_mismatch(self._features[feature], str(error))
             return None
 
-    def _learn(
-        self,
-        replies: Sequence[Sequence[bytes | None]],
-        lengths: NDArray[np.intp],
-        row_length: int,
-    ) -> None:
-        if len(self._layouts) < MAX_LAYOUTS and (lengths == lengths[0]).all():
-            self._layouts.setdefault(row_length, _Layout(self._kinds, replies[0]))
+    def _learn(self, replies: Sequence[_Reply]) -> None:
+        """Remember the replies' layout, if they share one."""
+        if len(self._layouts) >= MAX_LAYOUTS or self._objects.start < self._objects.stop:
+            return
+        cells, *others = [[cell for cell in reply if cell is not None] for reply in replies]
+        lengths = list(map(len, cells))
+        if all(map(_is_usual_time, cells[self._times])) and all(
+            list(map(len, other)) == lengths for other in others
+        ):
+            layout = _Layout(self._kinds, cells)
+            self._layouts[layout.length] = layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,26 +202,42 @@ class _Kind:
     def count(self) -> int:
         return int(self.at.stop - self.at.start)
 
-    def decode(
-        self, heads: NDArray[np.uint8], lengths: NDArray[np.intp]
-    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        """Decode cells from their first `_HEAD` bytes; where that fails the value is a filler."""
-        dtype = self.value_type.dtype
-        ok = heads[..., 0] == TAGS[self.value_type]
+    def decode(self, replies: Sequence[_Reply]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """
+        Decode this kind's cells of every reply.
+
+        Returns:
+            Values and whether each was as expected; where it was not the value is a filler.
+
+        Raises:
+            TypeError: a cell is nil.
+        """
+        cells: Any = chain.from_iterable(map(itemgetter(self.at), replies))
+        shape = (len(replies), self.count)
         width = _WIDTHS.get(self.value_type)
         if width is None:
-            values, sizes = _varints(heads[..., 1:])
-            ok &= (sizes > 0) & (lengths == sizes + 1)
-            if dtype == np.int32:
-                ok &= values == values.astype(np.int32)
-            return np.where(ok, values, 0).astype(dtype), ok
-        ok &= lengths == width
+            values, ok = _varints(list(cells), TAGS[self.value_type], shape)
+            narrow = values.astype(self.value_type.dtype)
+            ok &= narrow == values
+            return np.where(ok, narrow, narrow.dtype.type(0)), ok
+        joined = b"".join(cells)
+        ok = np.zeros(shape, np.bool_)
+        if len(joined) == width * ok.size:
+            ok = _tags(joined, shape, width) == TAGS[self.value_type]
+        if not ok.all():
+            # Only when length and tags are all right do the cells lie where they are looked for:
+            # the first that is too short or too long begins where a tag is due, and has another.
+            own: Any = chain.from_iterable(map(itemgetter(self.at), replies))
+            joined = b"".join([cell if len(cell) == width else bytes(width) for cell in own])
+            ok = _tags(joined, shape, width) == TAGS[self.value_type]
         if self.value_type is ValueType.BOOL:
-            ok &= heads[..., 1] <= 1
-            return ok & (heads[..., 1] == 1), ok
-        payload = np.ascontiguousarray(heads[..., 1:width])
-        values = payload.view(dtype.newbyteorder("<"))[..., 0].astype(dtype, copy=False)
-        return np.where(ok, values, dtype.type(np.nan)), ok
+            digits = np.frombuffer(joined, np.uint8)[1::2].reshape(shape)
+            ok &= digits <= 1
+            return ok & (digits == 1), ok
+        dtype = self.value_type.dtype
+        strides = (shape[1] * width, width)
+        payload: NDArray[Any] = np.ndarray(shape, dtype.newbyteorder("<"), joined, 1, strides)
+        return (payload if ok.all() else np.where(ok, payload, dtype.type(np.nan))), ok
 
 
 def _kinds(features: Sequence[PlannedFeature]) -> list[_Kind]:
@@ -253,36 +248,100 @@ def _kinds(features: Sequence[PlannedFeature]) -> list[_Kind]:
     return kinds
 
 
+def _tags(joined: bytes, shape: tuple[int, int], width: int) -> NDArray[np.uint8]:
+    return np.frombuffer(joined, np.uint8)[::width].reshape(shape)
+
+
+def _varints(
+    cells: list[bytes], tag: int, shape: tuple[int, int]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Decode cells that are a tag and one varint; where one is not, the number means nothing."""
+    sizes = np.fromiter(map(len, cells), np.intp, len(cells)).reshape(shape) - 1
+    width = min(max(int(sizes.max()), 1), MAX_VARINT_BYTES)
+    # Cells are cut or padded with zeros to the same width. A zero adds nothing to a varint.
+    block = np.array(cells, f"S{width + 1}").view(np.uint8).reshape(*shape, width + 1)
+    ok = (block[..., 0] == tag) & (sizes > 0) & _ends_at(block[..., 1:], sizes)
+    return _sum(block[..., 1:]), ok
+
+
+def _ends_at(block: NDArray[np.uint8], sizes: Any) -> NDArray[np.bool_]:
+    """Say of which varints exactly the first `sizes` bytes are theirs, and within 64 bits."""
+    width = block.shape[-1]
+    continued = _VARINT_RANGE[:width] < np.asarray(sizes)[..., None] - 1
+    ok: NDArray[np.bool_] = ((block >= 0x80) == continued).all(-1) & (sizes <= width)
+    return ok & (block[..., -1] <= 1) if width == MAX_VARINT_BYTES else ok
+
+
+def _sum(block: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Add up varints padded with zeros; the last axis is one varint's bytes."""
+    width = block.shape[-1]
+    if width <= len(_EXACT_WEIGHTS):
+        exact: NDArray[np.float64] = (block & 0x7F) @ _EXACT_WEIGHTS[:width]
+        return exact.astype(np.int64)
+    digits = (block & 0x7F).astype(np.uint64)
+    total: NDArray[np.uint64] = digits @ _WEIGHTS[:width]
+    return total.view(np.int64)
+
+
+def _decode_times(replies: Sequence[_Reply], at: slice) -> NDArray[np.float64]:
+    """
+    Decode the event times of every reply; NaN where one is damaged.
+
+    Raises:
+        TypeError: a cell is nil.
+    """
+    cells: list[Any] = list(chain.from_iterable(map(itemgetter(at), replies)))
+    shape = (len(replies), at.stop - at.start)
+    sizes = np.fromiter(map(len, cells), np.intp, len(cells)).reshape(shape)
+    block = np.array(cells, f"S{_TIME_WIDTH}").view(np.uint8).reshape(*shape, _TIME_WIDTH)
+    usual = (block[..., 0] == _SECONDS_TAG) & _ends_at(block[..., 1:6], _SECONDS_BYTES)
+    nanos = block[..., _NANOS_AT:]
+    has_nanos = (block[..., 6] == _NANOS_TAG) & _ends_at(nanos, sizes - _NANOS_AT)
+    usual &= (sizes == 6) | ((sizes > _NANOS_AT) & has_nanos)
+    times_s = _sum(block[..., 1:6]) + _sum(nanos) * 1e-9
+    if not usual.all():
+        for row, i in np.argwhere(~usual).tolist():
+            try:
+                times_s[row, i] = decode_time(cells[row * shape[1] + i])
+            except ValueMismatchError:
+                times_s[row, i] = np.nan
+    return times_s
+
+
+def _is_usual_time(cell: bytes) -> bool:
+    return (
+        len(cell) >= 6
+        and cell[0] == _SECONDS_TAG
+        and all(byte >= 0x80 for byte in cell[1:5])
+        and cell[5] < 0x80
+    )
+
+
 class _Layout:
     """
-    Where everything is in a reply all of whose cells are present and of known length.
+    Where everything is in a reply none of whose cells is nil or null.
 
     Args:
-        kinds: Of the reply's first cells; the rest are event times.
+        kinds: Of the reply's first cells; the rest are usual event times.
         cells: A reply of that layout.
     """
 
-    def __init__(self, kinds: Sequence[_Kind], cells: Sequence[bytes | None]) -> None:
-        whole = [cell for cell in cells if cell is not None]
-        assert len(whole) == len(cells)
-        row = bytearray(b"*%d\r\n" % len(whole))
+    def __init__(self, kinds: Sequence[_Kind], cells: Sequence[bytes]) -> None:
+        row = bytearray(b"*%d\r\n" % len(cells))
         mask = bytearray(b"\xff" * len(row))
-        at = []
-        for i, cell in enumerate(whole):
+        self._starts = []
+        for i, cell in enumerate(cells):
             head = b"$%d\r\n" % len(cell)
-            at.append(len(row) + len(head))
+            self._starts.append(len(row) + len(head))
             row += head + cell + b"\r\n"
             kind = next((kind for kind in kinds if kind.at.stop > i), None)
-            mask += b"\xff" * len(head) + _mask(kind, cell) + b"\xff\xff"
+            mask += b"\xff" * len(head) + _fixed_bits(kind, cell) + b"\xff\xff"
+        self.length = len(row)
         self._mask = np.frombuffer(bytes(mask), np.uint8)
         self._row = np.frombuffer(bytes(row), np.uint8) & self._mask
         self._kinds = kinds
-        self._at = at
-        self._lengths = [len(cell) for cell in whole]
-        self._times = [
-            (position, _time_sizes(cell))
-            for position, cell in zip(at[_stop(kinds) :], whole[_stop(kinds) :], strict=True)
-        ]
+        self._sizes = [len(cell) for cell in cells]
+        self._first_time = kinds[-1].at.stop if kinds else 0
 
     def decode(self, data: bytes, rows: int) -> DecodedGroup | None:
         """Decode replies, or return None when they are not all of this layout."""
@@ -295,102 +354,44 @@ class _Layout:
             if values is None:
                 return None
             columns.append((kind.at, values))
-        times_s = np.empty((rows, len(self._times)))
-        for i, (position, (seconds, nanos)) in enumerate(self._times):
-            total = np.zeros(rows)
-            if seconds:
-                total = _known_varint(block, position + 1, seconds).astype(np.float64)
-                position += 1 + seconds
-            if nanos:
-                total += _known_varint(block, position + 1, nanos) * 1e-9
-            times_s[:, i] = total
+        times_s = np.empty((rows, len(self._starts) - self._first_time))
+        for i in range(times_s.shape[1]):
+            start = self._starts[self._first_time + i]
+            seconds = _sum(block[:, start + 1 : start + 6])
+            nanos = block[:, start + _NANOS_AT : start + self._sizes[self._first_time + i]]
+            times_s[:, i] = seconds + _sum(nanos) * 1e-9 if nanos.size else seconds
         return DecodedGroup(columns, None, times_s)
 
     def _values(self, kind: _Kind, data: bytes, block: NDArray[np.uint8]) -> NDArray[Any] | None:
-        first, shape = self._at[kind.at.start] + 1, (len(block), kind.count)
+        first, shape = self._starts[kind.at.start] + 1, (len(block), kind.count)
         dtype = kind.value_type.dtype
         if kind.value_type in _WIDTHS:
-            stride = self._at[kind.at.start + 1] - self._at[kind.at.start]
-            return np.ndarray(shape, dtype.newbyteorder("<"), data, first, (block.shape[1], stride))
+            stride = self._starts[kind.at.start + 1] - self._starts[kind.at.start]
+            strides = (self.length, stride)
+            return np.ndarray(shape, dtype.newbyteorder("<"), data, first, strides)
         values = np.empty(shape, np.int64)
         for i in range(kind.count):
-            cell = kind.at.start + i
-            values[:, i] = _known_varint(block, self._at[cell] + 1, self._lengths[cell] - 1)
-        if dtype == np.int64:
-            return values
-        narrow = values.astype(dtype)
+            start, size = self._starts[kind.at.start + i], self._sizes[kind.at.start + i]
+            values[:, i] = _sum(block[:, start + 1 : start + size])
+        narrow = values.astype(dtype, copy=False)
         return narrow if (narrow == values).all() else None
 
 
-def _stop(kinds: Sequence[_Kind]) -> int:
-    return int(kinds[-1].at.stop) if kinds else 0
-
-
-def _mask(kind: _Kind | None, cell: bytes) -> bytes:
+def _fixed_bits(kind: _Kind | None, cell: bytes) -> bytes:
     """Return the bits of a cell that its layout fixes: tags, and where varints end."""
     if kind is None:
-        seconds, nanos = _time_sizes(cell)
-        return b"".join(b"\xff" + _varint_mask(size) for size in (seconds, nanos) if size)
+        nanos = b"\xff" + _varint_bits(len(cell) - _NANOS_AT) if len(cell) > _NANOS_AT else b""
+        return b"\xff" + _varint_bits(_SECONDS_BYTES) + nanos
     if kind.value_type is ValueType.BOOL:
         return b"\xff\xfe"
     if kind.value_type in _WIDTHS:
         return b"\xff" + bytes(len(cell) - 1)
-    return b"\xff" + _varint_mask(len(cell) - 1)
+    return b"\xff" + _varint_bits(len(cell) - 1)
 
 
-def _varint_mask(size: int) -> bytes:
+def _varint_bits(size: int) -> bytes:
     # Of the tenth byte only the lowest bit is within 64.
     return b"\x80" * size if size < MAX_VARINT_BYTES else b"\x80" * (size - 1) + b"\xfe"
-
-
-def _time_sizes(cell: bytes) -> tuple[int, int]:
-    """Return the bytes that the seconds' and the nanos' varints take; 0 for what is left out."""
-    if not cell:
-        return 0, 0
-    first = next(i for i, byte in enumerate(cell[1:], 1) if byte < 0x80)
-    if cell[0] == _NANOS_TAG:
-        return 0, first
-    return first, max(len(cell) - first - 2, 0)
-
-
-def _known_varint(block: NDArray[np.uint8], position: int, size: int) -> NDArray[np.int64]:
-    digits = (block[:, position : position + size] & 0x7F).astype(np.uint64)
-    return (digits @ _WEIGHTS[:size]).view(np.int64)
-
-
-def _varints(heads: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.intp]]:
-    """
-    Decode the varint at the start of each last axis of at most 10 bytes.
-
-    Returns:
-        The numbers as signed, and the bytes each took; 0 where it is damaged.
-    """
-    more = heads >= 0x80
-    sizes = more.argmin(-1) + 1
-    used = np.arange(heads.shape[-1]) < sizes[..., None]
-    digits = np.where(used, heads & 0x7F, 0).astype(np.uint64)
-    damaged = more.all(-1)
-    if heads.shape[-1] == MAX_VARINT_BYTES:
-        damaged |= (sizes == MAX_VARINT_BYTES) & (heads[..., -1] > 1)
-    values = (digits << _SHIFTS[: heads.shape[-1]]).sum(-1, dtype=np.uint64).view(np.int64)
-    return values, np.where(damaged, 0, sizes)
-
-
-def _decode_times(
-    heads: NDArray[np.uint8], lengths: NDArray[np.intp]
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Decode serialized `google.protobuf.Timestamp`s; NaN where one is damaged."""
-    seconds, taken = _varints(heads[..., 1:_HEAD])
-    has_seconds = (heads[..., 0] == _SECONDS_TAG) & (lengths > 0)
-    ok = ~has_seconds | (taken > 0)
-    position = np.where(has_seconds, taken + 1, 0)
-    has_nanos = lengths > position
-    rest = np.take_along_axis(heads, position[..., None] + _HEAD_RANGE, -1)
-    nanos, taken = _varints(rest[..., 1:])
-    ok &= ~has_nanos | ((rest[..., 0] == _NANOS_TAG) & (taken > 0))
-    ok &= lengths == position + np.where(has_nanos, taken + 1, 0)
-    times_s = np.where(has_seconds, seconds, 0) + np.where(has_nanos, nanos, 0) * 1e-9
-    return np.where(ok, times_s, np.nan), ok
 
 
 def _shown(reply: Any) -> str:
@@ -399,8 +400,4 @@ def _shown(reply: Any) -> str:
     return f"a {type(reply).__name__} where an array is due"
 
 
-_HEAD_RANGE = np.arange(_HEAD)
-_TIME_RANGE = np.arange(_TIME_HEAD)
 _NOT_ENOUGH = object()
-_SECONDS_TAG = 0x08
-_NANOS_TAG = 0x10

@@ -8,7 +8,7 @@ timeouts; a caller waits for it no longer than it said.
 import queue
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,9 @@ class FeastStore:
         """Values met that were not of their feature's type."""
         self._store = store
         self._services: dict[str, Any] = {}  # looking one up costs Feast milliseconds
-        self._work: queue.Queue[tuple[Any, Future[Any]] | None] = queue.Queue(MAX_WAITING)
+        self._work: queue.Queue[tuple[Callable[[], Any], Future[Any]] | None] = queue.Queue(
+            MAX_WAITING
+        )
         self._is_up = True
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="feast-store", daemon=True)
@@ -72,6 +74,7 @@ class FeastStore:
                 rows[key.name] = [text.decode(errors="replace") for text in rows[key.name]]
         response = self._call(lambda: self._ask(plan, rows, count), timeout_s)
         blocks = RowBlocks(plan, count)
+        blocks.clear()
         vectors = dict(zip(response.metadata.feature_names.val, response.results, strict=True))
         for i, feature in enumerate(plan.features):
             vector = vectors[feature.name]
@@ -103,21 +106,21 @@ class FeastStore:
         columns = rows or {"__rows": [0] * count}
         return self._store.get_online_features(features=service, entity_rows=columns).proto
 
-    def _call(self, function: Any, timeout_s: float) -> Any:
+    def _call(self, function: Callable[[], Any], timeout_s: float) -> Any:
         """Run `function` on Feast's thread."""
+        if self._is_closed:
+            raise FeatureStoreUnavailable(_UNAVAILABLE)
         deadline_s = time.monotonic() + timeout_s
         future: Future[Any] = Future()
         try:
-            if self._is_closed:
-                raise RuntimeError("closed")
             self._work.put((function, future), timeout=timeout_s)
             result = future.result(max(deadline_s - time.monotonic(), 0))
         except Exception as error:
             future.cancel()
             if self._is_up:
                 self._is_up = False
-                _log.exception("online_store_down", reason=repr(error))
-            raise FeatureStoreUnavailable(_UNAVAILABLE) from None
+                _log.exception("online_store_down")
+            raise FeatureStoreUnavailable(_UNAVAILABLE) from error
         self._is_up = True
         return result
 
@@ -128,7 +131,7 @@ class FeastStore:
                 continue
             try:
                 future.set_result(function())
-            except Exception as error:  # noqa: BLE001 - any of Feast's stores raises what it likes
+            except BaseException as error:  # noqa: BLE001 - it belongs to whoever waits
                 future.set_exception(error)
 
     def _value(self, feature: PlannedFeature, message: Any) -> Any:

@@ -56,6 +56,7 @@ class MemoryStore:
     ) -> FeatureRows:
         count = row_count(plan, entities)
         blocks = RowBlocks(plan, count)
+        blocks.clear()
         for group in plan.groups:
             columns = [entities[plan.join_keys[i].name].tolist() for i in group.join_keys]
             keys = list(zip(*columns, strict=True)) if columns else [()] * count

@@ -139,6 +139,13 @@ class FeaturePlan:
         features: In the service's declared order.
         views: In that order too.
         groups: One per distinct set of join keys.
+
+    Attributes:
+        view_of_feature: Each feature's place in `views`.
+        ttls_s: Of each view; infinite for ever.
+        block_widths: How many features there are of each dtype.
+        block_columns: Each feature's dtype, and its place among those of that dtype.
+        is_float32: Whether the whole result is one float32 matrix.
     """
 
     service: str
@@ -151,25 +158,22 @@ class FeaturePlan:
     view_of_feature: np.ndarray[Any, np.dtype[np.intp]] = field(init=False, repr=False)
     ttls_s: np.ndarray[Any, np.dtype[np.float64]] = field(init=False, repr=False)
     block_widths: Mapping[np.dtype[Any], int] = field(init=False, repr=False)
-    block_columns: tuple[int, ...] = field(init=False, repr=False)
+    block_columns: tuple[tuple[np.dtype[Any], int], ...] = field(init=False, repr=False)
+    is_float32: bool = field(init=False)
 
     def __post_init__(self) -> None:
         widths: dict[np.dtype[Any], int] = {}
         columns = []
         for feature in self.features:
-            columns.append(widths.get(feature.dtype, 0))
-            widths[feature.dtype] = columns[-1] + 1
+            columns.append((feature.dtype, widths.get(feature.dtype, 0)))
+            widths[feature.dtype] = columns[-1][1] + 1
         ttls = [np.inf if view.ttl_s is None else view.ttl_s for view in self.views]
         indices = [feature.view_index for feature in self.features]
         object.__setattr__(self, "view_of_feature", np.array(indices, np.intp))
         object.__setattr__(self, "ttls_s", np.array(ttls, np.float64))
         object.__setattr__(self, "block_widths", widths)
         object.__setattr__(self, "block_columns", tuple(columns))
-
-    @property
-    def is_float32(self) -> bool:
-        """Whether the whole result is one float32 matrix."""
-        return list(self.block_widths) == [np.dtype(np.float32)]
+        object.__setattr__(self, "is_float32", list(widths) == [np.dtype(np.float32)])
 
 
 @dataclass(frozen=True, slots=True)

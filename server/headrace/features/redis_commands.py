@@ -68,40 +68,41 @@ class CommandPacker:
         if not self._template:
             return self._pack_text(columns, rows, inverse)
         length = len(self._template)
-        commands = np.empty((rows, length), np.uint8)
-        commands[:] = np.frombuffer(self._template, np.uint8)
+        commands = bytearray(self._template) * rows
         for column, place in zip(columns, self._places, strict=True):
-            width = column.itemsize
-            commands[:, place : place + width] = column.view(np.uint8).reshape(rows, width)
-        step = max(MAX_PART_BYTES // length, 1)
-        parts = [commands[first : first + step] for first in range(0, rows, step)]
-        return PackedCommands(rows, inverse, parts, commands.size)
+            np.ndarray(rows, column.dtype, commands, place, length)[:] = column
+        return PackedCommands(rows, inverse, _parts(commands, length), len(commands))
 
     def _pack_text(
         self, columns: list[NDArray[Any]], rows: int, inverse: NDArray[np.intp] | None
     ) -> PackedCommands:
         group = self._group
-        pieces: list[list[bytes]] = []
-        for key, column in zip(self._join_keys, columns, strict=True):
-            if key.value_type in _KEY_DTYPES:
-                head, raw, width = value_head(key.value_type, column.itemsize), column.tobytes(), 0
-                width = column.itemsize
-                values = [head + raw[i : i + width] for i in range(0, len(raw), width)]
+        texts: list[list[bytes]] = []
+        for join_key, column in zip(self._join_keys, columns, strict=True):
+            value_type = join_key.value_type
+            if value_type in _KEY_DTYPES:
+                raw, width = column.tobytes(), column.itemsize
+                head = value_head(value_type, width)
+                texts.append([head + raw[i : i + width] for i in range(0, len(raw), width)])
             else:
-                values = [value_head(key.value_type, len(text)) + text for text in column.tolist()]
-            pieces.append(values)
+                texts.append([value_head(value_type, len(text)) + text for text in column.tolist()])
         commands = []
-        for values in zip(*pieces, strict=True):
+        for values in zip(*texts, strict=True):
             key = b"".join((group.key_prefix, *values, group.key_suffix))
             commands.append(
                 b"%b$%d\r\n%b%b" % (group.command_head, len(key), key, group.command_tail)
             )
         whole = b"".join(commands)
-        step = max(MAX_PART_BYTES * rows // len(whole), 1)
-        parts: list[Any] = [whole]
-        if step < rows:
-            parts = [b"".join(commands[first : first + step]) for first in range(0, rows, step)]
-        return PackedCommands(rows, inverse, parts, len(whole))
+        if len(whole) <= MAX_PART_BYTES:
+            return PackedCommands(rows, inverse, [whole], len(whole))
+        parts, size = [[commands[0]]], len(commands[0])
+        for command in commands[1:]:
+            size += len(command)
+            if size > MAX_PART_BYTES:
+                parts.append([])
+                size = len(command)
+            parts[-1].append(command)
+        return PackedCommands(rows, inverse, [b"".join(part) for part in parts], len(whole))
 
     def _make_template(self) -> None:
         group = self._group
@@ -116,6 +117,15 @@ class CommandPacker:
         head = group.command_head + b"$%d\r\n" % len(key)
         self._template = head + bytes(key) + group.command_tail
         self._places = [len(head) + place for place in places]
+
+
+def _parts(commands: bytearray, length: int) -> list[Any]:
+    """Cut commands of equal length into parts."""
+    if len(commands) <= MAX_PART_BYTES:
+        return [commands]
+    step = MAX_PART_BYTES // length * length or length
+    view = memoryview(commands)
+    return [view[first : first + step] for first in range(0, len(view), step)]
 
 
 def _column(values: NDArray[Any], value_type: ValueType) -> NDArray[Any]:

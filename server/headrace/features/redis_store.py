@@ -177,9 +177,11 @@ class _GroupReader:
         self._decoder = GroupDecoder(plan, group, on_mismatch)
         self._features = _as_slice(group.features)
         self._views = _as_slice(group.views)
-        self._dtypes = [plan.features[i].dtype for i in group.features]
         columns = [plan.block_columns[i] for i in group.features]
-        self._columns = {at.start: _as_slice(columns[at]) for at in self._decoder.slices}
+        self._targets = {
+            at.start: (columns[at.start][0], _as_slice([column for _, column in columns[at]]))
+            for at in self._decoder.slices
+        }
 
     def place(self, blocks: RowBlocks, commands: PackedCommands, data: bytes) -> None:
         """
@@ -191,8 +193,8 @@ class _GroupReader:
         decoded = self._decoder.decode(data, commands.rows)
         rows = slice(None) if commands.inverse is None else commands.inverse
         for at, values in decoded.columns:
-            block = blocks.blocks[self._dtypes[at.start]]
-            block[:, self._columns[at.start]] = values[rows]
+            dtype, own = self._targets[at.start]
+            blocks.blocks[dtype][:, own] = values[rows]
         if decoded.statuses is None:
             blocks.statuses[self._features] = FeatureStatus.PRESENT
         else:

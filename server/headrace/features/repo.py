@@ -11,13 +11,13 @@ from typing import Any
 
 from headrace.errors import ModelLoadError, StartupError
 from headrace.features.feast_store import FeastStore
+from headrace.features.layout import DUMMY_JOIN_KEY
 from headrace.features.plan import (
     FeaturePlan,
     FeatureSource,
     ViewSource,
     compile_plan,
 )
-from headrace.features.layout import DUMMY_JOIN_KEY
 from headrace.features.redis_connection import RedisOptions
 from headrace.features.redis_store import RedisStore
 from headrace.features.store import OnlineStore
@@ -51,21 +51,18 @@ def open_feature_repo(path: Path) -> "FeatureRepo":
         from feast.repo_config import load_repo_config  # noqa: PLC0415
     try:
         config = load_repo_config(path, config_file)
-        # Feast would write an empty registry where there is none.
-        registry_path = getattr(config.registry, "path", "")
-        is_local = config.registry.registry_type == "file" and "://" not in str(registry_path)
-        if is_local and not (path / registry_path).exists():
-            raise StartupError(
-                f"feature repository {path} has no registry yet; run `feast apply` in it"
-            )
-        store = FeatureStore(repo_path=str(path))
-        registry = store.registry.proto()
-    except StartupError:
-        raise
+        missing = _missing_registry(path, config.registry)
+        if missing is None:
+            store = FeatureStore(repo_path=str(path))
+            registry = store.registry.proto()
     except Exception as error:
         raise StartupError(
             f"feature repository {path} cannot be opened: {_first_line(error)}"
         ) from error
+    if missing is not None:
+        raise StartupError(
+            f"feature repository {path} has no registry {missing}; run `feast apply` in it"
+        )
     if all(service.spec.project != config.project for service in registry.feature_services):
         raise StartupError(
             f"feature repository {path} has no feature service in project '{config.project}'; "
@@ -136,9 +133,7 @@ class FeatureRepo:
                 f"feature service '{service}' has precompute_online, which is not supported; "
                 "Headrace reads its views in one round trip without it"
             )
-        sources = [
-            self._source(service, projection) for projection in message.spec.features
-        ]
+        sources = [self._source(service, projection) for projection in message.spec.features]
         return compile_plan(service, self.project, self.version, sources, self._stored())
 
     def online_store(self) -> OnlineStore:
@@ -238,6 +233,13 @@ class FeatureRepo:
             keys = tuple(column.name for column in _join_keys(view))
             for column in view.spec.features:
                 yield keys, self._stored_name(view, None), column.name
+
+
+def _missing_registry(path: Path, settings: Any) -> str | None:
+    """Return the registry file that is not there. Feast would write an empty one instead."""
+    if settings.registry_type != "file" or "://" in str(settings.path):
+        return None
+    return None if (path / settings.path).exists() else str(settings.path)
 
 
 def _join_keys(view: Any) -> list[Any]:

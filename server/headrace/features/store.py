@@ -82,7 +82,7 @@ class OnlineStore(Protocol):
 
 class RowBlocks:
     """
-    Rows being put together: one 2-D block per dtype, NOT_FOUND until something is found.
+    Rows being put together: one 2-D block per dtype. Not set to anything until `clear`.
 
     Args:
         plan: Which features and views.
@@ -92,30 +92,32 @@ class RowBlocks:
     def __init__(self, plan: FeaturePlan, rows: int) -> None:
         self.plan = plan
         self.blocks: dict[np.dtype[Any], NDArray[Any]] = {
-            dtype: np.full((rows, width), _FILLERS[dtype.kind], dtype)
-            for dtype, width in plan.block_widths.items()
+            dtype: np.empty((rows, width), dtype) for dtype, width in plan.block_widths.items()
         }
-        self.statuses = np.full((len(plan.features), rows), FeatureStatus.NOT_FOUND, np.uint8)
-        self.event_times_s = np.full((len(plan.views), rows), np.nan)
+        self.statuses: NDArray[np.uint8] = np.empty((len(plan.features), rows), np.uint8)
+        self.event_times_s: NDArray[np.float64] = np.empty((len(plan.views), rows))
+
+    def clear(self) -> None:
+        """Make every value NOT_FOUND."""
+        for dtype, block in self.blocks.items():
+            block[:] = _FILLERS[dtype.kind]
+        self.statuses[:] = FeatureStatus.NOT_FOUND
+        self.event_times_s[:] = np.nan
 
     def put(self, feature: int, row: int, value: Any) -> None:
         """Set one value, found to be PRESENT, or NULL_VALUE when it is None."""
         status = FeatureStatus.NULL_VALUE if value is None else FeatureStatus.PRESENT
         self.statuses[feature, row] = status
         if value is not None:
-            dtype = self.plan.features[feature].dtype
-            # A list is one element of an object block, so it must not be broadcast: index fully.
-            self.blocks[dtype][row, self.plan.block_columns[feature]] = value
+            dtype, column = self.plan.block_columns[feature]
+            self.blocks[dtype][row, column] = value
 
     def finish(self, now_s: float, max_age_s: float | None) -> FeatureRows:
         """Judge the ages and hand over the rows."""
         plan = self.plan
         mark_outside_max_age(plan, self.statuses, self.event_times_s, now_s, max_age_s)
         return FeatureRows(
-            values=tuple(
-                self.blocks[feature.dtype][:, column]
-                for feature, column in zip(plan.features, plan.block_columns, strict=True)
-            ),
+            values=tuple([self.blocks[dtype][:, column] for dtype, column in plan.block_columns]),
             statuses=self.statuses,
             event_times_s=self.event_times_s,
             matrix=next(iter(self.blocks.values())) if plan.is_float32 else None,

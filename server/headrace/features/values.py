@@ -74,10 +74,11 @@ TAGS = {
 }
 """First byte of a serialized scalar value: the field number and wire type."""
 
+_SECONDS_TAG, _NANOS_TAG = 0x08, 0x10  # of google.protobuf.Timestamp
 _NULL = b"\x98\x01\x00"  # null_val, the one value of its enum
 _TYPES = {tag: value_type for value_type, tag in TAGS.items()}
-_OBJECT = np.dtype(np.object_)
-_DTYPES = {
+_OBJECT: np.dtype[Any] = np.dtype(np.object_)
+_DTYPES: dict[ValueType, np.dtype[Any]] = {
     ValueType.INT32: np.dtype(np.int32),
     ValueType.INT64: np.dtype(np.int64),
     ValueType.DOUBLE: np.dtype(np.float64),
@@ -189,6 +190,28 @@ def decode_varint(raw: bytes, position: int) -> tuple[int, int]:
     raise ValueMismatchError("a damaged varint")
 
 
+def decode_time(raw: bytes) -> float:
+    """
+    Decode a serialized `google.protobuf.Timestamp` into Unix seconds; nothing is 1970.
+
+    Raises:
+        ValueMismatchError: `raw` is anything else.
+    """
+    parts = {_SECONDS_TAG: 0, _NANOS_TAG: 0}
+    position, last_tag = 0, 0
+    while position < len(raw):
+        tag = raw[position]
+        if tag not in parts or tag <= last_tag:
+            raise ValueMismatchError("a damaged event time")
+        parts[tag], position = decode_varint(raw, position + 1)
+        last_tag = tag
+    return _signed(parts[_SECONDS_TAG]) + parts[_NANOS_TAG] * 1e-9
+
+
+def _signed(number: int) -> int:
+    return number - (1 << 64) if number >> 63 else number
+
+
 def _decode_scalar(payload: bytes, value_type: ValueType) -> Any:
     if value_type is ValueType.FLOAT or value_type is ValueType.DOUBLE:
         layout = "<f" if value_type is ValueType.FLOAT else "<d"
@@ -212,7 +235,7 @@ def _decode_scalar(payload: bytes, value_type: ValueType) -> Any:
         if number > 1:
             raise ValueMismatchError("a BOOL that is neither 0 nor 1")
         return bool(number)
-    signed = number - (1 << 64) if number >> 63 else number
+    signed = _signed(number)
     if value_type is ValueType.INT32 and not -(1 << 31) <= signed < 1 << 31:
         raise ValueMismatchError("an INT32 out of range")
     return signed

