@@ -7,7 +7,8 @@ from headrace.errors import InvalidRequest, ModelNotFound, ModelUnavailable, Mod
 from headrace.predict import ServedModel
 from headrace.repository.config import ModelConfig
 
-VERSION_MAX = 2**63 - 1
+VERSION_DIGITS_MAX = 18
+"""As many as a folder's name may have; they fit an INT64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +95,10 @@ class Catalog:
         entry = self.entry(name)
         if not version:
             raise ModelUnavailable(f"model '{name}' has no version that can serve")
-        if not (version.isascii() and version.isdecimal() and 0 < int(version) <= VERSION_MAX):
+        is_number = version.isascii() and version.isdecimal() and len(version) <= VERSION_DIGITS_MAX
+        if not is_number or not int(version):
             raise InvalidRequest(
-                f"failed to get model version from specified version string '{version}', "
+                f"failed to get model version from specified version string '{version[:40]}', "
                 "version should be an integral value > 0"
             )
         number = int(version)

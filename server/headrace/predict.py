@@ -25,6 +25,7 @@ from headrace.errors import (
     DeadlineExceeded,
     FeatureStoreUnavailable,
     InvalidRequest,
+    InvalidTensor,
     MissingFeatures,
     ServingError,
 )
@@ -54,9 +55,7 @@ class Request(ABC):
     PREDICTION_ID_LENGTH = 26
 
     def __init__(self, inputs: CheckedInputs, deadline_s: float) -> None:
-        self.rows = inputs.rows
-        self.raws = inputs.raws
-        self.batch_key = inputs.trailing
+        self.rows, self.raws, self.batch_key = inputs
         self.deadline_s = deadline_s
         self.arrival_s = time.perf_counter()
 
@@ -353,7 +352,7 @@ class ServedModel:
         started_s, joined_s, now_s = timing
         try:
             arrays = self._backend.infer(inputs)
-        except BackendError as error:
+        except (BackendError, InvalidTensor) as error:
             if len(batch) == 1:
                 batch[0].fail(error)
                 self._metrics.failed(1)

@@ -37,6 +37,7 @@ class Backend(Protocol):
             One array per output, in `outputs` order; BYTES as object arrays of `bytes` or `str`.
 
         Raises:
+            InvalidTensor: an element of a BYTES input is not what the model takes.
             BackendError: the model failed on these inputs; the message names no internals.
         """
 

@@ -4,11 +4,12 @@ import struct
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from headrace.features.cells import MAX_LAYOUTS, GroupDecoder, UnexpectedReplyError
 from headrace.features.plan import FeatureSource, FeatureStatus, ViewSource, compile_plan
 from headrace.features.values import TAGS, ValueType, decode_time
-from hypothesis import given
-from hypothesis import strategies as st
 
 PRESENT, NULL, NOT_FOUND, _ = FeatureStatus
 KEY = (("key", "key", ValueType.INT64),)

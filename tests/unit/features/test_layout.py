@@ -4,6 +4,7 @@ import struct
 
 import numpy as np
 import pytest
+
 from headrace.features.layout import feature_field, key_prefix, murmur3_x86_32, time_field
 from headrace.features.plan import FeatureSource, ViewSource, compile_plan
 from headrace.features.redis_commands import CommandPacker

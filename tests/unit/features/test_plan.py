@@ -1,6 +1,7 @@
 """Compiling a feature service: groups, order, names and what is refused."""
 
 import pytest
+
 from headrace.errors import ModelLoadError
 from headrace.features.layout import feature_field, time_field
 from headrace.features.plan import FeatureSource, ViewSource, compile_plan

@@ -2,12 +2,13 @@
 
 import hiredis
 import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
 from headrace.features import layout
 from headrace.features.plan import FeatureSource, ViewSource, compile_plan
 from headrace.features.redis_commands import MAX_PART_BYTES, CommandPacker
 from headrace.features.values import ValueType
-from hypothesis import given
-from hypothesis import strategies as st
 
 NUMBERS = ("id", "id", ValueType.INT64)
 SMALL = ("part", "part", ValueType.INT32)

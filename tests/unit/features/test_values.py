@@ -5,6 +5,9 @@ import math
 import struct
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from headrace.features.values import (
     ValueMismatchError,
     ValueType,
@@ -12,8 +15,6 @@ from headrace.features.values import (
     decode_value,
     parse_default,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 @pytest.mark.parametrize(
