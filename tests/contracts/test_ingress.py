@@ -38,6 +38,7 @@ class Port:
     def close(self):
         self.channel.close()
         self.server.stop(0).wait(5)
+        self.ingress.end()
 
 
 @pytest.fixture(params=[CompletionQueueIngress, ThreadIngress], ids=["completion-queue", "threads"])

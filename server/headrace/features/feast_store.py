@@ -88,6 +88,12 @@ class FeastStore:
         return blocks.finish(now_s, max_age_s)
 
     def check(self) -> None:
+        """
+        Ask Feast's thread for a sign of life; Feast has no way to ask its store for one.
+
+        Raises:
+            FeatureStoreUnavailable: the thread is stuck in a read, or the store is closed.
+        """
         self._call(lambda: None, CHECK_TIMEOUT_S)
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """Pack a batch's HMGET commands: a template per key group, filled in by numpy.
 
-When every join key is an integer all commands have the same length, so they are one 2-D array of
-bytes into which each key column is copied. Text keys make the length vary: those commands are put
-together one by one.
+When every join key is an integer all commands have the same length, so they are one template,
+repeated, into which each key column is copied through a strided view. Text keys make the length
+vary: those commands are put together one by one.
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ class PackedCommands:
     Args:
         rows: How many there are: one per distinct entity.
         inverse: Which of them each row of the batch asked for; None when that is its own.
-        parts: Their bytes, in parts of whole commands of about `MAX_PART_BYTES` at most.
+        parts: Their bytes, in parts of whole commands: several only if within `MAX_PART_BYTES`.
         byte_count: Of all parts.
     """
 

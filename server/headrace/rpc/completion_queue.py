@@ -6,8 +6,10 @@ no pool thread, no task and no future per request. What is relied on, and was tr
 
 * a method registered with the core and not with the Python server is ours alone;
 * a tag that raises kills the loop while the port stays open: no tag here may raise;
-* `ReceiveCloseOnServer`, started with the call, completes when the caller leaves or the deadline
-  passes, and after a normal reply too: a call is over after its close and its status;
+* `ReceiveCloseOnServer` in a batch of its own completes when the caller leaves or the deadline
+  passes, and after a normal reply too: such a call is over after its close and its status. It costs
+  a quarter of a small request, so it is started only for calls that wait longer than
+  `WATCH_DELAY_S`; the others have it in the batch of their reply;
 * a message of None is a caller that left, one that sent too much, or one that sent nothing.
 
 `unusable_because` checks all that with a real call before the server relies on it.
@@ -15,6 +17,8 @@ no pool thread, no task and no future per request. What is relied on, and was tr
 
 import math
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import Any
@@ -38,6 +42,15 @@ OUTSTANDING_REQUESTS = 64
 Calls that C-core may hand over before Python asks again, per method. Calls nobody asked for wait in
 C-core, out of sight of admission; each call asks for its successor at once.
 """
+
+WATCH_DELAY_S = 0.01
+"""
+A call that waits longer than this is watched for its caller leaving; shorter waits are not worth
+the batch and the event. Measured: CPU per one-row request 58 µs with every call watched, 49 without.
+"""
+
+ATTENDANT_PATIENCE_S = 1.0
+"""How long the attendant looks for calls to watch, with none there, before it sleeps."""
 
 _NO_STATE: tuple[None, tuple[()]] = (None, ())
 _NO_MESSAGE = Status(grpc.StatusCode.INVALID_ARGUMENT, "expected one request message")
@@ -64,8 +77,8 @@ class CompletionQueueIngress:
     """
     Takes hot calls on the server's own loop thread.
 
-    Construct it before `server.start()`, call `begin` right after. Bookkeeping is the loop thread's
-    alone, so it needs no lock.
+    Construct it before `server.start()`, call `begin` right after and `end` after its stop. Events
+    are the loop thread's alone, so counting them needs no lock.
 
     Args:
         server: Not started yet. Kept alive as long as any call: a reply after the server object is
@@ -82,12 +95,19 @@ class CompletionQueueIngress:
         self._refusal: Status | None = None
         self._open = 0
         self._loop: threading.Thread | None = None
+        self._claims = threading.Lock()
+        self._recent: deque[_Call] = deque()
+        self._ended = threading.Event()
+        self._arrival = threading.Event()
+        self._attendant_sleeps = False
+        self._attendant = threading.Thread(target=self._attend, name="call-attendant", daemon=True)
         for method in methods:
             self._state.server.register_method(method.path)  # after start it would abort
 
     def begin(self) -> None:
         """Ask for the first calls."""
         self._loop = _loop_thread(self._state)
+        self._attendant.start()
         for method in self._methods:
             taker = _Taker(self, method)
             for _ in range(OUTSTANDING_REQUESTS):
@@ -96,6 +116,13 @@ class CompletionQueueIngress:
     def refuse_new(self, status: Status) -> None:
         """Answer every call from now on with `status`, unread."""
         self._refusal = status
+
+    def end(self) -> None:
+        """End the attendant; the server has stopped."""
+        self._ended.set()
+        self._arrival.set()
+        if self._attendant.ident is not None:
+            self._attendant.join(5)
 
     @property
     def open_calls(self) -> int:
@@ -106,6 +133,33 @@ class CompletionQueueIngress:
     def is_alive(self) -> bool:
         """Whether the loop thread runs."""
         return self._loop is not None and self._loop.is_alive()
+
+    def _note(self, call: "_Call") -> None:
+        self._recent.append(call)
+        if self._attendant_sleeps:
+            self._arrival.set()
+
+    def _attend(self) -> None:
+        """Watch calls that wait long. The attendant's whole life."""
+        idle_s = 0.0
+        while not self._ended.wait(WATCH_DELAY_S):
+            try:
+                self._watch_old_calls()
+            except Exception:
+                _LOG.exception("ingress_failed", where="attendant")
+            idle_s = 0.0 if self._recent else idle_s + WATCH_DELAY_S
+            if idle_s > ATTENDANT_PATIENCE_S:
+                self._attendant_sleeps = True
+                if not self._recent:  # a call noted before the flag was seen sent no signal
+                    self._arrival.wait()
+                self._attendant_sleeps = False
+                self._arrival.clear()
+                idle_s = 0.0
+
+    def _watch_old_calls(self) -> None:
+        recent, old_s = self._recent, time.perf_counter() - WATCH_DELAY_S
+        while recent and recent[0].arrival_s <= old_s:
+            recent.popleft().watch()
 
 
 class _Taker:
@@ -132,6 +186,7 @@ class _Taker:
         try:
             self.ask()
             call = _Call(self._ingress, event, self._accept)
+            self._ingress._note(call)
             if self._ingress._refusal is None:
                 call.receive()
             else:
@@ -152,6 +207,8 @@ class _Call:
         "_event",
         "_ingress",
         "_unfinished",
+        "_watched",
+        "arrival_s",
         "deadline_s",
         "gone",
     )
@@ -168,12 +225,11 @@ class _Call:
         self._event = event
         deadline_s = event.call_details.deadline
         self.deadline_s = deadline_s if deadline_s < _FAR_FUTURE_S else math.inf
+        self.arrival_s = time.perf_counter()
         self.gone = False
-        self._answered = False
-        self._unfinished = 2  # its close and its status
+        self._answered = self._watched = False
+        self._unfinished = 1
         ingress._open += 1
-        # A batch of its own: with the message or the reply its event would come too late.
-        self._call.start_server_batch((cygrpc.ReceiveCloseOnServerOperation(0),), self._on_close)
 
     @property
     def metadata(self) -> Metadata:
@@ -181,6 +237,15 @@ class _Call:
 
     def receive(self) -> None:
         self._call.start_server_batch((cygrpc.ReceiveMessageOperation(0),), self._on_message)
+
+    def watch(self) -> None:
+        """Learn from now on when the caller leaves."""
+        with self._ingress._claims:
+            if self._answered:
+                return
+            self._watched = True
+            self._unfinished = 2  # its close and its status
+        self._call.start_server_batch((cygrpc.ReceiveCloseOnServerOperation(0),), self._on_close)
 
     def reply(self, message: bytes) -> None:
         self._send(
@@ -202,10 +267,16 @@ class _Call:
         )
 
     def _send(self, operations: tuple[Any, ...]) -> None:
-        if self._answered:
-            return
-        self._answered = True
-        error = self._call.start_server_batch(operations, self._on_sent)
+        with self._ingress._claims:
+            if self._answered:
+                return
+            self._answered = True
+        if self._watched:
+            error = self._call.start_server_batch(operations, self._on_sent)
+        else:
+            error = self._call.start_server_batch(
+                (cygrpc.ReceiveCloseOnServerOperation(0), *operations), self._on_close
+            )
         if error:  # nothing was started, the tag will never come
             _LOG.error("reply_not_sent", error=error)
             self._call.cancel(cygrpc.StatusCode.internal, "internal error")
@@ -271,3 +342,4 @@ def _try_one_call() -> str | None:
         return None if answer == b"headrace" else "an echo came back changed"
     finally:
         server.stop(grace=0).wait(2)
+        ingress.end()

@@ -22,7 +22,10 @@ class HotCall(Protocol):
     """Unix seconds; infinite when the caller set none."""
 
     gone: bool
-    """Whether the caller has cancelled, or its deadline has passed, or its connection is lost."""
+    """
+    Whether the caller has cancelled, or its deadline has passed, or its connection is lost. A call
+    that is answered within some milliseconds may never learn it.
+    """
 
     @property
     def metadata(self) -> Metadata:
@@ -65,6 +68,9 @@ class Ingress(Protocol):
 
     def refuse_new(self, status: Status) -> None:
         """Answer every call from now on with `status`, unread."""
+
+    def end(self) -> None:
+        """Let go of threads. The server has stopped."""
 
     @property
     def open_calls(self) -> int:

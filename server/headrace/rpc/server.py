@@ -133,6 +133,7 @@ class GrpcServer:
         stopped = self._server.stop(STOP_GRACE_S)
         if not stopped.wait(STOP_GRACE_S + 5):
             _LOG.warning("grpc_stop_timed_out")
+        self.ingress.end()
         return unfinished
 
     def _say(self, names: Iterable[str], *, serving: bool) -> None:

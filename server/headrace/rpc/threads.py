@@ -62,6 +62,10 @@ class ThreadIngress:
         """Answer every call from now on with `status`."""
         self._refusal = status
 
+    def end(self) -> None:
+        """End the pool's threads, once their calls have ended."""
+        self._pool.shutdown(wait=False)
+
     @property
     def open_calls(self) -> int:
         """Calls that have not ended yet."""

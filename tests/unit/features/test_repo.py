@@ -1,7 +1,9 @@
 """Opening a Feast repository: what is compiled from it, and what is refused."""
 
+import builtins
 from datetime import timedelta
 
+import dill
 import pandas as pd
 import pytest
 from feast import (
@@ -15,7 +17,7 @@ from feast import (
     ValueType,
 )
 from feast.on_demand_feature_view import on_demand_feature_view
-from feast.types import Float32, Int64, Map, String
+from feast.types import Float32, Float64, Int64, Map, String
 
 from headrace.errors import ModelLoadError, StartupError
 from headrace.features.feast_store import FeastStore
@@ -30,7 +32,8 @@ online_store: {online_store}
 entity_key_serialization_version: 3
 """
 REDIS = "{type: redis, connection_string: 'localhost:6379'}"
-RAN = []
+
+pytestmark = pytest.mark.filterwarnings("ignore:On demand feature view:RuntimeWarning")
 
 
 def write_config(path, online_store=REDIS, *, versions=False):
@@ -71,10 +74,9 @@ def definitions():
     request = RequestSource(name="now", schema=[Field(name="text", dtype=String)])
 
     @on_demand_feature_view(
-        sources=[stats, request], schema=[Field(name="twice", dtype=Float32)], mode="pandas"
+        sources=[stats, request], schema=[Field(name="twice", dtype=Float64)], mode="pandas"
     )
     def doubled(inputs: pd.DataFrame) -> pd.DataFrame:
-        RAN.append(inputs)
         return pd.DataFrame({"twice": inputs["rating"] * 2})
 
     return [
@@ -138,17 +140,23 @@ def test_a_service_that_cannot_be_served_is_refused_with_the_reason(repo, servic
         repo.compile(service)
 
 
-def test_nothing_in_a_registry_is_unpickled(path, monkeypatch):
-    import dill  # noqa: PLC0415 - only to watch it
+def test_no_code_in_a_registry_is_run(path, monkeypatch):
+    ran = []
+    for place, name in ((builtins, "exec"), (dill, "loads")):
+        run = getattr(place, name)
 
-    def refuse(*args, **kwargs):
-        raise AssertionError("unpickled")
+        def watched(*args, run=run, **kwargs):
+            ran.append(args)
+            return run(*args, **kwargs)
 
-    monkeypatch.setattr(dill, "loads", refuse)
+        monkeypatch.setattr(place, name, watched)
     repo = open_feature_repo(path)
     with pytest.raises(ModelLoadError):
         repo.compile("computed")
     assert len(repo.compile("ranking").features) == 2
+    assert ran == []
+    repo._store.get_on_demand_feature_view("doubled")  # what Feast would have done
+    assert ran != []
 
 
 def test_a_pinned_or_later_version_of_a_view_is_stored_under_its_number(tmp_path):
@@ -216,7 +224,7 @@ def test_a_repository_that_was_never_applied_is_refused_and_left_as_it_is(tmp_pa
 def test_a_configuration_that_feast_refuses_is_one_line(tmp_path, config):
     (tmp_path / "feature_store.yaml").write_text(config)
     (tmp_path / "registry.db").write_bytes(b"")
-    with pytest.raises(StartupError, match="cannot be opened: .+") as caught:
+    with pytest.raises(StartupError, match=r"cannot be opened: .+") as caught:
         open_feature_repo(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -224,7 +232,7 @@ def test_a_configuration_that_feast_refuses_is_one_line(tmp_path, config):
 def test_a_damaged_registry_is_one_line(tmp_path):
     write_config(tmp_path)
     (tmp_path / "registry.db").write_bytes(b"\xff" * 64)
-    with pytest.raises(StartupError, match="cannot be opened: .+") as caught:
+    with pytest.raises(StartupError, match=r"cannot be opened: .+") as caught:
         open_feature_repo(tmp_path)
     assert "\n" not in str(caught.value)
 
