@@ -1,5 +1,6 @@
 """The composition root: builds every object of a gateway once, starts them, stops them in order."""
 
+import gc
 import signal
 import threading
 import time
@@ -27,6 +28,9 @@ from headrace.telemetry.metrics import Metrics
 from headrace.tensors import Signature
 
 _LOG = structlog.get_logger(__name__)
+
+GC_THRESHOLD = 50_000
+"""Container objects made, net, before the youngest generation is looked at."""
 
 WATCH_PERIOD_S = 1.0
 """How often the loop thread and the feature store are looked at."""
@@ -89,6 +93,7 @@ class Gateway:
         """Begin to serve."""
         for served in self._catalog.served():
             served.start()
+        _calm_the_collector()
         self.grpc.start()
         self.http.start()
         _LOG.info(
@@ -252,6 +257,18 @@ class Gateway:
             missing_features=config.missing_features,
             max_batch_size=config.max_batch_size,
         )
+
+
+def _calm_the_collector() -> None:
+    """
+    Let the cyclic garbage collector look at the request path rarely.
+
+    Requests make no reference cycles, so counting references frees them; with Python's default of
+    700 allocations the collector took 7 % of a small request's time.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD, 20, 20)
 
 
 def _report_failure(model: str, version: int | None, error: ModelLoadError) -> None:
