@@ -288,7 +288,14 @@ def evaluate(
     )
     by_year = errors.groupby(future["sale_date"].dt.year)
     return tuple(
-        YearReport(year=int(year), sales=len(of_year), **of_year.median().to_dict())
+        YearReport(
+            year=int(str(year)),
+            sales=len(of_year),
+            model=float(of_year["model"].median()),
+            frozen=float(of_year["frozen"].median()),
+            baseline=float(of_year["baseline"].median()),
+            bias=float(of_year["bias"].median()),
+        )
         for year, of_year in by_year
     )
 
