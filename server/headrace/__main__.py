@@ -64,7 +64,19 @@ def _say_serving(grpc_address: str, http_address: str) -> None:
         print(json.dumps({"event": "serving", **fields}), flush=True)
 
 
-_COMMANDS = {"serve": _serve}
+def _demo(options: dict[str, Any]) -> int:
+    from headrace.demo import demo  # noqa: PLC0415 it takes seconds
+
+    return demo(options["root"])
+
+
+def _up(options: dict[str, Any]) -> int:
+    from headrace.demo import up  # noqa: PLC0415 it takes seconds
+
+    return up(options["root"])
+
+
+_COMMANDS = {"serve": _serve, "demo": _demo, "up": _up}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,6 +95,14 @@ def _parser() -> argparse.ArgumentParser:
             serve.add_argument(flag, help=text, action=argparse.BooleanOptionalAction, default=None)
         else:
             serve.add_argument(flag, help=text, metavar=name.rpartition("_")[2].upper())
+    for name, text in {
+        "demo": "real home sales through the whole path, from a checkout; exits by itself",
+        "up": "the demo's stack, serving until Ctrl-C",
+    }.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument(
+            "--root", type=Path, default=Path(), metavar="DIR", help="the checkout (default: here)"
+        )
     return parser
 
 
