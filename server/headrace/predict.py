@@ -262,8 +262,8 @@ class ServedModel:
                 self._carry(batch)
             except Exception as error:
                 _LOG.exception("batch_failed", model=self.name, version=self.version)
-                expected = isinstance(error, BackendError)
-                _fail_all(batch, error if expected else BackendError("internal error"))
+                shown = error if isinstance(error, ServingError) else BackendError("internal error")
+                _fail_all(batch, shown)
                 self._metrics.failed(len(batch))
 
     def _carry(self, batch: Sequence[Request]) -> None:

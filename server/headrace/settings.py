@@ -105,7 +105,8 @@ class ServeSettings(BaseSettings):
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
         env_settings: PydanticBaseSettingsSource,
-        **_: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 none of it is read
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 none of it is read
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         if cls.toml_file is None:
             return init_settings, env_settings

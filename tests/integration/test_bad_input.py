@@ -117,7 +117,9 @@ TWO = b"\0" * 8
         ),
         pytest.param(mixed(), INVALID, ["'x'", "raw_input_contents"], id="raw and typed"),
         pytest.param(request(raws=()), INVALID, ["'x'", "Expected 16, got 0"], id="no contents"),
-        pytest.param(request(raws=[ROW, ROW]), INVALID, ["raw input contents"], id="a raw too many"),
+        pytest.param(
+            request(raws=[ROW, ROW]), INVALID, ["raw input contents"], id="a raw too many"
+        ),
         pytest.param(
             typed("FP32", "fp64_contents", [1.0] * 4),
             INVALID,

@@ -1,11 +1,10 @@
 """An unmodified Triton client finds what it expects."""
 
+import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
 from tritonclient.grpc import service_pb2, service_pb2_grpc
-
-import grpc
 
 
 def tensor(name, array, datatype):
@@ -126,9 +125,7 @@ def test_every_datatype_goes_in_and_out_unchanged(client, datatype, values):
         ("BYTES", "bytes_contents", [b"a", b"bc"], None),
     ],
 )
-def test_typed_contents_go_in_and_raw_contents_come_out(
-    gateway, datatype, field, values, expected
-):
+def test_typed_contents_go_in_and_raw_contents_come_out(gateway, datatype, field, values, expected):
     name = f"echo_{datatype.lower()}"
     request = service_pb2.ModelInferRequest(model_name=name)
     given = request.inputs.add(name="x", datatype=datatype, shape=[1, 2])

@@ -147,7 +147,7 @@ class Batcher(Generic[RequestT]):
             for _ in range(decision.count):
                 lane.popleft()
         self._waiting -= decision.count
-        batch = []
+        batch: list[RequestT] = []
         for request in taken:
             (expired if request.expired(now_s) else batch).append(request)
         return batch, expired, decision.wait_s

@@ -34,7 +34,7 @@ class OipServicer:
         self._catalog = catalog
         self._is_ready = is_ready
 
-    def handler(self) -> grpc.GenericRpcHandler:
+    def handler(self) -> "grpc.GenericRpcHandler[Any, Any]":
         """Return the handler to add to a server; methods not named here are UNIMPLEMENTED."""
         return grpc.method_handlers_generic_handler(
             SERVICE,
@@ -98,7 +98,7 @@ class OipServicer:
         return entry, served
 
 
-def _unary(answer: Callable[[Any], Any], request_class: Any) -> grpc.RpcMethodHandler:
+def _unary(answer: Callable[[Any], Any], request_class: Any) -> "grpc.RpcMethodHandler[Any, Any]":
     def behave(request: Any, context: grpc.ServicerContext) -> Any:
         try:
             return answer(request)

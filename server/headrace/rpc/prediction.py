@@ -113,8 +113,9 @@ class _PredictRequest(Request):
             reply.stale_feature_count = sum(batch.stale_per_row[start:stop])
         parts = [reply.SerializeToString()]
         batched = bool(batch.model.signature.max_batch_size)
-        for i in self._selection:
-            parts.append(_output(batch.outputs[i], start, stop, batched=batched))
+        parts.extend(
+            _output(batch.outputs[i], start, stop, batched=batched) for i in self._selection
+        )
         if self._include_features and batch.features is not None:
             parts.extend(_features(batch, start, stop))
         self._call.reply(b"".join(parts))
@@ -249,6 +250,5 @@ _DOUBLES = _tag_of(pb.Column, "doubles")
 _BOOLS = _tag_of(pb.Column, "bools")
 _VALUES = _tag_of(pb.FloatColumn, "values")
 assert {FeatureStatus(number).name for number in range(1, 5)} == {
-    name.removeprefix("FEATURE_STATUS_")
-    for name in pb.FeatureStatus.keys()[1:]
+    name.removeprefix("FEATURE_STATUS_") for name in pb.FeatureStatus.keys()[1:]
 }

@@ -1,6 +1,5 @@
 """The gRPC port: hot methods on the chosen ingress, everything else on an ordinary server."""
 
-import errno
 import os
 import socket
 import time
@@ -164,7 +163,7 @@ def _refuse_taken_port(host: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno in errno.errorcode else str(error)
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
         raise StartupError(
             f"--grpc-address {host}:{port}: {reason}; choose another or stop what uses it"
         ) from None

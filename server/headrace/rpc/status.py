@@ -75,4 +75,4 @@ def _rich(code: grpc.StatusCode, details: str, class_name: str) -> bytes:
     reason = "".join(f"_{c}" if c.isupper() else c.upper() for c in class_name).lstrip("_")
     status = status_pb2.Status(code=code.value[0], message=details)
     status.details.add().Pack(error_details_pb2.ErrorInfo(reason=reason, domain=ERROR_DOMAIN))
-    return status.SerializeToString()
+    return bytes(status.SerializeToString())

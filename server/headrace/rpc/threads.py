@@ -42,7 +42,7 @@ class ThreadIngress:
         self._open = 0
         # A pool of its own: calls that wait for their batch must not starve health checks.
         self._pool = futures.ThreadPoolExecutor(CALL_THREADS, thread_name_prefix="hot-call")
-        services: dict[str, dict[str, grpc.RpcMethodHandler]] = {}
+        services: dict[str, dict[str, grpc.RpcMethodHandler[bytes, bytes]]] = {}
         for method in methods:
             service, name = method.path.strip("/").split("/")
             behaviour = self._behaviour(method.accept)

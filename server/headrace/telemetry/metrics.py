@@ -179,15 +179,16 @@ def _model_counters(models: Sequence[ModelMetrics]) -> Iterable[Metric]:
 
 
 def _model_histograms(models: Sequence[ModelMetrics]) -> Iterable[Metric]:
-    for name, read in {
+    readers: dict[str, Callable[[ModelMetrics], _Histogram]] = {
         "headrace_request_seconds": lambda model: model.request_s,
         "headrace_queue_seconds": lambda model: model.queue_s,
         "headrace_features_seconds": lambda model: model.features_s,
         "headrace_infer_seconds": lambda model: model.infer_s,
         "headrace_batch_rows": lambda model: model.batch_rows,
-    }.items():
+    }
+    for name, read in readers.items():
         family = HistogramMetricFamily(name, METRICS[name], labels=_LABELS)
         for model in models:
-            histogram: _Histogram = read(model)
+            histogram = read(model)
             family.add_metric(model.labels, histogram.buckets(), histogram.total)
         yield family

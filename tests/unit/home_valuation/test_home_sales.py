@@ -3,7 +3,6 @@
 import numpy as np
 import pandas as pd
 import pytest
-from headrace.errors import StartupError
 from home_sales import (
     AREA_MARKET,
     FEATURES,
@@ -18,6 +17,8 @@ from home_sales import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from headrace.errors import StartupError
 
 DAY_0 = pd.Timestamp("2010-01-01", tz="UTC")
 

@@ -1,0 +1,1 @@
+"""Stubs of the protos, made by `make protos`; only this file is in git."""
