@@ -38,7 +38,7 @@ class TestSplit:
 
     @pytest.mark.parametrize("day", ["2009-12-31", "2017-01-01"])
     def test_a_cutoff_without_sales_on_both_sides_is_refused(self, frame, day):
-        with pytest.raises(StartupError, match="2010-01-03 to 2016"):
+        with pytest.raises(StartupError, match="2010-01-02 to 2016"):
             train.split(frame, pd.Timestamp(day, tz="UTC"))
 
     def test_settings_are_chosen_without_the_test(self, frame, cutoff):
