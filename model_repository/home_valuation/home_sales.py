@@ -263,8 +263,8 @@ def _installed_sales() -> Path:
 def _market_of_area(
     area_id: np.int64, priced: pd.DataFrame, days: pd.DatetimeIndex
 ) -> pd.DataFrame:
-    # One series of the days' rows, which have no price, and the sales. A day's row stands before
-    # its sales, so that its window, open on the right, has none of them.
+    # One series of the sales and of a row without a price for each day. The windows are open on the
+    # right: a day's own sales are not in its row's.
     grid = pd.DataFrame({"event_timestamp": days, "is_row": True})
     series = pd.concat([grid, priced.drop(columns="area_id")])
     series = series.sort_values("event_timestamp", kind="stable").set_index("event_timestamp")

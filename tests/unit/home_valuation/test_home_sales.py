@@ -29,7 +29,7 @@ SALES = st.lists(
     st.tuples(
         st.integers(1, 6),
         st.integers(1, 2),
-        st.integers(0, 900),
+        st.one_of(st.integers(0, 3), st.integers(360, 370), st.integers(0, 900)),
         st.integers(150_000, 900_000),
         st.integers(500, 4000),
         st.integers(0, 5),
