@@ -2,8 +2,9 @@
 
     python ceiling.py MODEL.onnx PORT
 
-One thread polls, one runs whatever waits as one batch and replies. Nothing is checked: no signature, no
-deadline, no cancellation, no error, no telemetry, no features. It exists to be compared with.
+One thread polls, one runs whatever waits as one batch and replies. Nothing is checked: no
+signature, no deadline, no cancellation, no error, no telemetry, no features. It exists to be
+compared with.
 """
 
 import os
@@ -13,8 +14,8 @@ os.environ["GRPC_EXPERIMENTS"] = "-event_engine_listener"  # before grpc is impo
 import sys
 import threading
 import time
-from collections import deque
 from concurrent import futures
+from queue import SimpleQueue
 from typing import Any
 
 import grpc
@@ -39,8 +40,10 @@ class Ceiling:
         self.input = self.session.get_inputs()[0].name
         self.width = self.session.get_inputs()[0].shape[1]
         self.output = self.session.get_outputs()[0].name
-        self.waiting: deque[tuple[Any, Any]] = deque()
-        self.arrival = threading.Semaphore(0)
+        self.lock = threading.Lock()
+        self.waiting: list[tuple[Any, Any]] = []
+        self.is_idle = False
+        self.wake: SimpleQueue[None] = SimpleQueue()
         self.server = grpc.server(futures.ThreadPoolExecutor(1))
         self.core = self.server._state.server
         self.queue = self.server._state.completion_queue
@@ -70,18 +73,25 @@ class Ceiling:
         def on_message(event: Any) -> None:
             raw = event.batch_operations[0].message()
             if raw is not None:
-                self.waiting.append((call, service_pb2.ModelInferRequest.FromString(raw)))
-                self.arrival.release()
+                self.put(call, service_pb2.ModelInferRequest.FromString(raw))
 
         call.start_server_batch((cygrpc.ReceiveMessageOperation(0),), on_message)
 
+    def put(self, call: Any, request: Any) -> None:
+        with self.lock:
+            self.waiting.append((call, request))
+            was_idle, self.is_idle = self.is_idle, False
+        if was_idle:
+            self.wake.put(None)
+
     def execute(self) -> None:
         while True:
-            self.arrival.acquire()
-            batch = [self.waiting.popleft()]
-            while self.waiting and len(batch) < MAX_BATCH:
-                self.arrival.acquire()
-                batch.append(self.waiting.popleft())
+            with self.lock:
+                batch, self.waiting = self.waiting[:MAX_BATCH], self.waiting[MAX_BATCH:]
+                self.is_idle = not batch
+            if not batch:
+                self.wake.get()
+                continue
             rows = b"".join([request.raw_input_contents[0] for _, request in batch])
             array = np.frombuffer(rows, np.float32).reshape(-1, self.width)
             (results,) = self.session.run(None, {self.input: array})

@@ -2,9 +2,9 @@
 
     python glue.py MODEL.onnx FEATURE_REPO SERVICE PORT
 
-`grpc.aio`, the Feast SDK and ONNX Runtime in one process: no second hop to a model server, the feature
-service resolved once (resolving it per request costs 3 ms), the synchronous SDK (its asynchronous one
-is slower), protobufs parsed once, one row per run.
+`grpc.aio`, the Feast SDK and ONNX Runtime in one process: no second hop to a model server, the
+feature service resolved once (resolving it per request costs 3 ms), the synchronous SDK (its
+asynchronous one is slower), protobufs parsed once, one row per run.
 """
 
 import asyncio

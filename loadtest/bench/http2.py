@@ -9,7 +9,8 @@ much of the protocol as it needs: requests fit one DATA frame, and header blocks
 compression and not read. An answer is a success if its stream carried a message and was closed by
 trailers; gRPC sends no message with an error.
 
-Source: RFC 9113 (frames, flow control), RFC 7541 (header literals without indexing), gRPC over HTTP/2.
+Source: RFC 9113 (frames, flow control), RFC 7541 (header literals without indexing), gRPC over
+HTTP/2.
 """
 
 import argparse

@@ -175,9 +175,7 @@ def _contend(
                     )
 
 
-def _measure(
-    port: int, bodies: Path, load: tuple[int, int], seconds: float
-) -> dict[str, float]:
+def _measure(port: int, bodies: Path, load: tuple[int, int], seconds: float) -> dict[str, float]:
     command = [sys.executable, str(Path(http2.__file__)), "--port", str(port), "--path", PATH]
     command += ["--bodies", str(bodies), "--seconds", str(seconds)]
     command += ["--connections", str(load[0]), "--in-flight", str(load[1])]
@@ -227,7 +225,10 @@ def _table(contests: Sequence[Contest]) -> Table:
 
 
 def _page(contests: Sequence[Contest], options: argparse.Namespace) -> str:
-    lines = ["| what | figure | gateway | compared with | ratio | target |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| what | figure | gateway | compared with | ratio | target |",
+        "|---|---|---|---|---|---|",
+    ]
     for contest in contests:
         gateway, other = contest.names
         target = "-" if contest.target is None else f"≥ {contest.target}"
@@ -242,6 +243,7 @@ def _page(contests: Sequence[Contest], options: argparse.Namespace) -> str:
     ]
     packages = ("grpcio", "protobuf", "onnxruntime", "feast", "redis", "hiredis", "numpy")
     only = f" --only {options.only}" if options.only else ""
+    command = f"run.py --rounds {options.rounds} --seconds {options.seconds:g}{only}"
     return f"""# The gateway, its ceiling and the glue
 
 {chr(10).join(lines)}
@@ -252,7 +254,7 @@ Medians of {options.rounds} interleaved rounds of {options.seconds:g} s after 1 
 |---|---|
 | when | {datetime.now(UTC):%Y-%m-%d %H:%M} UTC |
 | commit | {_commit()} |
-| command | `python loadtest/bench/run.py --rounds {options.rounds} --seconds {options.seconds:g}{only}` |
+| command | `python loadtest/bench/{command}` |
 | machine | {_machine()} |
 | Python | {platform.python_version()} |
 | packages | {", ".join(f"{name} {version(name)}" for name in packages)} |
@@ -290,7 +292,9 @@ def _commit() -> str:
 def _machine() -> str:
     info = Path("/proc/cpuinfo").read_text()
     names = [line.partition(":")[2].strip() for line in info.splitlines() if "model name" in line]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {platform.system()}"
+    return (
+        f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {platform.system()}"
+    )
 
 
 if __name__ == "__main__":

@@ -76,9 +76,7 @@ def write_feature_repo(folder: Path, redis_port: int) -> None:
         schema = [Field(name="item_id", dtype=Int64)]
         schema += [Field(name=field, dtype=Float32) for field in fields]
         views.append(
-            FeatureView(
-                name=name, entities=[item], ttl=timedelta(0), schema=schema, source=source
-            )
+            FeatureView(name=name, entities=[item], ttl=timedelta(0), schema=schema, source=source)
         )
         values = rng.standard_normal((ENTITIES, len(fields))).astype(np.float32)
         table = pd.DataFrame(values, columns=fields)
@@ -124,7 +122,7 @@ def running(command: Sequence[str]) -> Iterator[None]:
         command,
         stdout=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, {SERVER_CORE}),  # noqa: PLW1509 nothing else runs
+        preexec_fn=lambda: os.sched_setaffinity(0, {SERVER_CORE}),  # noqa: PLW1509 one thread
     )
     try:
         assert process.stdout is not None
