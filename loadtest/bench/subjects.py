@@ -122,7 +122,7 @@ def running(command: Sequence[str]) -> Iterator[None]:
         command,
         stdout=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, {SERVER_CORE}),  # noqa: PLW1509 one thread
+        preexec_fn=_onto_server_core,  # noqa: PLW1509 no threads
     )
     try:
         assert process.stdout is not None
@@ -138,6 +138,10 @@ def running(command: Sequence[str]) -> Iterator[None]:
             process.kill()
             process.wait()
         process.stdout.close()  # type: ignore[union-attr]
+
+
+def _onto_server_core() -> None:
+    os.sched_setaffinity(0, {SERVER_CORE})
 
 
 def ceiling(model: Path, port: int) -> list[str]:

@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StartupError as error:
         print(f"headrace {command}: {error}", file=sys.stderr)
         return EXIT_CANNOT_START
+    except KeyboardInterrupt:
+        return EXIT_FAILED
 
 
 def _serve(options: dict[str, Any]) -> int:

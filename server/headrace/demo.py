@@ -95,15 +95,18 @@ def up(root: Path) -> int:
     Raises:
         StartupError: `root` is no checkout, or a step failed.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop everything then, too
     console = Console(highlight=False)
     with _online_store(root, console) as environment:
-        process = subprocess.Popen(_serve_command(root), env=environment)
+        # In a session of its own, so that one Ctrl-C is not two signals to it.
+        process = subprocess.Popen(_serve_command(root), env=environment, start_new_session=True)
         try:
             return process.wait()
-        except KeyboardInterrupt:  # the gateway got it too
-            return process.wait(START_TIMEOUT_S)
+        except KeyboardInterrupt:
+            console.print("\nstopping …")
         finally:
             _end(process)
+        return process.returncode
 
 
 @contextmanager

@@ -1,0 +1,45 @@
+"""What users of the demo do: ask what a home is worth, and sometimes what a list of them is."""
+
+import csv
+import random
+from pathlib import Path
+
+from grpc_user import GrpcUser
+from locust import constant_throughput, task
+
+from headrace.v1 import prediction_service_pb2 as pb
+from headrace.v1 import prediction_service_pb2_grpc as pb_grpc
+
+SALES = Path(__file__).parents[1] / "features" / "data" / "evaluation.csv"
+
+
+def read_homes() -> list[tuple[int, int]]:
+    """Read (home_id, area_id) of the demo's evaluation sales."""
+    with SALES.open(newline="") as file:
+        return [(int(row["home_id"]), int(row["area_id"])) for row in csv.DictReader(file)]
+
+
+class Buyer(GrpcUser):
+    """Someone who looks at homes: ten requests a second."""
+
+    wait_time = constant_throughput(10)
+    homes = read_homes()
+
+    def on_start(self) -> None:
+        self.predict = pb_grpc.PredictionServiceStub(self.channel).Predict
+
+    @task(9)
+    def value_one_home(self) -> None:
+        self.timed("one home", self.predict, self.request(1))
+
+    @task(1)
+    def value_a_list(self) -> None:
+        self.timed("50 homes", self.predict, self.request(50))
+
+    def request(self, count: int) -> pb.PredictRequest:
+        """Name `count` homes."""
+        homes = random.choices(self.homes, k=count)
+        request = pb.PredictRequest(model_name="home_valuation")
+        request.columns.add(name="home_id").values.int64s.values.extend(h for h, _ in homes)
+        request.columns.add(name="area_id").values.int64s.values.extend(a for _, a in homes)
+        return request
