@@ -117,7 +117,7 @@ def valkey() -> Iterator[ValkeyServer]:
 
 @contextmanager
 def running(command: Sequence[str]) -> Iterator[None]:
-    """Run a server on its core until the block ends; it has said `serving` when the block begins."""
+    """Run a server on its core until the block ends; it serves when the block begins."""
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
