@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import grpc
 import numpy as np
@@ -59,28 +60,30 @@ def row():
 def test_sigterm_loses_no_request_and_refuses_politely(server):
     address = serving(server)["grpc_address"]
     codes, failures = [], []
-    refused = threading.Event()
 
     def call_until_refused():
         with grpc.insecure_channel(address) as channel:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-            while not refused.is_set():
+            while True:
                 try:
                     stub.ModelInfer(row(), timeout=10)
                     codes.append(grpc.StatusCode.OK)
                 except grpc.RpcError as error:
                     failures.append((error.code(), error.details()))
-                    refused.set()
+                    return
 
     callers = [threading.Thread(target=call_until_refused) for _ in range(8)]
     for caller in callers:
         caller.start()
+    while len(codes) < 100:
+        assert not failures
+        time.sleep(0.001)
     server.send_signal(signal.SIGTERM)
     for caller in callers:
         caller.join(20)
 
     assert server.wait(20) == 0
-    assert codes
+    assert len(failures) == 8
     assert {code for code, _ in failures} == {grpc.StatusCode.UNAVAILABLE}
 
 

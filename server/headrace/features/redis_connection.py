@@ -67,6 +67,11 @@ class RedisOptions:
         Raises:
             StartupError: no `host:port`, several of them, or an option's value is unusable.
         """
+        if "${" in connection_string:  # Feast leaves it as it is, and would try to connect
+            raise StartupError(
+                "connection_string of the online store names an environment variable "
+                "that is not set"
+            )
         parts = connection_string.split(",")
         nodes = [part for part in parts if "=" not in part]
         options = dict(_option(part) for part in parts if "=" in part)

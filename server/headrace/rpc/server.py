@@ -27,6 +27,12 @@ CONTROL_THREADS = 8
 STREAMS_PER_CONNECTION_MAX = 1_024
 """grpcio's own default is unlimited."""
 
+POLITE_S = 0.25
+"""
+How long new calls are refused before the port closes. Those that reach it while gRPC itself stops
+are CANCELLED, which clients do not retry; by then, callers should have learned to go elsewhere.
+"""
+
 STOP_GRACE_S = 0.2
 """Hot calls have ended by then; an open health Watch would make any grace last to its end."""
 
@@ -69,6 +75,7 @@ class GrpcServer:
         _refuse_taken_port(host, port)
         self._catalog = catalog
         self._is_ready = is_ready
+        self._refusing_since_s = 0.0
         self._server = grpc.server(
             futures.ThreadPoolExecutor(CONTROL_THREADS, thread_name_prefix="control"),
             options=[
@@ -116,17 +123,21 @@ class GrpcServer:
 
     def refuse_new(self) -> None:
         """Answer hot calls from now on with UNAVAILABLE."""
+        self._refusing_since_s = time.monotonic()
         self.ingress.refuse_new(status_of(Draining("this server is stopping")))
 
     def stop(self, timeout_s: float) -> int:
         """
-        Wait until the hot calls have ended, then close the port.
+        Wait until the hot calls have ended and new ones were refused for a while; close the port.
 
         Returns:
             Hot calls that had not ended in time.
         """
         deadline_s = time.monotonic() + timeout_s
-        while self.ingress.open_calls and time.monotonic() < deadline_s:
+        polite_until_s = self._refusing_since_s + POLITE_S
+        while (now_s := time.monotonic()) < polite_until_s or (
+            self.ingress.open_calls and now_s < deadline_s
+        ):
             time.sleep(0.005)
         unfinished = self.ingress.open_calls
         stopped = self._server.stop(STOP_GRACE_S)
