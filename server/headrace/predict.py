@@ -48,16 +48,17 @@ class Request(ABC):
     Args:
         inputs: What `ServedModel.signature.check` returned.
         deadline_s: Unix seconds; infinite when the caller gave none.
+        arrival_s: When it reached the port, on `time.perf_counter`'s clock.
     """
 
     __slots__ = ("arrival_s", "batch_key", "deadline_s", "raws", "rows")
 
     PREDICTION_ID_LENGTH = 26
 
-    def __init__(self, inputs: CheckedInputs, deadline_s: float) -> None:
+    def __init__(self, inputs: CheckedInputs, deadline_s: float, arrival_s: float) -> None:
         self.rows, self.raws, self.batch_key = inputs
         self.deadline_s = deadline_s
-        self.arrival_s = time.perf_counter()
+        self.arrival_s = arrival_s
 
     @abstractmethod
     def expired(self, now_s: float) -> bool:
@@ -195,7 +196,7 @@ class ServedModel:
         # The signature may name a part of what the model returns, in another order.
         positions = {spec.name: i for i, spec in enumerate(backend.outputs)}
         self._positions = tuple(positions[spec.name] for spec in signature.outputs)
-        self.edge_memo: dict[Any, bytes] = {}
+        self.edge_memo: dict[Any, Any] = {}
         """What the edge serialized once for this version; bounded by the edge."""
         self._prediction_prefix = secrets.token_hex(8)
         self._prediction_counter = itertools.count()
@@ -382,7 +383,7 @@ class ServedModel:
             request.answer(answered, start, f"{prefix}{number:010x}")
             start += request.rows
         self._metrics.answered(
-            arrivals_s=[request.arrival_s for request in batch],
+            arrivals_s=sorted([request.arrival_s for request in batch]),
             rows=rows,
             started_s=started_s,
             features_s=answered.features_s if features else None,

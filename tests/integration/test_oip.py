@@ -73,6 +73,16 @@ def test_each_request_has_a_prediction_id_of_its_own(client):
     assert "" not in ids
 
 
+def test_requests_that_look_alike_are_each_answered_with_their_own_numbers(client):
+    for i in range(8):
+        rows = np.full((2, 4), i, np.float32)
+
+        response = client.infer("scores", [tensor("x", rows, "FP32")], request_id=f"id-{i}")
+
+        np.testing.assert_array_equal(response.as_numpy("y"), rows.sum(axis=1, keepdims=True))
+        assert response.get_response().id == f"id-{i}"
+
+
 def test_only_the_requested_outputs_come_in_the_order_asked_for(client):
     a, b = np.ones((1, 2), np.float32), np.full((1, 2), 2, np.float32)
     wanted = [triton.InferRequestedOutput("echo"), triton.InferRequestedOutput("total")]

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Hashable
 from itertools import islice
+from operator import attrgetter
 from queue import Empty, SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
@@ -35,6 +36,8 @@ class Waiting(Protocol):
 
 
 RequestT = TypeVar("RequestT", bound=Waiting)
+
+_rows = attrgetter("rows")
 
 
 class Batcher(Generic[RequestT]):
@@ -138,7 +141,7 @@ class Batcher(Generic[RequestT]):
             oldest_wait_s = time.perf_counter() - lane[0].arrival_s
         else:
             oldest_wait_s = 0.0
-        decision = self._policy.decide((request.rows for request in lane), oldest_wait_s)
+        decision = self._policy.decide(map(_rows, lane), oldest_wait_s)
         if decision.count == len(lane):
             taken = list(lane)
             del self._lanes[lane_key]

@@ -58,6 +58,7 @@ class BatchPolicy:
         """
         if not self.max_batch_size:
             return Dispatch(1)
+        preferred_sizes = self.preferred_batch_sizes
         total = fitting = preferred = 0
         is_full = False
         for request_rows in rows:
@@ -66,7 +67,7 @@ class BatchPolicy:
                 break
             total += request_rows
             fitting += 1
-            if total in self.preferred_batch_sizes:
+            if preferred_sizes and total in preferred_sizes:
                 preferred = fitting
             if total == self.max_batch_size:
                 is_full = True

@@ -160,7 +160,9 @@ class CompletionQueueIngress:
     def _watch_old_calls(self) -> None:
         recent, old_s = self._recent, time.perf_counter() - WATCH_DELAY_S
         while recent and recent[0].arrival_s <= old_s:
-            recent.popleft().watch()
+            call = recent.popleft()
+            if not call._answered:  # most are, by then
+                call.watch()
 
 
 class _Taker:

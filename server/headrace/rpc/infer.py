@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -16,10 +16,11 @@ from tritonclient.grpc import service_pb2
 
 from headrace.catalog import Catalog
 from headrace.errors import InvalidRequest, InvalidTensor, ServingError
-from headrace.predict import AnsweredBatch, Request, ServedModel
+from headrace.predict import AnsweredBatch, Request
 from headrace.rpc.ingress import HotCall
+from headrace.rpc.known_requests import KnownRequest, KnownRequests
 from headrace.rpc.status import status_of
-from headrace.rpc.wire import delimited, tag
+from headrace.rpc.wire import delimited, tag, varint
 from headrace.telemetry.metrics import Metrics
 from headrace.tensors import NUMPY_DTYPES, CheckedInputs, GivenTensor, encode
 
@@ -60,32 +61,42 @@ class ModelInfer:
     def __init__(self, catalog: Callable[[], Catalog], metrics: Metrics) -> None:
         self._catalog = catalog
         self._metrics = metrics
+        self._known = KnownRequests(catalog())
 
     def accept(self, call: HotCall, message: bytes) -> None:
         """Parse, check and queue one request; refuse it when it cannot be served."""
         try:
-            request = service_pb2.ModelInferRequest.FromString(message)
-            model = self._catalog().find(request.model_name, request.model_version)
-            inputs = request.inputs
-            if inputs and model.join is not None and inputs[0].shape:
-                model.check_rows(inputs[0].shape[0])
-            checked = model.signature.check(_given(request, model.name))
-            outputs = request.outputs
-            selection = model.signature.check_outputs(
-                [_output_name(output, model.name) for output in outputs] if outputs else ()
-            )
-            deadline_s = call.deadline_s
-            if request.parameters:
-                deadline_s = min(deadline_s, _queue_deadline_s(request.parameters))
-            model.submit(
-                _InferRequest(call, self._metrics, checked, deadline_s, request.id, selection)
-            )
-        except ServingError as error:
-            self._refuse(call, error)
+            catalog = self._catalog()
+            if self._known.catalog is not catalog:
+                self._known = KnownRequests(catalog)
+            known = self._known.find(message)
+            if known is not None:
+                known.model.submit(_again(call, self._metrics, message, known))
+            else:
+                self._accept_unknown(call, message, self._known)
         except DecodeError:
             self._refuse(call, InvalidRequest("the message is not a ModelInferRequest"))
         except Exception as error:
             self._refuse(call, error)
+
+    def _accept_unknown(self, call: HotCall, message: bytes, known: KnownRequests) -> None:
+        request = service_pb2.ModelInferRequest.FromString(message)
+        model = known.catalog.find(request.model_name, request.model_version)
+        inputs = request.inputs
+        if inputs and inputs[0].shape:
+            model.check_rows(inputs[0].shape[0])
+        given = _given(request, model.name)
+        checked = model.signature.check(given)
+        outputs = request.outputs
+        selection = model.signature.check_outputs(
+            [_output_name(output, model.name) for output in outputs] if outputs else ()
+        )
+        deadline_s = call.deadline_s
+        if request.parameters:
+            deadline_s = min(deadline_s, _queue_deadline_s(request.parameters))
+        known.learn(message, request, model, given, checked, selection)
+        request_id = request.id.encode()
+        model.submit(_InferRequest(call, self._metrics, checked, deadline_s, request_id, selection))
 
     def _refuse(self, call: HotCall, error: Exception) -> None:
         status = status_of(error)
@@ -104,10 +115,10 @@ class _InferRequest(Request):
         metrics: Metrics,
         inputs: CheckedInputs,
         deadline_s: float,
-        request_id: str,
+        request_id: bytes,
         selection: tuple[int, ...],
     ) -> None:
-        super().__init__(inputs, deadline_s)
+        super().__init__(inputs, deadline_s, call.arrival_s)
         self._call = call
         self._metrics = metrics
         self._id = request_id
@@ -117,24 +128,39 @@ class _InferRequest(Request):
         return self._call.gone or self.deadline_s <= now_s
 
     def answer(self, batch: AnsweredBatch, start: int, prediction_id: str) -> None:
-        stop = start + self.rows
-        parts = [_constant_part(batch, self._selection, self.rows)]
+        rows = self.rows
+        stop = start + rows
+        frame = _frame(batch, self._selection, rows)
+        parts = [frame.head, prediction_id.encode()]
         if self._id:
-            parts.append(delimited(_ID, self._id.encode()))
-        parts.extend((_PREDICTION_ID, prediction_id.encode()))
+            parts.append(delimited(_ID, self._id))
         if batch.missing_per_row is not None and batch.stale_per_row is not None:
-            parts.append(
-                _count_parameter("missing_features", sum(batch.missing_per_row[start:stop]))
-            )
-            parts.append(_count_parameter("stale_features", sum(batch.stale_per_row[start:stop])))
+            parts.append(_counts(batch.missing_per_row, batch.stale_per_row, start, stop))
         outputs = batch.outputs
-        parts.extend([delimited(_RAW_OUTPUT, outputs[i].raw(start, stop)) for i in self._selection])
+        for i, size, field in frame.outputs:
+            raw = outputs[i].raw(start, stop)
+            parts.append(field if len(raw) == size else _RAW_OUTPUT + varint(len(raw)))
+            parts.append(raw)
         self._call.reply(b"".join(parts))
 
     def fail(self, error: ServingError) -> None:
         status = status_of(error)
         self._metrics.rpc_error("ModelInfer", status.code.name)
         self._call.refuse(status)
+
+
+def _again(call: HotCall, metrics: Metrics, message: bytes, known: KnownRequest) -> _InferRequest:
+    """Make the request of a message that is known but for its id and its tensors' bytes."""
+    raws = tuple([message[start:stop] for start, stop in known.raw_spans])
+    span = known.id_span
+    return _InferRequest(
+        call,
+        metrics,
+        CheckedInputs(known.rows, raws, known.trailing),
+        call.deadline_s,
+        b"" if span is None else message[span[0] : span[1]],
+        known.selection,
+    )
 
 
 def _given(request: Any, model: str) -> list[GivenTensor]:
@@ -212,35 +238,55 @@ def _queue_deadline_s(parameters: Any) -> float:
     return time.time() + timeout_us / 1e6 if timeout_us > 0 else math.inf
 
 
-def _constant_part(batch: AnsweredBatch, selection: tuple[int, ...], rows: int) -> bytes:
-    """Serialize what all replies of one shape have in common, once."""
-    model = batch.model
-    memo: dict[Any, bytes] = model.edge_memo
+class _Frame(NamedTuple):
+    """
+    What all replies of one shape have in common.
+
+    Args:
+        head: Serialized fields, up to the prediction id's first character.
+        outputs: Which outputs follow; how many bytes the raw contents had when this was made, and
+            their field's tag and length.
+    """
+
+    head: bytes
+    outputs: tuple[tuple[int, int, bytes], ...]
+
+
+def _frame(batch: AnsweredBatch, selection: tuple[int, ...], rows: int) -> _Frame:
+    memo: dict[Any, _Frame] = batch.model.edge_memo
     key = (selection, rows, batch.output_shapes)
-    part = memo.get(key)
-    if part is None:
-        part = _serialize_constant_part(model, batch, selection, rows)
+    frame = memo.get(key)
+    if frame is None:
         if len(memo) >= _MEMO_SIZE_MAX:  # variable shapes: start over rather than grow
             memo.clear()
-        memo[key] = part
-    return part
+        frame = memo[key] = _make_frame(batch, selection, rows)
+    return frame
 
 
-def _serialize_constant_part(
-    model: ServedModel, batch: AnsweredBatch, selection: Sequence[int], rows: int
-) -> bytes:
+def _make_frame(batch: AnsweredBatch, selection: Sequence[int], rows: int) -> _Frame:
+    model = batch.model
     reply = service_pb2.ModelInferResponse(model_name=model.name, model_version=model.version)
+    outputs = []
     for i in selection:
         block = batch.outputs[i]
         shape = (rows, *block.trailing) if model.signature.max_batch_size else block.trailing
         reply.outputs.add(name=block.spec.name, datatype=block.spec.datatype, shape=shape)
-    return bytes(reply.SerializeToString())
+        size = len(block.raw(0, rows))
+        outputs.append((i, size, _RAW_OUTPUT + varint(size)))
+    return _Frame(reply.SerializeToString() + _PREDICTION_ID, tuple(outputs))
+
+
+def _counts(missing: Sequence[int], stale: Sequence[int], start: int, stop: int) -> bytes:
+    if stop - start == 1:
+        return _count_parameters(missing[start], stale[start])
+    return _count_parameters(sum(missing[start:stop]), sum(stale[start:stop]))
 
 
 @lru_cache(maxsize=8_192)
-def _count_parameter(name: str, count: int) -> bytes:
+def _count_parameters(missing: int, stale: int) -> bytes:
     reply = service_pb2.ModelInferResponse()
-    reply.parameters[name].int64_param = count
+    reply.parameters["missing_features"].int64_param = missing
+    reply.parameters["stale_features"].int64_param = stale
     return bytes(reply.SerializeToString())
 
 

@@ -18,6 +18,9 @@ class HotCall(Protocol):
     until its deadline: always end it.
     """
 
+    arrival_s: float
+    """On `time.perf_counter`'s clock."""
+
     deadline_s: float
     """Unix seconds; infinite when the caller set none."""
 

@@ -91,7 +91,7 @@ class _PredictRequest(Request):
         selection: tuple[int, ...],
         include_features: bool,  # noqa: FBT001 a request field
     ) -> None:
-        super().__init__(inputs, call.deadline_s)
+        super().__init__(inputs, call.deadline_s, call.arrival_s)
         self._call = call
         self._metrics = metrics
         self._selection = selection

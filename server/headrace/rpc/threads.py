@@ -108,6 +108,7 @@ class _Call:
     """One hot call; see `HotCall`. Its pool thread sleeps in `finish` until somebody answers."""
 
     def __init__(self, context: grpc.ServicerContext) -> None:
+        self.arrival_s = time.perf_counter()
         self._context = context
         self._lock = threading.Lock()
         self._answered = threading.Event()

@@ -56,6 +56,20 @@ class _Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
+    def observe_since(self, starts_s: Sequence[float], end_s: float) -> None:
+        """Fold in `end_s` less each of `starts_s`, which ascend: a step per bucket, not per one."""
+        first, stop = 0, len(starts_s)
+        self.total += stop * end_s - sum(starts_s)
+        while first < stop:  # the longest first
+            bucket = bisect_left(self.bounds, end_s - starts_s[first])
+            if bucket == bisect_left(self.bounds, end_s - starts_s[stop - 1]):
+                self.counts[bucket] += stop - first
+                return
+            # All that are longer than the bucket's lower bound share it.
+            after = bisect_left(starts_s, end_s - self.bounds[bucket - 1], first + 1)
+            self.counts[bucket] += after - first
+            first = after
+
     def buckets(self) -> list[tuple[str, float]]:
         edges = [*(str(bound) for bound in self.bounds), "+Inf"]
         return list(zip(edges, accumulate(self.counts), strict=True))
@@ -91,7 +105,7 @@ class ModelMetrics:
         Fold in one answered batch.
 
         Args:
-            arrivals_s: When each request arrived, on `time.perf_counter`'s clock.
+            arrivals_s: When each request arrived, ascending, on `time.perf_counter`'s clock.
             rows: Rows of the batch.
             started_s: When the batch was taken, on that clock.
             features_s: How long its features took; None for a model without features.
@@ -102,10 +116,8 @@ class ModelMetrics:
         with self._lock:
             self.requests += len(arrivals_s)
             self.batches += 1
-            observe_request, observe_queue = self.request_s.observe, self.queue_s.observe
-            for arrival_s in arrivals_s:
-                observe_request(finished_s - arrival_s)
-                observe_queue(started_s - arrival_s)
+            self.request_s.observe_since(arrivals_s, finished_s)
+            self.queue_s.observe_since(arrivals_s, started_s)
             self.batch_rows.observe(rows)
             self.infer_s.observe(infer_s)
             if features_s is not None:

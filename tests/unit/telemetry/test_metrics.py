@@ -1,0 +1,122 @@
+"""The numbers add up, and Prometheus can read them."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from headrace.telemetry.metrics import METRICS, SECONDS_BOUNDS, Metrics, _Histogram
+
+
+def samples(metrics):
+    registry = CollectorRegistry()
+    registry.register(metrics)
+    families = text_string_to_metric_families(generate_latest(registry).decode())
+    return {
+        (sample.name, *sorted(sample.labels.values())): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 0.0001, 0.00025, 0.0004, 0.003, 0.01, 0.2, 3.0, 99.0])),
+    st.sampled_from([0.0, 1000.0]),
+)
+def test_a_batch_of_durations_is_counted_as_each_would_be(durations_s, end_s):
+    together, one_by_one = _Histogram(SECONDS_BOUNDS), _Histogram(SECONDS_BOUNDS)
+    starts_s = sorted(end_s - duration_s for duration_s in durations_s)
+
+    together.observe_since(starts_s, end_s)
+    for start_s in starts_s:
+        one_by_one.observe(end_s - start_s)
+
+    assert sum(together.counts) == len(durations_s)
+    # A duration that lies on a bound to the last bit may fall on either side of it.
+    upper = np.cumsum(one_by_one.counts) - np.cumsum(together.counts)
+    on_bound = sum(any(abs(d - b) < 1e-9 for b in SECONDS_BOUNDS) for d in durations_s)
+    assert np.abs(upper).max() <= on_bound
+    assert together.total == pytest.approx(one_by_one.total, abs=1e-6)
+
+
+@given(st.lists(st.floats(1e-6, 20.0), max_size=60))
+def test_random_durations_are_counted_as_each_would_be(durations_s):
+    together, one_by_one = _Histogram(SECONDS_BOUNDS), _Histogram(SECONDS_BOUNDS)
+    starts_s = sorted(-duration_s for duration_s in durations_s)
+
+    together.observe_since(starts_s, 0.0)
+    for start_s in starts_s:
+        one_by_one.observe(-start_s)
+
+    assert together.counts == one_by_one.counts
+
+
+def answered(metrics, **changes):
+    batch = {
+        "arrivals_s": [1.0, 1.5, 1.75],
+        "rows": 5,
+        "started_s": 2.0,
+        "features_s": 0.25,
+        "infer_s": 0.003,
+        "finished_s": 3.0,
+        "statuses": np.array([[1, 1, 3], [2, 4, 1]], np.uint8),
+    }
+    metrics.model("m", "1").answered(**{**batch, **changes})
+
+
+def test_an_answered_batch_shows_in_every_metric_it_touches():
+    metrics = Metrics()
+
+    answered(metrics)
+
+    found = samples(metrics)
+    assert found["headrace_requests_total", "1", "m"] == 3
+    assert found["headrace_batches_total", "1", "m"] == 1
+    assert found["headrace_batch_rows_sum", "1", "m"] == 5
+    assert found["headrace_request_seconds_sum", "1", "m"] == pytest.approx(2 + 1.5 + 1.25)
+    assert found["headrace_queue_seconds_sum", "1", "m"] == pytest.approx(1 + 0.5 + 0.25)
+    assert found["headrace_features_seconds_count", "1", "m"] == 1
+    assert found["headrace_infer_seconds_sum", "1", "m"] == pytest.approx(0.003)
+    statuses = {"PRESENT": 3, "NULL_VALUE": 1, "NOT_FOUND": 1, "OUTSIDE_MAX_AGE": 1}
+    for status, count in statuses.items():
+        key = ("headrace_feature_values_total", *sorted(["m", "1", status]))
+        assert found[key] == count
+
+
+def test_a_model_without_features_reports_no_feature_time():
+    metrics = Metrics()
+
+    answered(metrics, features_s=None, statuses=None)
+
+    assert samples(metrics)["headrace_features_seconds_count", "1", "m"] == 0
+
+
+def test_refusals_are_counted_by_method_and_code():
+    metrics = Metrics()
+    metrics.rpc_error("ModelInfer", "NOT_FOUND")
+    metrics.rpc_error("ModelInfer", "NOT_FOUND")
+
+    assert samples(metrics)["headrace_rpc_errors_total", "ModelInfer", "NOT_FOUND"] == 2
+
+
+def test_a_version_keeps_its_numbers_when_asked_for_again():
+    metrics = Metrics()
+
+    assert metrics.model("m", "1") is metrics.model("m", "1")
+    assert metrics.model("m", "1") is not metrics.model("m", "2")
+
+
+def test_every_metric_that_is_listed_is_exported_and_none_besides():
+    metrics = Metrics()
+    answered(metrics)
+    metrics.rpc_error("ModelInfer", "NOT_FOUND")
+    registry = CollectorRegistry()
+    registry.register(metrics)
+
+    names = set()
+    for family in registry.collect():
+        names.add(family.name + "_total" * (family.type == "counter"))
+
+    assert names == set(METRICS)
