@@ -67,6 +67,16 @@ def write_repository(root):
     )
     write_model(
         root,
+        "patient",  # waits for company: at 4 rows it goes, else after half a second
+        [node("ReduceSum", ["x", "axis"], ["y"], keepdims=1)],
+        [("x", "FP32", ["n", 4])],
+        [("y", "FP32", ["n", 1])],
+        constants=axis,
+        config="max_batch_size: 8\n"
+        "dynamic_batching { preferred_batch_size: 4 max_queue_delay_microseconds: 500000 }",
+    )
+    write_model(
+        root,
         "whole",  # no batch dimension
         [node("Identity", ["x"], ["y"])],
         [("x", "FP32", [2, 3])],

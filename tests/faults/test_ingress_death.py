@@ -1,0 +1,63 @@
+"""The thread that takes the calls dies: the process says so and ends, and can be restarted."""
+
+import json
+import subprocess
+import sys
+
+import grpc
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+SERVE_WITH_A_FAULT = """
+import sys
+from headrace.__main__ import main
+from headrace.rpc import completion_queue
+
+def raise_in_the_loop(call, event):
+    raise RuntimeError("the fault")
+
+completion_queue._Call._on_message = raise_in_the_loop
+completion_queue.unusable_because = lambda: None  # it would notice
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def model_repository(tmp_path):
+    (tmp_path / "echo" / "1").mkdir(parents=True)
+    sides = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 1]) for name in ("x", "y")
+    ]
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["y"])], "echo", sides[:1], sides[1:]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "echo" / "1" / "model.onnx")
+    return tmp_path
+
+
+def test_a_dead_loop_thread_ends_the_process_with_1(model_repository):
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-c", SERVE_WITH_A_FAULT, "serve"),
+            *("--model-repository", str(model_repository)),
+            *("--grpc-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        address = json.loads(process.stdout.readline())["grpc_address"]
+        with grpc.insecure_channel(address) as channel:
+            hot = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+            with pytest.raises(grpc.RpcError):
+                hot(np.ones(4, np.float32).tobytes(), timeout=3)
+
+        assert process.wait(15) == 1
+        assert "ingress_died" in process.stderr.read()
+    finally:
+        process.kill()
+        process.communicate(timeout=10)

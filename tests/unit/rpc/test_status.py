@@ -1,0 +1,68 @@
+"""What a caller learns of an error, and what it never learns."""
+
+import grpc
+import pytest
+import structlog
+from google.rpc import error_details_pb2, status_pb2
+
+from headrace import errors
+from headrace.rpc.status import DETAILS_LENGTH_MAX, status_of
+
+CODE = grpc.StatusCode
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.InvalidRequest, CODE.INVALID_ARGUMENT),
+        (errors.InvalidTensor, CODE.INVALID_ARGUMENT),
+        (errors.ModelNotFound, CODE.NOT_FOUND),
+        (errors.ModelVersionNotFound, CODE.NOT_FOUND),
+        (errors.MissingFeatures, CODE.FAILED_PRECONDITION),
+        (errors.ModelUnavailable, CODE.UNAVAILABLE),
+        (errors.Draining, CODE.UNAVAILABLE),
+        (errors.Overloaded, CODE.RESOURCE_EXHAUSTED),
+        (errors.DeadlineExceeded, CODE.DEADLINE_EXCEEDED),
+        (errors.FeatureStoreUnavailable, CODE.UNAVAILABLE),
+        (errors.BackendError, CODE.INTERNAL),
+    ],
+)
+def test_a_serving_error_keeps_its_message_and_has_a_code(error, code):
+    status = status_of(error("what was wrong"))
+
+    assert status.code is code
+    assert status.details == "what was wrong"
+
+
+def test_a_machine_can_read_the_reason():
+    status = status_of(errors.ModelVersionNotFound("version 7 is not found"))
+
+    rich = status_pb2.Status.FromString(dict(status.trailing)["grpc-status-details-bin"])
+    info = error_details_pb2.ErrorInfo()
+    assert rich.code == CODE.NOT_FOUND.value[0]
+    assert rich.details[0].Unpack(info)
+    assert (info.reason, info.domain) == ("MODEL_VERSION_NOT_FOUND", "headrace.v1")
+
+
+def test_only_overload_asks_clients_to_wait():
+    pushback = "grpc-retry-pushback-ms"
+
+    assert int(dict(status_of(errors.Overloaded("full")).trailing)[pushback]) > 0
+    assert pushback not in dict(status_of(errors.Draining("stopping")).trailing)
+
+
+def test_a_bug_shows_only_an_incident_number_that_the_log_explains():
+    with structlog.testing.capture_logs() as log:
+        status = status_of(KeyError("/secret/path"))
+
+    assert status.code is CODE.INTERNAL
+    assert "secret" not in status.details
+    assert log[0]["incident"] in status.details
+    assert isinstance(log[0]["exc_info"], KeyError)
+
+
+def test_details_never_outgrow_the_headers_they_travel_in():
+    details = status_of(errors.InvalidRequest("x" * 100_000)).details
+
+    assert len(details) == DETAILS_LENGTH_MAX
+    assert details.endswith("…")

@@ -1,0 +1,209 @@
+"""What happens to a request between the queue and its reply."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from headrace.backends.stub import StubBackend
+from headrace.batching.batcher import Batcher
+from headrace.batching.policy import BatchPolicy
+from headrace.errors import BackendError, DeadlineExceeded, Draining
+from headrace.predict import Request, ServedModel
+from headrace.telemetry.metrics import Metrics
+from headrace.tensors import CheckedInputs, Signature, TensorSpec
+
+X, Y = TensorSpec("x", "FP32", (-1, 1)), TensorSpec("y", "FP32", (-1, 1))
+
+
+class Caller(Request):
+    """A request of `numbers`, that keeps what it was told."""
+
+    def __init__(self, *numbers, deadline_s=float("inf")):
+        raw = np.array(numbers, np.float32).tobytes()
+        super().__init__(
+            CheckedInputs(len(numbers), (raw,), ((1,),)), deadline_s, time.perf_counter()
+        )
+        self.has_left = False
+        self.told = []
+        self.prediction_ids = []
+        self.done = threading.Event()
+
+    def expired(self, now_s):
+        return self.has_left or self.deadline_s <= now_s
+
+    def answer(self, batch, start, prediction_id):
+        self.prediction_ids.append(prediction_id)
+        self._tell(batch.outputs[0].rows(start, start + self.rows).ravel().tolist())
+
+    def fail(self, error):
+        self._tell(error)
+
+    def _tell(self, what):
+        self.told.append(what)
+        self.done.set()
+
+
+class Served:
+    """A model that doubles, fails on a batch with a negative number, and can be held."""
+
+    def __init__(self, function=None, max_batch_size=8):
+        self.batches = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.backend = StubBackend("m", [X], [Y], function or self._double, gate=self.gate)
+        self.metrics = Metrics()
+        self.model = ServedModel(
+            name="m",
+            version="1",
+            signature=Signature("m", [X], [Y], max_batch_size),
+            backend=self.backend,
+            batcher=Batcher(BatchPolicy(max_batch_size), max_queue_size=64),
+            metrics=self.metrics.model("m", "1"),
+        )
+
+    def _double(self, inputs):
+        self.batches.append(inputs["x"].ravel().tolist())
+        if (inputs["x"] < 0).any():
+            raise ValueError("negative")
+        return [inputs["x"] * 2]
+
+    def hold(self, *callers):
+        """Queue callers behind a batch that is held, so that they share the next one."""
+        self.gate.clear()
+        first = Caller(0)
+        self.model.submit(first)
+        assert self.backend.entered.acquire(timeout=5)
+        for caller in callers:
+            self.model.submit(caller)
+        return first
+
+
+@pytest.fixture
+def served():
+    served = Served()
+    served.model.start()
+    yield served
+    served.gate.set()
+    assert served.model.stop(5)
+
+
+def told(caller):
+    assert caller.done.wait(5)
+    assert len(caller.told) == 1
+    return caller.told[0]
+
+
+def test_callers_who_share_a_batch_each_get_their_own_rows(served):
+    callers = [Caller(1), Caller(2, 3), Caller(4)]
+    served.hold(*callers)
+
+    served.gate.set()
+
+    assert [told(caller) for caller in callers] == [[2], [4, 6], [8]]
+    assert served.batches == [[0], [1, 2, 3, 4]]
+
+
+def test_prediction_ids_are_of_one_length_and_never_repeat(served):
+    callers = [Caller(i) for i in range(20)]
+    for caller in callers:
+        served.model.submit(caller)
+    for caller in callers:
+        told(caller)
+
+    ids = [prediction_id for caller in callers for prediction_id in caller.prediction_ids]
+    assert len(set(ids)) == 20
+    assert {len(prediction_id) for prediction_id in ids} == {Request.PREDICTION_ID_LENGTH}
+
+
+def test_a_caller_who_has_left_costs_nothing_and_does_not_disturb_its_batch(served):
+    leaving, staying = Caller(5), Caller(6)
+    served.hold(leaving, staying)
+    leaving.has_left = True
+
+    served.gate.set()
+
+    assert told(staying) == [12]
+    assert isinstance(told(leaving), DeadlineExceeded)
+    assert served.batches == [[0], [6]]
+
+
+def test_a_deadline_that_passes_in_the_queue_drops_the_request(served):
+    late, patient = Caller(5, deadline_s=time.time() - 1), Caller(6)
+    served.hold(late, patient)
+
+    served.gate.set()
+
+    assert told(patient) == [12]
+    assert isinstance(told(late), DeadlineExceeded)
+    assert served.batches == [[0], [6]]
+
+
+def test_rows_that_the_model_cannot_run_fail_alone(served):
+    callers = [Caller(1), Caller(-1), Caller(3)]
+    served.hold(*callers)
+
+    served.gate.set()
+
+    assert told(callers[0]) == [2]
+    assert isinstance(told(callers[1]), BackendError)
+    assert told(callers[2]) == [6]
+    numbers = served.metrics.model("m", "1")
+    assert (numbers.requests, numbers.requests_failed) == (3, 1)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_model_that_loses_rows_fails_its_callers_and_not_the_next(rows):
+    served = Served(lambda inputs: [inputs["x"][: rows if len(inputs["x"]) == 2 else None]])
+    served.model.start()
+    short, right = Caller(1, 2), Caller(3)
+
+    served.model.submit(short)
+    assert isinstance(told(short), BackendError)
+    served.model.submit(right)
+
+    assert told(right) == [3]
+    assert served.model.stop(5)
+
+
+def test_what_waits_is_finished_when_the_model_stops_and_the_rest_refused(served):
+    waiting = [Caller(i) for i in range(1, 20)]
+    served.hold(*waiting)
+    stopper = threading.Thread(target=served.model.stop, args=(10,))
+    stopper.start()
+    while True:
+        try:
+            served.model.submit(extra := Caller(100))
+        except Draining:
+            break
+        waiting.append(extra)
+
+    served.gate.set()
+    stopper.join(10)
+
+    assert [told(caller) for caller in waiting] == [
+        [2 * float(np.frombuffer(caller.raws[0], np.float32)[0])] for caller in waiting
+    ]
+
+
+def test_a_model_that_hangs_is_reported_when_it_stops(served):
+    served.hold()
+
+    assert not served.model.stop(0.05)
+
+
+def test_a_model_without_a_batch_dimension_runs_one_request_at_a_time():
+    served = Served(max_batch_size=0)
+    served.model.start()
+    callers = [Caller(1), Caller(2)]
+    for caller in callers:
+        caller.batch_key = ((1, 1),)
+    served.hold(*callers)
+
+    served.gate.set()
+
+    for caller in callers:
+        told(caller)
+    assert served.batches[-2:] == [[1], [2]]
+    assert served.model.stop(5)
