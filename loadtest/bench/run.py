@@ -1,6 +1,6 @@
 """Measure the gateway against its ceiling and against glue code, in interleaved rounds.
 
-    python loadtest/bench/run.py [--rounds 5] [--seconds 3] [--only tensor|features] [--json]
+    python loadtest/bench/run.py [--rounds 11] [--seconds 1.5] [--only tensor|features] [--json]
 
 Writes a page under loadtest/results/ and exits with 1 when a target is missed. Needs two cores: the
 server has the first one for itself, the generator and the feature store share the second.
@@ -67,8 +67,8 @@ class Contest:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write the page, print the table; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--seconds", type=float, default=1.5)
     parser.add_argument("--only", choices=["tensor", "features"])
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--no-page", action="store_true", help="write no results page")

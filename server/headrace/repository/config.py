@@ -110,7 +110,8 @@ class ModelConfig:
         feature_order: Names of the input's columns; None for the service's own order.
         missing_features: What the model gets for a missing feature.
         max_feature_age_s: Older values are missing; None leaves it to each view's own TTL.
-        latency_slo_s: Time budget of a request whose caller sets no deadline.
+        latency_slo_s: Time budget of a request whose caller sets no deadline, in seconds. Checked
+            and shown; nothing acts on it before there is admission control.
         intra_op_thread_count: Threads inside one operator; 0 lets ONNX Runtime take every core.
             1 by default, unlike Triton's 0: a small model gains nothing from a second thread, and
             thread pools of several models would fight over the same cores.
@@ -197,7 +198,15 @@ def parse_config(text: str, model_name: str) -> ModelConfig:
         graph_optimization=_graph_optimization(message.optimization.graph.level),
         enable_mem_arena=parameters.choice("enable_mem_arena", _SWITCHES, default=True),
         enable_mem_pattern=parameters.choice("enable_mem_pattern", _SWITCHES, default=True),
-        without_effect=tuple(sorted({*_unread(message), *parameters.unknown()})),
+        without_effect=tuple(
+            sorted(
+                {
+                    *_unread(message),
+                    *parameters.unknown(),
+                    *(["parameters.latency_slo_ms"] if latency_slo_ms else []),
+                }
+            )
+        ),
         message=message,
     )
     _check_batching(config)
