@@ -65,6 +65,15 @@ def test_the_readmes_commands_are_targets():
         assert re.search(rf"^{command.removeprefix('make ')}:", makefile, re.MULTILINE)
 
 
+def test_the_readmes_figures_are_those_of_the_results_it_links_to():
+    section = README[README.index("## How fast") : README.index("## Where to look")]
+    page = ROOT / re.search(r"\((loadtest/results/[^)]+)\)", section)[1]
+    rows = re.findall(r"^\|.*\|$", section, re.MULTILINE)
+
+    assert len(rows) > 2
+    assert set(rows) <= set(page.read_text().splitlines())
+
+
 def masked(text):
     """Hide what differs from run to run: numbers, identifiers, the padding around them."""
     text = re.sub(r"prediction [0-9a-f]{26}", "prediction #", text)
