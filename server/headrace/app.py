@@ -33,7 +33,7 @@ GC_THRESHOLD = 50_000
 """Container objects made, net, before the youngest generation is looked at."""
 
 WATCH_PERIOD_S = 1.0
-"""How often the loop thread and the feature store are looked at."""
+"""How often the threads that carry requests, and the feature store, are looked at."""
 
 
 class Gateway:
@@ -130,6 +130,10 @@ class Gateway:
             if not self.grpc.ingress.is_alive:
                 _LOG.critical("ingress_died")
                 return 1
+            for served in self._catalog.served():
+                if not served.is_alive:
+                    _LOG.critical("executor_died", model=served.name, version=served.version)
+                    return 1
             was_readable = self._features_readable
             self._look_at_features()
             if self._features_readable != was_readable:

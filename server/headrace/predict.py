@@ -230,6 +230,11 @@ class ServedModel:
         """Free the model; the executor threads have ended."""
         self._backend.close()
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether every executor thread runs. False after the start: what waits stays waiting."""
+        return all(thread.is_alive() for thread in self._threads)
+
     def check_rows(self, rows: int) -> None:
         """
         Check the number of entities, before anything is made of them.

@@ -24,7 +24,11 @@ class Port:
         self.accept = lambda call, message: call.reply(b"echo:" + message)
         self.server = grpc.server(
             futures.ThreadPoolExecutor(2),
-            options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 1_000)],
+            options=[
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", 1_000),
+                ("grpc.max_send_message_length", 2_000),
+            ],
         )
         self.ingress = ingress_class(
             self.server, [HotMethod(PATH, lambda call, message: self.accept(call, message))]
@@ -203,6 +207,17 @@ def test_a_message_over_the_limit_is_refused_and_the_next_is_served(port):
     assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "larger than max" in refused.value.details()
     assert port.hot(b"x", timeout=5) == b"echo:x"
+    until(lambda: port.ingress.open_calls == 0)
+
+
+def test_a_reply_over_the_limit_fails_its_call_and_not_the_next(port):
+    port.accept = lambda call, message: call.reply(message * 100)
+
+    with pytest.raises(grpc.RpcError) as refused:
+        port.hot(b"x" * 100, timeout=5)
+
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert port.hot(b"x", timeout=5) == b"x" * 100
     until(lambda: port.ingress.open_calls == 0)
 
 

@@ -1,4 +1,4 @@
-"""The thread that takes the calls dies: the process says so and ends, and can be restarted."""
+"""A thread that requests depend on dies: the process says so and ends, and can be restarted."""
 
 import json
 import subprocess
@@ -13,13 +13,14 @@ from onnx import TensorProto, helper
 SERVE_WITH_A_FAULT = """
 import sys
 from headrace.__main__ import main
+from headrace.batching.batcher import Batcher
 from headrace.rpc import completion_queue
 
-def raise_in_the_loop(call, event):
+def fail(*_):
     raise RuntimeError("the fault")
 
-completion_queue._Call._on_message = raise_in_the_loop
 completion_queue.unusable_because = lambda: None  # it would notice
+{fault} = fail
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -38,10 +39,17 @@ def model_repository(tmp_path):
     return tmp_path
 
 
-def test_a_dead_loop_thread_ends_the_process_with_1(model_repository):
+@pytest.mark.parametrize(
+    ("fault", "event"),
+    [
+        ("completion_queue._Call._on_message", "ingress_died"),
+        ("Batcher.take", "executor_died"),
+    ],
+)
+def test_a_dead_thread_ends_the_process_with_1(model_repository, fault, event):
     process = subprocess.Popen(
         [
-            *(sys.executable, "-c", SERVE_WITH_A_FAULT, "serve"),
+            *(sys.executable, "-c", SERVE_WITH_A_FAULT.format(fault=fault), "serve"),
             *("--model-repository", str(model_repository)),
             *("--grpc-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0"),
         ],
@@ -57,7 +65,7 @@ def test_a_dead_loop_thread_ends_the_process_with_1(model_repository):
                 hot(np.ones(4, np.float32).tobytes(), timeout=3)
 
         assert process.wait(15) == 1
-        assert "ingress_died" in process.stderr.read()
+        assert event in process.stderr.read()
     finally:
         process.kill()
         process.communicate(timeout=10)
