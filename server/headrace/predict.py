@@ -374,7 +374,7 @@ class ServedModel:
             join=self.join,
             features=features,
             missing_per_row=None if missing is None else missing.sum(axis=0).tolist(),
-            stale_per_row=None if features is None else _stale_per_row(features),
+            stale_per_row=_stale_per_row(features, missing),
             output_shapes=tuple([block.trailing for block in outputs]),
             started_s=started_s,
             features_s=joined_s - started_s,
@@ -414,6 +414,11 @@ def _fail_all(batch: Sequence[Request], error: ServingError) -> None:
         request.fail(error)
 
 
-def _stale_per_row(features: FeatureRows) -> list[int]:
-    stale: list[int] = (features.statuses == FeatureStatus.OUTSIDE_MAX_AGE).sum(axis=0).tolist()
-    return stale
+def _stale_per_row(
+    features: FeatureRows | None, missing: NDArray[np.bool_] | None
+) -> list[int] | None:
+    if features is None or missing is None:
+        return None
+    stale = (features.statuses == FeatureStatus.OUTSIDE_MAX_AGE) & missing
+    counts: list[int] = stale.sum(axis=0).tolist()
+    return counts
