@@ -78,7 +78,18 @@ def _up(options: dict[str, Any]) -> int:
     return up(options["root"])
 
 
-_COMMANDS = {"serve": _serve, "demo": _demo, "up": _up}
+def _models(options: dict[str, Any]) -> int:
+    set_up_logs("error")
+    from headrace import model_commands  # noqa: PLC0415 it takes seconds
+
+    if options["action"] == "list":
+        return model_commands.list_models(options["address"], as_json=options["json"])
+    return model_commands.verify(
+        options["folder"], options["feature_repo"], as_json=options["json"]
+    )
+
+
+_COMMANDS = {"serve": _serve, "models": _models, "demo": _demo, "up": _up}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -97,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
             serve.add_argument(flag, help=text, action=argparse.BooleanOptionalAction, default=None)
         else:
             serve.add_argument(flag, help=text, metavar=name.rpartition("_")[2].upper())
+    _add_models(commands.add_parser("models", help="what serves, and whether a folder could"))
     for name, text in {
         "demo": "real home sales through the whole path, from a checkout; exits by itself",
         "up": "the demo's stack, serving until Ctrl-C",
@@ -106,6 +118,21 @@ def _parser() -> argparse.ArgumentParser:
             "--root", type=Path, default=Path(), metavar="DIR", help="the checkout (default: here)"
         )
     return parser
+
+
+def _add_models(models: argparse.ArgumentParser) -> None:
+    actions = models.add_subparsers(dest="action", required=True, metavar="ACTION")
+    text = "show every model version of a running server, its state, and why it does not serve"
+    listing = actions.add_parser("list", help=text, description=text)
+    listing.add_argument("--address", default="127.0.0.1:8500", metavar="HOST:PORT")
+    text = "put every version of a model repository through all checks; exit code 1 if one fails"
+    verify = actions.add_parser("verify", help=text, description=text)
+    verify.add_argument("folder", type=Path, metavar="DIR", help="the model repository")
+    verify.add_argument(
+        "--feature-repo", type=Path, metavar="DIR", help="for models that need features"
+    )
+    for action in (listing, verify):
+        action.add_argument("--json", action="store_true", help="for machines")
 
 
 if __name__ == "__main__":

@@ -4,28 +4,21 @@ import gc
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 import structlog
 
-from headrace.backends.onnx_runtime import load_onnx
-from headrace.batching.batcher import Batcher
-from headrace.batching.policy import BatchPolicy
 from headrace.catalog import Catalog, ModelEntry
-from headrace.errors import FeatureStoreUnavailable, ModelLoadError, StartupError
-from headrace.features.join import FeatureJoin
+from headrace.errors import FeatureStoreUnavailable, StartupError
 from headrace.features.repo import FeatureRepo, open_feature_repo
 from headrace.features.store import OnlineStore
-from headrace.predict import Request, ServedModel
-from headrace.repository.config import ModelConfig, complete, parse_config
-from headrace.repository.scan import ModelFolder, VersionFolder, scan
-from headrace.repository.validate import check_golden, check_manifest
+from headrace.loading import VersionLoader
+from headrace.repository.manager import RepositoryManager
 from headrace.rpc.server import GrpcServer
 from headrace.settings import ServeSettings, split_address
 from headrace.telemetry.http import HttpEndpoint
 from headrace.telemetry.metrics import Metrics
-from headrace.tensors import Signature
 
 _LOG = structlog.get_logger(__name__)
 
@@ -55,13 +48,24 @@ class Gateway:
         self.metrics = Metrics()
         self._feature_repo: FeatureRepo | None = None
         self._store: OnlineStore | None = None
-        folders = scan(settings.model_repository)
         if settings.feature_repo is not None:
             self._feature_repo = open_feature_repo(settings.feature_repo)
             self._store = self._feature_repo.online_store()
         self._features_readable = True
-        self._catalog = Catalog([self._load(folder) for folder in folders])
-        self._needs_features = any(served.join for served in self._catalog.served())
+        self._needs_features = self._is_started = False
+        self._catalog = Catalog([])
+        loader = VersionLoader(settings, self._feature_repo, self._store, self.metrics)
+        self.repository = RepositoryManager(
+            settings.model_repository,
+            load=loader.load,
+            publish=self._publish,
+            on_load=self.metrics.model_load,
+            mode=settings.model_control_mode,
+            settle_s=settings.settle_s,
+            poll_s=settings.repository_poll_s,
+            retire_timeout_s=settings.drain_timeout_s,
+        )
+        self.repository.load_all()
         self._look_at_features()
         host, port = split_address(settings.grpc_address)
         self.grpc = GrpcServer(
@@ -69,6 +73,7 @@ class Gateway:
             port=port,
             ingress=settings.ingress,
             catalog=lambda: self._catalog,
+            repository=self.repository,
             is_ready=self.is_ready,
             metrics=self.metrics,
             max_message_bytes=settings.max_message_bytes,
@@ -91,11 +96,11 @@ class Gateway:
 
     def start(self) -> None:
         """Begin to serve."""
-        for served in self._catalog.served():
-            served.start()
         _calm_the_collector()
         self.grpc.start()
         self.http.start()
+        self._is_started = True
+        self.repository.start()
         _LOG.info(
             "started",
             grpc_address=self.grpc_address,
@@ -157,6 +162,7 @@ class Gateway:
         deadline_s = time.monotonic() + self._settings.drain_timeout_s
         self.grpc.leave()
         self.grpc.refuse_new()
+        self.repository.stop(max(0.0, deadline_s - time.monotonic()))
         ended = True
         for served in self._catalog.served():
             ended &= served.stop(max(0.0, deadline_s - time.monotonic()))
@@ -180,84 +186,17 @@ class Gateway:
         except FeatureStoreUnavailable:
             self._features_readable = False
 
-    def _load(self, folder: ModelFolder) -> ModelEntry:
-        """Load the highest version that can serve; keep the reasons of those above it."""
-        failures: dict[int, str] = {}
-        try:
-            config = _read_config(folder)
-        except ModelLoadError as error:
-            _report_failure(folder.name, None, error)
-            return ModelEntry(folder.name, None, {}, {0: str(error)})
-        for version in reversed(folder.versions):
-            try:
-                completed, served = self._load_version(config, version)
-            except ModelLoadError as error:
-                failures[version.number] = str(error)
-                _report_failure(folder.name, version.number, error)
-                continue
-            _LOG.info("model_loaded", model=folder.name, version=version.number)
-            return ModelEntry(folder.name, completed, {version.number: served}, failures)
-        return ModelEntry(folder.name, config, {}, failures)
-
-    def _load_version(
-        self, config: ModelConfig, version: VersionFolder
-    ) -> tuple[ModelConfig, ServedModel]:
-        if version.reason is not None:
-            raise ModelLoadError(version.reason)
-        check_manifest(version.path)
-        backend = load_onnx(version.model_path, config)
-        try:
-            config = complete(config, backend.inputs, backend.outputs)
-            if config.without_effect:
-                _LOG.warning(
-                    "config_without_effect", model=config.name, settings=config.without_effect
-                )
-            check_golden(version.path, backend)
-            join = self._join(config)
-        except BaseException:
-            backend.close()
-            raise
-        inputs = config.inputs if join is None else join.inputs
-        metrics = self.metrics.model(config.name, str(version.number))
-        batcher: Batcher[Request] = Batcher(
-            BatchPolicy(
-                config.max_batch_size, config.max_queue_delay_s, config.preferred_batch_sizes
-            ),
-            max_queue_size=config.max_queue_size or self._settings.max_queue_size,
-        )
-        served = ServedModel(
-            name=config.name,
-            version=str(version.number),
-            signature=Signature(config.name, inputs, config.outputs, config.max_batch_size),
-            backend=backend,
-            batcher=batcher,
-            metrics=metrics,
-            join=join,
-            store=self._store if join is not None else None,
-            executor_count=config.instance_count,
-            feature_timeout_s=self._settings.feature_timeout_s,
-            max_entities=self._settings.max_entities,
-            max_feature_age_s=config.max_feature_age_s,
-        )
-        metrics.queue_size = lambda: served.waiting
-        return config, served
-
-    def _join(self, config: ModelConfig) -> FeatureJoin | None:
-        if config.feature_service is None:
-            return None
-        if self._feature_repo is None:
-            raise ModelLoadError(
-                f"needs feature service '{config.feature_service}', and the server has no "
-                "--feature-repo"
-            )
-        return FeatureJoin(
-            plan=self._feature_repo.compile(config.feature_service),
-            model_inputs=config.inputs,
-            model=config.name,
-            feature_order=config.feature_order,
-            missing_features=config.missing_features,
-            max_batch_size=config.max_batch_size,
-        )
+    def _publish(self, entries: Sequence[ModelEntry]) -> None:
+        """Swap the models in, by one assignment; requests look them up anew each time."""
+        before = self._catalog
+        self._catalog = Catalog(entries)
+        self._needs_features = any(served.join for served in self._catalog.served())
+        serving = {(served.name, served.version) for served in self._catalog.served()}
+        for served in before.served():
+            if (served.name, served.version) not in serving:
+                self.metrics.forget(served.name, served.version)
+        if self._is_started:
+            self.grpc.update_health()
 
 
 def _calm_the_collector() -> None:
@@ -270,16 +209,6 @@ def _calm_the_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD, 20, 20)
-
-
-def _read_config(folder: ModelFolder) -> ModelConfig:
-    if folder.reason is not None:
-        raise ModelLoadError(folder.reason)
-    return parse_config(folder.read_config(), folder.name)
-
-
-def _report_failure(model: str, version: int | None, error: ModelLoadError) -> None:
-    _LOG.error("model_load_failed", model=model, version=version, reason=str(error))
 
 
 def open_gateway(settings: ServeSettings) -> Gateway:

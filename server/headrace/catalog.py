@@ -1,33 +1,18 @@
 """Which model versions serve, and why the others do not."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import TypeAlias
 
 from headrace.errors import InvalidRequest, ModelNotFound, ModelUnavailable, ModelVersionNotFound
 from headrace.predict import ServedModel
-from headrace.repository.config import ModelConfig
+from headrace.repository import manager
 
 VERSION_DIGITS_MAX = 18
 """As many as a folder's name may have; they fit an INT64."""
 
 
-@dataclass(frozen=True, slots=True)
-class ModelEntry:
-    """
-    One model of the repository.
-
-    Args:
-        name: The folder's name.
-        config: None when it could not be read.
-        versions: Those that serve, by number.
-        failures: Why the others do not, by number; 0 stands for the model as a whole. For the
-            operator, never for a caller.
-    """
-
-    name: str
-    config: ModelConfig | None
-    versions: Mapping[int, ServedModel]
-    failures: Mapping[int, str]
+ModelEntry: TypeAlias = "manager.ModelEntry[ServedModel]"
+"""One model of the repository; see `repository.manager`."""
 
 
 class Catalog:
@@ -81,9 +66,10 @@ class Catalog:
 
     def all_ready(self) -> bool:
         """
-        Say whether the server as a whole is ready: no model that ever served has stopped serving.
+        Say whether the server as a whole is ready: every model that ever served still does.
 
-        Without hot reload, a version that served serves for the life of the process.
+        A version is taken out of service for a newer one that serves, or because its folder was
+        removed or unloading was asked for; a model that is gone on purpose is no longer counted.
         """
         return True
 

@@ -198,6 +198,7 @@ class ServedModel:
         self._positions = tuple(positions[spec.name] for spec in signature.outputs)
         self.edge_memo: dict[Any, Any] = {}
         """What the edge serialized once for this version; bounded by the edge."""
+        self._is_stopping = False
         self._prediction_prefix = secrets.token_hex(8)
         self._prediction_counter = itertools.count()
         self._threads = [
@@ -219,6 +220,7 @@ class ServedModel:
         Returns:
             Whether every thread ended in time.
         """
+        self._is_stopping = True
         self._batcher.close()
         deadline_s = time.perf_counter() + timeout_s
         for thread in self._threads:
@@ -232,8 +234,8 @@ class ServedModel:
 
     @property
     def is_alive(self) -> bool:
-        """Whether every executor thread runs. False after the start: what waits stays waiting."""
-        return all(thread.is_alive() for thread in self._threads)
+        """Whether every executor thread runs, until `stop`. If not, what waits stays waiting."""
+        return self._is_stopping or all(thread.is_alive() for thread in self._threads)
 
     def check_rows(self, rows: int) -> None:
         """

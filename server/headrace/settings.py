@@ -45,6 +45,25 @@ class ServeSettings(BaseSettings):
         "127.0.0.1:8501",
         description="host:port for /healthz, /readyz and /metrics, which change nothing.",
     )
+    model_control_mode: Literal["poll", "explicit", "none"] = Field(
+        "poll",
+        description="What loads and unloads models after the start: changes in the model "
+        "repository, requests (RepositoryModelLoad; nothing is loaded before), or nothing.",
+    )
+    settle_s: float = Field(
+        1.0,
+        gt=0,
+        le=600,
+        description="How long a version's files must have stood still before it is loaded, in "
+        "seconds; one whose manifest.json matches is loaded at once.",
+    )
+    repository_poll_s: float = Field(
+        5.0,
+        ge=0.1,
+        le=3600,
+        description="How often to look at the model repository when the operating system "
+        "announces no change, in seconds.",
+    )
     ingress: Literal["completion-queue", "threads"] = Field(
         "completion-queue",
         description="How hot calls are taken: straight from grpcio's completion queue, or through "

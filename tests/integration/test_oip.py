@@ -30,7 +30,12 @@ def test_server_metadata_names_only_what_is_implemented(client):
     metadata = client.get_server_metadata()
 
     assert metadata.name == "headrace"
-    assert set(metadata.extensions) == {"model_configuration", "binary_tensor_data", "parameters"}
+    assert set(metadata.extensions) == {
+        "model_configuration",
+        "model_repository",
+        "binary_tensor_data",
+        "parameters",
+    }
 
 
 def test_model_metadata_shows_the_batch_dimension(client):

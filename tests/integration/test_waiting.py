@@ -18,18 +18,21 @@ def stub(gateway):
 
 
 @pytest.fixture
-def numbers(gateway):
-    """The model's numbers since the test began, once nothing is under way any more."""
+def counted(gateway):
+    """Check the model's numbers since the test began; they follow the replies by a moment."""
     found = gateway.metrics.model("patient", "1")
-    before = (found.batches, found.batch_rows.total, found.requests)
 
-    def read():
+    def now():
+        return found.batches, found.batch_rows.total, found.requests
+
+    before = now()
+
+    def check(**expected):
         until(lambda: gateway.grpc.ingress.open_calls == 0)
-        after = (found.batches, found.batch_rows.total, found.requests)
-        names = ("batches", "rows", "requests")
-        return dict(zip(names, (a - b for a, b in zip(after, before, strict=True)), strict=True))
+        wanted = tuple(expected[name] for name in ("batches", "rows", "requests"))
+        until(lambda: tuple(a - b for a, b in zip(now(), before, strict=True)) == wanted)
 
-    return read
+    return check
 
 
 def until(condition, timeout_s=10.0):
@@ -56,36 +59,36 @@ def result(future):
     return np.frombuffer(future.result().raw_output_contents[0], np.float32).tolist()
 
 
-def test_a_preferred_batch_does_not_wait_for_the_delay(stub, numbers):
+def test_a_preferred_batch_does_not_wait_for_the_delay(stub, counted):
     start_s = time.perf_counter()
 
     futures = [stub.ModelInfer.future(request(i), timeout=10) for i in range(4)]
 
     assert [result(future) for future in futures] == [[0], [4], [8], [12]]
     assert time.perf_counter() - start_s < DELAY_S
-    assert numbers() == {"batches": 1, "rows": 4, "requests": 4}
+    counted(batches=1, rows=4, requests=4)
 
 
-def test_rows_count_towards_a_preferred_batch_and_not_requests(stub, numbers):
+def test_rows_count_towards_a_preferred_batch_and_not_requests(stub, counted):
     start_s = time.perf_counter()
 
     futures = [stub.ModelInfer.future(request(i, rows=2), timeout=10) for i in range(2)]
 
     assert [result(future) for future in futures] == [[0, 0], [4, 4]]
     assert time.perf_counter() - start_s < DELAY_S
-    assert numbers() == {"batches": 1, "rows": 4, "requests": 2}
+    counted(batches=1, rows=4, requests=2)
 
 
-def test_a_lonely_request_goes_when_the_delay_is_over(stub, numbers):
+def test_a_lonely_request_goes_when_the_delay_is_over(stub, counted):
     start_s = time.perf_counter()
 
     assert result(stub.ModelInfer.future(request(1), timeout=10)) == [4]
 
     assert time.perf_counter() - start_s >= DELAY_S
-    assert numbers() == {"batches": 1, "rows": 1, "requests": 1}
+    counted(batches=1, rows=1, requests=1)
 
 
-def test_a_caller_who_cancels_costs_nothing_and_does_not_disturb_its_batch(gateway, stub, numbers):
+def test_a_caller_who_cancels_costs_nothing_and_does_not_disturb_its_batch(gateway, stub, counted):
     staying = [stub.ModelInfer.future(request(1), timeout=10)]
     leaving = stub.ModelInfer.future(request(2), timeout=10)
     staying.append(stub.ModelInfer.future(request(3), timeout=10))
@@ -94,28 +97,28 @@ def test_a_caller_who_cancels_costs_nothing_and_does_not_disturb_its_batch(gatew
     leaving.cancel()
 
     assert [result(future) for future in staying] == [[4], [12]]
-    assert numbers() == {"batches": 1, "rows": 2, "requests": 2}
+    counted(batches=1, rows=2, requests=2)
 
 
-def test_a_deadline_that_passes_in_the_queue_costs_nothing(gateway, stub, numbers):
+def test_a_deadline_that_passes_in_the_queue_costs_nothing(gateway, stub, counted):
     late = stub.ModelInfer.future(request(1), timeout=DELAY_S / 4)
     until(lambda: waiting(gateway) == 1)
     patient = stub.ModelInfer.future(request(2), timeout=10)
 
     assert late.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert result(patient) == [8]
-    assert numbers() == {"batches": 1, "rows": 1, "requests": 1}
+    counted(batches=1, rows=1, requests=1)
 
 
-def test_tritons_timeout_parameter_is_a_deadline_in_the_queue(stub, numbers):
+def test_tritons_timeout_parameter_is_a_deadline_in_the_queue(stub, counted):
     with pytest.raises(grpc.RpcError) as late:
         stub.ModelInfer(request(1, timeout_us=100_000), timeout=10)
 
     assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert numbers()["requests"] == 0
+    counted(batches=0, rows=0, requests=0)
 
 
-def test_a_lost_connection_takes_its_requests_out_of_the_queue(gateway, stub, numbers):
+def test_a_lost_connection_takes_its_requests_out_of_the_queue(gateway, stub, counted):
     with grpc.insecure_channel(
         gateway.grpc_address, [("grpc.use_local_subchannel_pool", 1)]
     ) as other:
@@ -127,4 +130,4 @@ def test_a_lost_connection_takes_its_requests_out_of_the_queue(gateway, stub, nu
 
     assert gone.code() is grpc.StatusCode.CANCELLED
     assert result(staying) == [8]
-    assert numbers() == {"batches": 1, "rows": 1, "requests": 1}
+    counted(batches=1, rows=1, requests=1)

@@ -2,13 +2,14 @@
 
 import pytest
 
-from headrace.catalog import Catalog, ModelEntry
+from headrace.catalog import Catalog
 from headrace.errors import (
     InvalidRequest,
     ModelNotFound,
     ModelUnavailable,
     ModelVersionNotFound,
 )
+from headrace.repository.manager import ModelEntry
 
 CATALOG = Catalog(
     [

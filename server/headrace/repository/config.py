@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 from tritonclient.grpc import model_config_pb2
 
 from headrace.repository.parameters import FEATURE_PARAMETERS, Parameters, shown, wrong
+from headrace.repository.policy import VersionPolicy
 from headrace.tensors import TensorSpec
 
 PLATFORM = "onnxruntime_onnx"
@@ -68,6 +69,7 @@ _READ = {
     "dynamic_batching.max_queue_delay_microseconds",
     "dynamic_batching.default_queue_policy.max_queue_size",
     "optimization.graph.level",
+    "version_policy",
 }
 _READ_IN_PART = {path.rpartition(".")[0] for path in _READ} | {"optimization"}
 
@@ -105,6 +107,7 @@ class ModelConfig:
         preferred_batch_sizes: Row counts worth waiting for, ascending.
         max_queue_size: Most waiting requests; 0 for the server's own limit.
         instance_count: Executors that run the model side by side.
+        version_policy: Which versions serve.
         device_kind: Where it runs.
         feature_service: Feast feature service joined to each row.
         feature_order: Names of the input's columns; None for the service's own order.
@@ -132,6 +135,7 @@ class ModelConfig:
     preferred_batch_sizes: tuple[int, ...] = ()
     max_queue_size: int = 0
     instance_count: int = 1
+    version_policy: VersionPolicy = field(default_factory=VersionPolicy)
     device_kind: Literal["cpu"] = "cpu"
     feature_service: str | None = None
     feature_order: tuple[str, ...] | None = None
@@ -185,6 +189,7 @@ def parse_config(text: str, model_name: str) -> ModelConfig:
         preferred_batch_sizes=_preferred_batch_sizes(message.dynamic_batching),
         max_queue_size=message.dynamic_batching.default_queue_policy.max_queue_size,
         instance_count=_instance_count(message.instance_group),
+        version_policy=_version_policy(message.version_policy),
         feature_service=feature_service,
         feature_order=_feature_order(parameters.text("feature_order")),
         missing_features=parameters.choice(
@@ -282,7 +287,6 @@ def _refuse_unsupported(message: Any) -> None:
         (message.cc_model_filenames, "cc_model_filenames"),
         (message.model_operations.op_library_filename, "model_operations.op_library_filename"),
         (message.model_repository_agents.agents, "model_repository_agents"),
-        (message.version_policy.HasField("specific"), "version_policy.specific"),
         (
             message.optimization.execution_accelerators.ListFields(),
             "optimization.execution_accelerators",
@@ -290,6 +294,17 @@ def _refuse_unsupported(message: Any) -> None:
     ):
         if is_there:
             raise wrong(f"{key} is not supported by this server")
+
+
+def _version_policy(message: Any) -> VersionPolicy:
+    if message.HasField("specific"):
+        numbers = frozenset(message.specific.versions)
+        if not numbers or min(numbers) < 1:
+            raise wrong("version_policy.specific needs versions, each above 0")
+        return VersionPolicy("specific", numbers=numbers)
+    if message.HasField("all"):
+        return VersionPolicy("all")
+    return VersionPolicy("latest", max(1, message.latest.num_versions))
 
 
 def _unread(message: Message, path: str = "") -> Iterator[str]:

@@ -69,19 +69,29 @@ class ModelFolder:
         Raises:
             ModelLoadError: too long, not UTF-8, or not readable.
         """
-        if not self.has_config:
-            return ""
-        try:
-            with (self.path / CONFIG_FILENAME).open("rb") as file:
-                data = file.read(MAX_CONFIG_SIZE + 1)
-        except OSError as error:
-            raise ModelLoadError(f"{CONFIG_FILENAME}: {error.strerror}") from None
-        if len(data) > MAX_CONFIG_SIZE:
-            raise ModelLoadError(f"{CONFIG_FILENAME}: longer than {MAX_CONFIG_SIZE} bytes")
-        try:
-            return data.decode()
-        except UnicodeDecodeError as error:
-            raise ModelLoadError(f"{CONFIG_FILENAME}: not UTF-8 at byte {error.start}") from None
+        return read_config(self.path) if self.has_config else ""
+
+
+def read_config(model: Path) -> str:
+    """
+    Read the `config.pbtxt` of a model's folder; empty text when there is none.
+
+    Raises:
+        ModelLoadError: too long, not UTF-8, or not readable.
+    """
+    try:
+        with (model / CONFIG_FILENAME).open("rb") as file:
+            data = file.read(MAX_CONFIG_SIZE + 1)
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise ModelLoadError(f"{CONFIG_FILENAME}: {error.strerror}") from None
+    if len(data) > MAX_CONFIG_SIZE:
+        raise ModelLoadError(f"{CONFIG_FILENAME}: longer than {MAX_CONFIG_SIZE} bytes")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ModelLoadError(f"{CONFIG_FILENAME}: not UTF-8 at byte {error.start}") from None
 
 
 def scan(root: Path) -> tuple[ModelFolder, ...]:

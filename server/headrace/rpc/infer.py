@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2
 
 from headrace.catalog import Catalog
-from headrace.errors import InvalidRequest, InvalidTensor, ServingError
+from headrace.errors import Draining, InvalidRequest, InvalidTensor, ServingError
 from headrace.predict import AnsweredBatch, Request
 from headrace.rpc.ingress import HotCall
 from headrace.rpc.known_requests import KnownRequest, KnownRequests
@@ -65,8 +65,8 @@ class ModelInfer:
 
     def accept(self, call: HotCall, message: bytes) -> None:
         """Parse, check and queue one request; refuse it when it cannot be served."""
+        catalog = self._catalog()
         try:
-            catalog = self._catalog()
             if self._known.catalog is not catalog:
                 self._known = KnownRequests(catalog)
             known = self._known.find(message)
@@ -74,6 +74,11 @@ class ModelInfer:
                 known.model.submit(_again(call, self._metrics, message, known))
             else:
                 self._accept_unknown(call, message, self._known)
+        except Draining as error:
+            if self._catalog() is catalog:  # the server stops
+                self._refuse(call, error)
+            else:  # a version on its way out; its successor serves already
+                self.accept(call, message)
         except DecodeError:
             self._refuse(call, InvalidRequest("the message is not a ModelInferRequest"))
         except Exception as error:

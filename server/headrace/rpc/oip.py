@@ -1,24 +1,45 @@
-"""The Open Inference Protocol's ordinary methods: live, ready, metadata, configuration."""
+"""The Open Inference Protocol's ordinary methods: live, ready, metadata, the model repository."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import grpc
 from tritonclient.grpc import model_config_pb2, service_pb2
 
 import headrace
 from headrace.catalog import Catalog, ModelEntry
-from headrace.errors import ModelUnavailable
+from headrace.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    ModelLoadError,
+    ModelUnavailable,
+    NotReady,
+    PreconditionFailed,
+)
 from headrace.predict import ServedModel
 from headrace.rpc.status import status_of
 from headrace.tensors import TensorSpec
 
 SERVICE = "inference.GRPCInferenceService"
 
-EXTENSIONS = ("model_configuration", "binary_tensor_data", "parameters")
+EXTENSIONS = ("model_configuration", "model_repository", "binary_tensor_data", "parameters")
 """Only what is implemented. Source: Triton, "Extensions" of the KServe protocol."""
 
+LOAD_TIMEOUT_S = 300.0
+"""How long a call waits for a load that it asked for, when it has no deadline of its own."""
+
 RequestT = TypeVar("RequestT")
+
+
+class Repository(Protocol):
+    """The part of `repository.manager.RepositoryManager` that callers can reach."""
+
+    @property
+    def mode(self) -> str: ...
+
+    def load(self, name: str, timeout_s: float) -> None: ...
+
+    def unload(self, name: str, timeout_s: float) -> None: ...
 
 
 class OipServicer:
@@ -27,11 +48,15 @@ class OipServicer:
 
     Args:
         catalog: Returns the models as they are now.
+        repository: Loads and unloads on request.
         is_ready: Whether the server as a whole is ready.
     """
 
-    def __init__(self, catalog: Callable[[], Catalog], is_ready: Callable[[], bool]) -> None:
+    def __init__(
+        self, catalog: Callable[[], Catalog], repository: Repository, is_ready: Callable[[], bool]
+    ) -> None:
         self._catalog = catalog
+        self._repository = repository
         self._is_ready = is_ready
 
     def handler(self) -> "grpc.GenericRpcHandler[Any, Any]":
@@ -45,6 +70,15 @@ class OipServicer:
                 "ServerMetadata": _unary(self.server_metadata, service_pb2.ServerMetadataRequest),
                 "ModelMetadata": _unary(self.model_metadata, service_pb2.ModelMetadataRequest),
                 "ModelConfig": _unary(self.model_config, service_pb2.ModelConfigRequest),
+                "RepositoryIndex": _unary(
+                    self.repository_index, service_pb2.RepositoryIndexRequest
+                ),
+                "RepositoryModelLoad": _unary(
+                    self.repository_model_load, service_pb2.RepositoryModelLoadRequest
+                ),
+                "RepositoryModelUnload": _unary(
+                    self.repository_model_unload, service_pb2.RepositoryModelUnloadRequest
+                ),
             },
         )
 
@@ -88,6 +122,45 @@ class OipServicer:
                     name=spec.name, data_type=_config_type(spec.datatype), dims=spec.shape[1:]
                 )
         return service_pb2.ModelConfigResponse(config=config)
+
+    def repository_index(self, request: Any) -> Any:
+        """List every version with its state, and why it does not serve. Source: Triton."""
+        reply = service_pb2.RepositoryIndexResponse()
+        for entry in self._catalog().entries.values():
+            states = dict.fromkeys(entry.versions, ("READY", ""))
+            # A version whose newer files failed goes on serving: ready, with the reason.
+            for number, reason in entry.failures.items():
+                states[number] = (states.get(number, ("UNAVAILABLE",))[0], reason)
+            if entry.loading is not None:
+                states.setdefault(entry.loading, ("LOADING", ""))
+            for number, (state, reason) in sorted(states.items()):
+                if state == "READY" or not request.ready:
+                    version = str(number) if number else ""
+                    reply.models.add(name=entry.name, version=version, state=state, reason=reason)
+        return reply
+
+    def repository_model_load(self, request: Any) -> Any:
+        if request.parameters:
+            raise InvalidRequest("models are loaded as they lie in the repository: no parameters")
+        self._change(self._repository.load, request.model_name)
+        return service_pb2.RepositoryModelLoadResponse()
+
+    def repository_model_unload(self, request: Any) -> Any:
+        self._change(self._repository.unload, request.model_name)
+        return service_pb2.RepositoryModelUnloadResponse()
+
+    def _change(self, change: Callable[[str, float], None], name: str) -> None:
+        if self._repository.mode != "explicit":
+            raise NotReady(
+                "explicit model load / unload is not allowed; start the server with "
+                "--model-control-mode explicit"
+            )
+        try:
+            change(name, LOAD_TIMEOUT_S)
+        except ModelLoadError as error:
+            raise PreconditionFailed(str(error)) from None
+        except TimeoutError:
+            raise DeadlineExceeded(f"'{name}' is still on its way; see RepositoryIndex") from None
 
     def _find(self, request: Any) -> tuple[ModelEntry, ServedModel]:
         catalog = self._catalog()

@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from headrace.catalog import Catalog
-from headrace.errors import InvalidRequest, InvalidTensor, ServingError
+from headrace.errors import Draining, InvalidRequest, InvalidTensor, ServingError
 from headrace.features.plan import FeatureStatus
 from headrace.predict import AnsweredBatch, OutputBlock, Request, ServedModel
 from headrace.rpc.ingress import HotCall
@@ -56,10 +56,11 @@ class Predict:
 
     def accept(self, call: HotCall, message: bytes) -> None:
         """Parse, check and queue one request; refuse it when it cannot be served."""
+        catalog = self._catalog()
         try:
             request = pb.PredictRequest.FromString(message)
             version = str(request.model_version) if request.HasField("model_version") else ""
-            model = self._catalog().find(request.model_name, version)
+            model = catalog.find(request.model_name, version)
             specs = {spec.name: spec for spec in model.signature.inputs}
             given = [_given(column, specs, model) for column in request.columns]
             checked = model.signature.check(given)
@@ -67,6 +68,11 @@ class Predict:
             model.submit(
                 _PredictRequest(call, self._metrics, checked, selection, request.include_features)
             )
+        except Draining as error:
+            if self._catalog() is catalog:  # the server stops
+                self._refuse(call, error)
+            else:  # a version on its way out; its successor serves already
+                self.accept(call, message)
         except DecodeError:
             self._refuse(call, InvalidRequest("the message is not a PredictRequest"))
         except Exception as error:

@@ -51,6 +51,7 @@ class GrpcServer:
         port: 0 takes a free one.
         ingress: `completion-queue` or `threads`.
         catalog: Returns the models as they are now.
+        repository: Loads and unloads them on request.
         is_ready: Whether the server as a whole is ready.
         metrics: Counts.
         max_message_bytes: In and out.
@@ -67,6 +68,7 @@ class GrpcServer:
         port: int,
         ingress: str,
         catalog: Callable[[], Catalog],
+        repository: oip.Repository,
         is_ready: Callable[[], bool],
         metrics: Metrics,
         max_message_bytes: int,
@@ -76,6 +78,7 @@ class GrpcServer:
         self._catalog = catalog
         self._is_ready = is_ready
         self._refusing_since_s = 0.0
+        self._known_models: set[str] = set()
         self._server = grpc.server(
             futures.ThreadPoolExecutor(CONTROL_THREADS, thread_name_prefix="control"),
             options=[
@@ -94,7 +97,9 @@ class GrpcServer:
         metrics.open_calls = lambda: self.ingress.open_calls
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        self._server.add_generic_rpc_handlers((oip.OipServicer(catalog, is_ready).handler(),))
+        self._server.add_generic_rpc_handlers(
+            (oip.OipServicer(catalog, repository, is_ready).handler(),)
+        )
         if with_reflection:
             names = (*SERVICES, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
@@ -114,7 +119,8 @@ class GrpcServer:
         """Say how the server, its services and its models are."""
         catalog = self._catalog()
         self._say(["", *SERVICES], serving=self._is_ready())
-        for name in catalog.entries:
+        self._known_models |= catalog.entries.keys()
+        for name in self._known_models:  # one that is gone does not serve
             self._say([name], serving=catalog.is_ready(name))
 
     def leave(self) -> None:

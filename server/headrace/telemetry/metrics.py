@@ -38,6 +38,7 @@ METRICS: dict[str, str] = {
     "headrace_infer_seconds": "Running the model on a batch.",
     "headrace_feature_values_total": "Feature values read, by status.",
     "headrace_queue_requests": "Requests waiting now.",
+    "headrace_model_loads_total": "Attempts to load a model version, by result.",
     "headrace_rpc_errors_total": "Hot calls refused or failed, by gRPC code.",
     "headrace_rpc_open_calls": "Hot calls received and not yet finished.",
 }
@@ -138,12 +139,24 @@ class Metrics(Collector):
         self._lock = threading.Lock()
         self._models: dict[tuple[str, str], ModelMetrics] = {}
         self._rpc_errors: dict[tuple[str, str], int] = {}
+        self._model_loads: dict[tuple[str, str], int] = {}
         self.open_calls: Callable[[], int] = int
 
     def model(self, name: str, version: str) -> ModelMetrics:
         """Return the numbers of one model version, the same object each time."""
         with self._lock:
             return self._models.setdefault((name, version), ModelMetrics(name, version))
+
+    def forget(self, name: str, version: str) -> None:
+        """Drop the numbers of a version that is out of service: versions come without end."""
+        with self._lock:
+            self._models.pop((name, version), None)
+
+    def model_load(self, model: str, succeeded: bool) -> None:  # noqa: FBT001 the outcome
+        """Count one attempt to load a version."""
+        with self._lock:
+            key = (model, "ready" if succeeded else "failed")
+            self._model_loads[key] = self._model_loads.get(key, 0) + 1
 
     def rpc_error(self, method: str, code: str) -> None:
         """Count one hot call that ended with an error."""
@@ -155,12 +168,17 @@ class Metrics(Collector):
         with self._lock:
             models = list(self._models.values())
             rpc_errors = dict(self._rpc_errors)
+            model_loads = dict(self._model_loads)
         yield from _model_counters(models)
         yield from _model_histograms(models)
         errors = _counter("headrace_rpc_errors_total", ["method", "code"])
         for key, count in rpc_errors.items():
             errors.add_metric(list(key), count)
         yield errors
+        loads = _counter("headrace_model_loads_total", ["model", "result"])
+        for key, count in model_loads.items():
+            loads.add_metric(list(key), count)
+        yield loads
         open_calls = "headrace_rpc_open_calls"
         yield GaugeMetricFamily(open_calls, METRICS[open_calls], value=self.open_calls())
 

@@ -5,6 +5,7 @@ from tritonclient.grpc import model_config_pb2
 
 from headrace.errors import ModelLoadError
 from headrace.repository.config import AUTO_MAX_BATCH_SIZE, complete, parse_config
+from headrace.repository.policy import VersionPolicy
 from headrace.tensors import TensorSpec
 
 X = TensorSpec("x", "FP32", (-1, 4))
@@ -70,6 +71,26 @@ def test_every_setting_is_read():
     assert not config.enable_mem_arena
     assert not config.enable_mem_pattern
     assert config.without_effect == ("parameters.latency_slo_ms",)  # until there is admission
+
+
+@pytest.mark.parametrize(
+    ("text", "policy"),
+    [
+        ("", VersionPolicy("latest", 1)),
+        ("version_policy { latest { } }", VersionPolicy("latest", 1)),
+        ("version_policy { latest { num_versions: 3 } }", VersionPolicy("latest", 3)),
+        ("version_policy { all { } }", VersionPolicy("all")),
+        (
+            "version_policy { specific { versions: [7, 2] } }",
+            VersionPolicy("specific", numbers=frozenset({2, 7})),
+        ),
+    ],
+)
+def test_the_version_policy_is_tritons(text, policy):
+    config = parse_config(text, "m")
+
+    assert config.version_policy == policy
+    assert config.without_effect == ()
 
 
 def test_an_empty_file_gives_the_defaults():
@@ -178,7 +199,8 @@ UNSUPPORTED = "is not supported by this server"
             "model_transaction_policy { decoupled: true }",
             f"model_transaction_policy.decoupled {UNSUPPORTED}",
         ),
-        ("version_policy { specific { versions: 1 } }", f"version_policy.specific {UNSUPPORTED}"),
+        ("version_policy { specific { } }", "version_policy.specific needs versions"),
+        ("version_policy { specific { versions: 0 } }", "each above 0"),
         (
             "model_operations { op_library_filename: 'evil.so' }",
             f"model_operations.op_library_filename {UNSUPPORTED}",

@@ -16,6 +16,7 @@ def server(ingress):
         port=0,
         ingress=ingress,
         catalog=lambda: catalog,
+        repository=None,
         is_ready=lambda: True,
         metrics=Metrics(),
         max_message_bytes=10_000,

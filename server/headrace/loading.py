@@ -1,0 +1,112 @@
+"""Makes a model version ready to serve: from a folder to a checked and warmed `ServedModel`."""
+
+import structlog
+
+from headrace.backends.onnx_runtime import load_onnx
+from headrace.backends.warm_up import warm_up
+from headrace.batching.batcher import Batcher
+from headrace.batching.policy import BatchPolicy
+from headrace.errors import ModelLoadError
+from headrace.features.join import FeatureJoin
+from headrace.features.repo import FeatureRepo
+from headrace.features.store import OnlineStore
+from headrace.predict import Request, ServedModel
+from headrace.repository.config import ModelConfig, complete, parse_config
+from headrace.repository.scan import VersionFolder, read_config
+from headrace.repository.validate import check_golden
+from headrace.settings import ServeSettings
+from headrace.telemetry.metrics import Metrics
+from headrace.tensors import Signature
+
+_LOG = structlog.get_logger(__name__)
+
+
+class VersionLoader:
+    """
+    Loads versions for one server.
+
+    Args:
+        settings: Limits that versions get.
+        feature_repo: For models that name a feature service; without one they are refused.
+        store: Where their features are read.
+        metrics: Each version gets its own numbers.
+    """
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        feature_repo: FeatureRepo | None,
+        store: OnlineStore | None,
+        metrics: Metrics,
+    ) -> None:
+        self._settings = settings
+        self._feature_repo = feature_repo
+        self._store = store
+        self._metrics = metrics
+
+    def load(self, name: str, version: VersionFolder) -> tuple[ModelConfig, ServedModel]:
+        """
+        Load one version and put it through its checks; it is not started.
+
+        Args:
+            name: The model's name.
+            version: Its files do not change any more; `config.pbtxt` is beside its folder.
+
+        Raises:
+            ModelLoadError: it cannot serve, and why.
+        """
+        config = parse_config(read_config(version.path.parent), name)
+        backend = load_onnx(version.model_path, config)
+        try:
+            config = complete(config, backend.inputs, backend.outputs)
+            if config.without_effect:
+                _LOG.warning(
+                    "config_without_effect", model=config.name, settings=config.without_effect
+                )
+            check_golden(version.path, backend)
+            join = self._join(config)
+            warm_up(backend, config.max_batch_size, config.preferred_batch_sizes)
+        except BaseException:
+            backend.close()
+            raise
+        inputs = config.inputs if join is None else join.inputs
+        metrics = self._metrics.model(config.name, str(version.number))
+        batcher: Batcher[Request] = Batcher(
+            BatchPolicy(
+                config.max_batch_size, config.max_queue_delay_s, config.preferred_batch_sizes
+            ),
+            max_queue_size=config.max_queue_size or self._settings.max_queue_size,
+        )
+        served = ServedModel(
+            name=config.name,
+            version=str(version.number),
+            signature=Signature(config.name, inputs, config.outputs, config.max_batch_size),
+            backend=backend,
+            batcher=batcher,
+            metrics=metrics,
+            join=join,
+            store=self._store if join is not None else None,
+            executor_count=config.instance_count,
+            feature_timeout_s=self._settings.feature_timeout_s,
+            max_entities=self._settings.max_entities,
+            max_feature_age_s=config.max_feature_age_s,
+        )
+        metrics.queue_size = lambda: served.waiting
+        return config, served
+
+    def _join(self, config: ModelConfig) -> FeatureJoin | None:
+        if config.feature_service is None:
+            return None
+        if self._feature_repo is None:
+            raise ModelLoadError(
+                f"needs feature service '{config.feature_service}', and the server has no "
+                "--feature-repo"
+            )
+        return FeatureJoin(
+            plan=self._feature_repo.compile(config.feature_service),
+            model_inputs=config.inputs,
+            model=config.name,
+            feature_order=config.feature_order,
+            missing_features=config.missing_features,
+            max_batch_size=config.max_batch_size,
+        )

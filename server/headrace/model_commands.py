@@ -1,0 +1,124 @@
+"""`headrace models`: what a running server serves, and whether a folder of models could."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import grpc
+from rich.console import Console
+from rich.table import Table
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from headrace.errors import ModelLoadError, StartupError
+from headrace.features.repo import open_feature_repo
+from headrace.loading import VersionLoader
+from headrace.repository.sandbox import OnnxChecker
+from headrace.repository.scan import VersionFolder, scan
+from headrace.repository.validate import check_manifest
+from headrace.settings import load_settings
+from headrace.telemetry.metrics import Metrics
+
+CALL_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class VersionState:
+    """
+    One line of the answer.
+
+    Args:
+        model: The model's name.
+        version: Its number as text; empty for the model as a whole.
+        state: `READY`, `LOADING` or `UNAVAILABLE`.
+        reason: Why it does not serve, or why its newer files do not.
+    """
+
+    model: str
+    version: str
+    state: str
+    reason: str
+
+
+def list_models(address: str, *, as_json: bool) -> int:
+    """
+    Show what a running server has, and why the rest does not serve.
+
+    Returns:
+        0; the state of the models is the answer, not an error.
+
+    Raises:
+        StartupError: nobody answers at that address.
+    """
+    with grpc.insecure_channel(address) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        try:
+            reply = stub.RepositoryIndex(
+                service_pb2.RepositoryIndexRequest(), timeout=CALL_TIMEOUT_S
+            )
+        except grpc.RpcError as error:
+            raise StartupError(
+                f"--address {address}: {error.code().name}; is `headrace serve` running there?"
+            ) from None
+    _show([VersionState(m.name, m.version, m.state, m.reason) for m in reply.models], as_json)
+    return 0
+
+
+def verify(root: Path, feature_repo: Path | None, *, as_json: bool) -> int:
+    """
+    Put every version in a model repository through all checks that it must pass before it serves.
+
+    Returns:
+        0 when every version passes, else 1.
+
+    Raises:
+        StartupError: the folder, or the feature repository, cannot be read.
+    """
+    # The limits of a server do not matter here; an address is only needed to make settings.
+    settings = load_settings({"model_repository": root})
+    features = None if feature_repo is None else open_feature_repo(feature_repo)
+    store = None if features is None else features.online_store()
+    loader = VersionLoader(settings, features, store, Metrics())
+    states: list[VersionState] = []
+    with OnnxChecker() as checker:
+        for folder in scan(root):
+            if folder.reason is not None:
+                states.append(VersionState(folder.name, "", "UNAVAILABLE", folder.reason))
+                continue
+            for version in folder.versions:
+                reason = _problem(folder.name, version, checker, loader)
+                state = "READY" if reason is None else "UNAVAILABLE"
+                states.append(VersionState(folder.name, str(version.number), state, reason or ""))
+    if store is not None:
+        store.close()
+    _show(states, as_json)
+    return 0 if all(state.state == "READY" for state in states) else 1
+
+
+def _problem(
+    model: str, version: VersionFolder, checker: OnnxChecker, loader: VersionLoader
+) -> str | None:
+    if version.reason is not None:
+        return version.reason
+    try:
+        check_manifest(version.path)
+        checker.check(version.model_path)
+        _, served = loader.load(model, version)
+    except ModelLoadError as error:
+        return str(error)
+    served.close()
+    return None
+
+
+def _show(states: Sequence[VersionState], as_json: bool) -> None:  # noqa: FBT001 one caller's choice
+    console = Console(highlight=False, soft_wrap=as_json)
+    if as_json:
+        console.print(json.dumps([asdict(state) for state in states]), markup=False)
+        return
+    if not states:
+        console.print("no models")
+        return
+    table = Table("model", "version", "state", "reason")
+    for state in states:
+        table.add_row(state.model, state.version, state.state, state.reason)
+    console.print(table)

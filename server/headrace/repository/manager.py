@@ -1,0 +1,469 @@
+"""Keeps what serves in step with what lies in the model repository.
+
+One thread looks, decides (`policy`) and carries out, one action at a time: copy the version, check
+the copy, load it, swap it in, let the old one finish. Requests never wait for any of it.
+
+Source: TensorFlow Serving's split of source, policy and manager; Triton's control modes.
+"""
+
+import contextlib
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+import structlog
+import watchfiles
+
+from headrace.errors import ModelLoadError, StartupError
+from headrace.repository.config import ModelConfig, parse_config
+from headrace.repository.policy import Load, VersionPolicy, VersionView, next_action
+from headrace.repository.sandbox import OnnxChecker
+from headrace.repository.scan import ModelFolder, VersionFolder, scan
+from headrace.repository.snapshot import ChangedMeanwhileError, copy, fingerprint
+from headrace.repository.validate import MANIFEST_FILENAME, check_manifest
+
+_LOG = structlog.get_logger(__name__)
+
+ControlMode = Literal["poll", "explicit", "none"]
+"""Triton's: follow the folder, load and unload on request, or only what is there at the start."""
+
+WATCH_DEBOUNCE_MS = 200
+"""Events are collected for so long; copying one file makes hundreds."""
+
+
+class Served(Protocol):
+    """What a loaded version can do for the manager: `predict.ServedModel`."""
+
+    def start(self) -> None: ...
+
+    def stop(self, timeout_s: float) -> bool:
+        """Finish what waits and end; say whether that was done in time."""
+
+    def close(self) -> None: ...
+
+
+ServedT = TypeVar("ServedT", bound=Served)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEntry(Generic[ServedT]):
+    """
+    One model of the repository, as it is at one moment.
+
+    Args:
+        name: The folder's name.
+        config: None when it could not be read, or nothing was loaded yet.
+        versions: Those that serve, by number.
+        failures: Why others do not, by number; 0 stands for the model as a whole. For the
+            operator, never for a caller.
+        loading: The version that is being loaded now.
+    """
+
+    name: str
+    config: ModelConfig | None
+    versions: Mapping[int, ServedT]
+    failures: Mapping[int, str]
+    loading: int | None = None
+
+
+@dataclass(slots=True)
+class _Build(Generic[ServedT]):
+    """A version that serves."""
+
+    fingerprint: str
+    config: ModelConfig
+    served: ServedT
+
+
+@dataclass(slots=True)
+class _Seen:
+    """A version's files at the last look, and since when they have been so."""
+
+    folder: VersionFolder | None
+    fingerprint: str | None
+    since_s: float
+    is_settled: bool
+
+
+@dataclass(slots=True)
+class _Model(Generic[ServedT]):
+    name: str
+    folder: ModelFolder | None = None
+    config: ModelConfig | None = None
+    reason: str | None = None
+    policy: VersionPolicy = field(default_factory=VersionPolicy)
+    seen: dict[int, _Seen] = field(default_factory=dict)
+    builds: dict[int, _Build[ServedT]] = field(default_factory=dict)
+    failed: dict[int, tuple[str, str]] = field(default_factory=dict)  # fingerprint, reason
+    loading: int | None = None
+
+    def entry(self) -> ModelEntry[ServedT]:
+        failures = {number: reason for number, (_, reason) in self.failed.items()}
+        if self.reason is not None:
+            failures[0] = self.reason
+        newest = max(self.builds, default=None)
+        return ModelEntry(
+            self.name,
+            self.config if newest is None else self.builds[newest].config,
+            {number: build.served for number, build in sorted(self.builds.items())},
+            failures,
+            self.loading,
+        )
+
+    def views(self) -> list[VersionView]:
+        return [
+            VersionView(
+                number,
+                on_disk=seen.fingerprint,
+                is_settled=seen.is_settled,
+                serving=self.builds[number].fingerprint if number in self.builds else None,
+                failed=self.failed[number][0] if number in self.failed else None,
+            )
+            for number, seen in self.seen.items()
+        ]
+
+
+class RepositoryManager(Generic[ServedT]):
+    """
+    Loads, swaps and unloads model versions as their folders come, change and go.
+
+    A version is taken once its files have stood still for `settle_s`, or match its manifest. A
+    candidate that fails changes nothing but its own state; it is tried again when its files
+    change. `load_all`, then `start`, then `stop`.
+
+    Args:
+        root: The model repository.
+        load: Makes a version ready to `start`, from a private copy of its folder (with
+            `config.pbtxt` beside it), or raises `ModelLoadError`. Called by one thread.
+        publish: Told of every change, with all models; must swap them in before it returns.
+        on_load: Told of every attempt: model, and whether it succeeded.
+        mode: What makes versions come and go.
+        settle_s: As above.
+        poll_s: How often to look without being told of a change.
+        retire_timeout_s: Longest that an old version may take to finish what waits.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        load: Callable[[str, VersionFolder], tuple[ModelConfig, ServedT]],
+        publish: Callable[[Sequence[ModelEntry[ServedT]]], None],
+        on_load: Callable[[str, bool], None],
+        mode: ControlMode = "poll",
+        settle_s: float = 1.0,
+        poll_s: float = 5.0,
+        retire_timeout_s: float = 30.0,
+    ) -> None:
+        self._root = root
+        self._load = load
+        self._publish_entries = publish
+        self._on_load = on_load
+        self._mode = mode
+        self._settle_s = settle_s
+        self._poll_s = poll_s
+        self._retire_timeout_s = retire_timeout_s
+        self._models: dict[str, _Model[ServedT]] = {}
+        self._wanted: set[str] | None = set() if mode == "explicit" else None
+        self._commands: SimpleQueue[tuple[Callable[[], None], Future[None]]] = SimpleQueue()
+        self._wake = threading.Event()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="repository", daemon=True)
+        self._watcher = threading.Thread(target=self._watch, name="repository-watch", daemon=True)
+        self._retiring: list[threading.Thread] = []
+        self._is_readable = True
+
+    def load_all(self) -> None:
+        """
+        Load what is there now, without waiting for anything to settle. Before `start`.
+
+        Raises:
+            StartupError: the repository is not a folder that can be read.
+        """
+        self._bring_in_step(scan(self._root), is_first=True)
+
+    def start(self) -> None:
+        """Begin to follow the repository."""
+        if self._mode != "none":
+            self._thread.start()
+        if self._mode == "poll":
+            self._watcher.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """Stop following; what is being loaded is finished first. What serves goes on."""
+        self._stopping.set()
+        self._wake.set()
+        deadline_s = time.monotonic() + timeout_s
+        for thread in (self._thread, self._watcher, *self._retiring):
+            if thread.ident is not None:
+                thread.join(max(0.0, deadline_s - time.monotonic()))
+
+    def load(self, name: str, timeout_s: float) -> None:
+        """
+        Load a model as its configuration says, or load it anew if its files have changed.
+
+        Raises:
+            ModelLoadError: it is not there, or none of its versions can be loaded.
+            TimeoutError: it takes longer; it goes on.
+        """
+        self._command(lambda: self._load_now(name), timeout_s)
+
+    def unload(self, name: str, timeout_s: float) -> None:
+        """
+        Take a model out of service; requests that wait are finished.
+
+        Raises:
+            ModelLoadError: no such model.
+            TimeoutError: it takes longer; it goes on.
+        """
+        self._command(lambda: self._unload_now(name), timeout_s)
+
+    @property
+    def mode(self) -> ControlMode:
+        """What makes versions come and go."""
+        return self._mode
+
+    def _command(self, what: Callable[[], None], timeout_s: float) -> None:
+        done: Future[None] = Future()
+        self._commands.put((what, done))
+        self._wake.set()
+        done.result(timeout_s)
+
+    def _follow(self) -> None:
+        while not self._stopping.is_set():
+            self._wake.wait(self._until_next_look_s())
+            self._wake.clear()
+            if self._stopping.is_set():
+                break
+            try:
+                while not self._commands.empty():
+                    _settle(*self._commands.get())
+                if self._mode == "poll":
+                    self._look()
+            except Exception:  # the next look may do better; what serves goes on
+                _LOG.exception("repository_look_failed")
+        while not self._commands.empty():
+            _, done = self._commands.get()
+            done.set_exception(ModelLoadError("this server is stopping"))
+
+    def _until_next_look_s(self) -> float:
+        moving = [
+            seen.since_s
+            for model in self._models.values()
+            for seen in model.seen.values()
+            if not seen.is_settled
+        ]
+        if not moving:
+            return self._poll_s
+        due_s = min(moving) + self._settle_s - time.monotonic()
+        return min(self._poll_s, max(0.01, due_s))
+
+    def _watch(self) -> None:
+        try:
+            for _ in watchfiles.watch(
+                self._root,
+                watch_filter=None,
+                debounce=WATCH_DEBOUNCE_MS,
+                stop_event=self._stopping,
+                rust_timeout=500,
+                raise_interrupt=False,
+            ):
+                self._wake.set()
+        except Exception as error:  # no inotify here, or its limits are used up
+            _LOG.warning("repository_watch_failed", error=str(error), polling_s=self._poll_s)
+
+    def _look(self) -> None:
+        try:
+            folders = scan(self._root)
+        except StartupError as error:
+            # A network file system may be away for a moment: nothing is taken out of service.
+            if self._is_readable:
+                _LOG.error("repository_unreadable", reason=str(error))
+            self._is_readable = False
+            return
+        self._is_readable = True
+        self._bring_in_step(folders)
+
+    def _load_now(self, name: str) -> None:
+        assert self._wanted is not None
+        folders = scan(self._root)
+        if all(folder.name != name for folder in folders):
+            raise ModelLoadError(f"failed to load '{name}', no such model in the repository")
+        self._wanted.add(name)
+        model = self._models.get(name)
+        if model is not None:
+            model.failed.clear()
+        self._bring_in_step(folders, is_first=True)
+        entry = self._models[name].entry()
+        if not entry.versions or entry.failures:
+            raise ModelLoadError(f"failed to load '{name}': {'; '.join(entry.failures.values())}")
+
+    def _unload_now(self, name: str) -> None:
+        assert self._wanted is not None
+        if name not in self._wanted:
+            raise ModelLoadError(f"failed to unload '{name}', it is not loaded")
+        self._wanted.discard(name)
+        self._bring_in_step(scan(self._root), is_first=True)
+
+    def _bring_in_step(self, folders: Sequence[ModelFolder], *, is_first: bool = False) -> None:
+        """Look at every model, then act until there is nothing left to do."""
+        present = {
+            folder.name: folder
+            for folder in folders
+            if self._wanted is None or folder.name in self._wanted
+        }
+        before = [model.entry() for model in self._models.values()]
+        for name in present.keys() - self._models.keys():
+            self._models[name] = _Model(name)
+        for model in self._models.values():
+            self._see(model, present.get(model.name), is_settled=is_first)
+        with OnnxChecker() as checker:
+            for model in sorted(self._models.values(), key=lambda model: model.name):
+                while not self._stopping.is_set() and self._act(model, checker):
+                    pass
+        for model in list(self._models.values()):
+            if model.folder is None and not model.builds:
+                del self._models[model.name]
+        if is_first or before != [model.entry() for model in self._models.values()]:
+            self._publish()
+
+    def _see(self, model: _Model[ServedT], folder: ModelFolder | None, *, is_settled: bool) -> None:
+        now_s = time.monotonic()
+        model.folder = folder
+        on_disk = {} if folder is None else {version.number: version for version in folder.versions}
+        for number in on_disk.keys() | model.seen.keys():
+            version = on_disk.get(number)
+            found = None if version is None else fingerprint(version.path)
+            seen = model.seen.get(number)
+            if seen is None or seen.fingerprint != found:
+                seen = _Seen(version, found, now_s, is_settled or _matches_manifest(version))
+                model.seen[number] = seen
+            seen.folder = version
+            seen.is_settled |= is_settled or now_s - seen.since_s >= self._settle_s
+            if version is None:
+                model.failed.pop(number, None)
+                if seen.is_settled and number not in model.builds:
+                    del model.seen[number]
+        if folder is not None:
+            self._read_config(model, folder)
+
+    def _read_config(self, model: _Model[ServedT], folder: ModelFolder) -> None:
+        before, model.reason = model.reason, folder.reason
+        if model.reason is None:
+            try:
+                model.config = parse_config(folder.read_config(), folder.name)
+                model.policy = model.config.version_policy
+            except ModelLoadError as error:
+                model.reason = str(error)
+        if model.reason is not None and model.reason != before:
+            self._report(model.name, None, model.reason)
+
+    def _act(self, model: _Model[ServedT], checker: OnnxChecker) -> bool:
+        """Carry out one action; say whether there was one."""
+        action = next_action(model.policy, model.views())
+        if action is None:
+            return False
+        if not isinstance(action, Load):
+            build = model.builds.pop(action.number)
+            if model.seen[action.number].fingerprint is None:
+                del model.seen[action.number]
+            self._publish()
+            self._retire(model.name, action.number, build.served)
+            return True
+        if model.reason is not None:  # an unreadable configuration: what serves goes on
+            return False
+        seen = model.seen[action.number]
+        assert seen.folder is not None
+        assert seen.fingerprint is not None
+        model.loading = action.number
+        self._publish()
+        try:
+            build = self._build(model, seen.folder, seen.fingerprint, checker)
+        except ChangedMeanwhileError:
+            seen.since_s, seen.is_settled = time.monotonic(), False
+            return True
+        except ModelLoadError as error:
+            model.failed[action.number] = (seen.fingerprint, str(error))
+            self._report(model.name, action.number, str(error))
+        except Exception:
+            _LOG.exception("model_load_crashed", model=model.name, version=action.number)
+            model.failed[action.number] = (seen.fingerprint, "internal error; the log says more")
+        else:
+            model.failed.pop(action.number, None)
+            old = model.builds.get(action.number)
+            model.builds[action.number] = build
+            model.loading = None
+            build.served.start()
+            self._publish()
+            _LOG.info("model_loaded", model=model.name, version=action.number)
+            self._on_load(model.name, True)  # noqa: FBT003 the outcome
+            if old is not None:
+                self._retire(model.name, action.number, old.served)
+            return True
+        finally:
+            model.loading = None
+        self._on_load(model.name, False)  # noqa: FBT003 the outcome
+        self._publish()
+        return True
+
+    def _build(
+        self, model: _Model[ServedT], version: VersionFolder, seen: str, checker: OnnxChecker
+    ) -> _Build[ServedT]:
+        if version.reason is not None:
+            raise ModelLoadError(version.reason)
+        check_manifest(version.path)  # links are refused where they lie, not copied
+        with tempfile.TemporaryDirectory(prefix="headrace-") as folder:
+            path = copy(version.path, Path(folder))
+            if fingerprint(version.path) != seen:
+                raise ChangedMeanwhileError
+            copied = VersionFolder(version.number, path)
+            checker.check(copied.model_path)
+            config, served = self._load(model.name, copied)
+        return _Build(seen, config, served)
+
+    def _retire(self, name: str, number: int, served: ServedT) -> None:
+        """Let an old version finish, on a thread of its own: it may take its time."""
+
+        def retire() -> None:
+            if served.stop(self._retire_timeout_s):
+                served.close()
+                _LOG.info("model_unloaded", model=name, version=number)
+            else:  # it still runs a batch: freeing the model under it would crash
+                _LOG.error("model_not_unloaded", model=name, version=number)
+
+        self._retiring = [thread for thread in self._retiring if thread.is_alive()]
+        thread = threading.Thread(target=retire, name=f"retire-{name}-{number}", daemon=True)
+        self._retiring.append(thread)
+        thread.start()
+
+    def _publish(self) -> None:
+        models = sorted(self._models.values(), key=lambda model: model.name)
+        self._publish_entries([model.entry() for model in models])
+
+    def _report(self, model: str, version: int | None, reason: str) -> None:
+        _LOG.error("model_load_failed", model=model, version=version, reason=reason)
+
+
+def _matches_manifest(version: VersionFolder | None) -> bool:
+    """Say whether the files prove themselves complete."""
+    if version is None or not (version.path / MANIFEST_FILENAME).is_file():
+        return False
+    with contextlib.suppress(ModelLoadError):
+        check_manifest(version.path)
+        return True
+    return False
+
+
+def _settle(what: Callable[[], Any], done: "Future[None]") -> None:
+    try:
+        what()
+    except Exception as error:
+        done.set_exception(error)
+    else:
+        done.set_result(None)
