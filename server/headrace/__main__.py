@@ -47,14 +47,22 @@ def _serve(options: dict[str, Any]) -> int:
     config = options.pop("config")
     settings = load_settings({k: v for k, v in options.items() if v is not None}, config)
     set_up_logs(settings.log_level)
-    if _GRPC_CAME_FIRST:
+    if _GRPC_CAME_FIRST or "-event_engine_listener" not in os.environ["GRPC_EXPERIMENTS"]:
         structlog.get_logger().warning(
-            "grpc_imported_first", effect="GRPC_EXPERIMENTS came too late: slower, nothing else"
+            "grpc_experiment_missing",
+            effect="GRPC_EXPERIMENTS lacks -event_engine_listener, or came after the import of "
+            "grpc: slower, nothing else",
         )
     from headrace.app import open_gateway  # noqa: PLC0415 after the settings: it takes seconds
 
     gateway = open_gateway(settings)
-    return gateway.run(on_ready=lambda: _say_serving(gateway.grpc_address, gateway.http_address))
+    code = gateway.run(on_ready=lambda: _say_serving(gateway.grpc_address, gateway.http_address))
+    if code == EXIT_FAILED:
+        # Threads that wait for what has died would keep the interpreter from ending.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _say_serving(grpc_address: str, http_address: str) -> None:

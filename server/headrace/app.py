@@ -16,7 +16,7 @@ from headrace.features.store import OnlineStore
 from headrace.loading import VersionLoader
 from headrace.repository.manager import RepositoryManager
 from headrace.rpc.server import GrpcServer
-from headrace.settings import ServeSettings, split_address
+from headrace.settings import ServeSettings, join_address, split_address
 from headrace.telemetry.http import HttpEndpoint
 from headrace.telemetry.metrics import Metrics
 
@@ -81,8 +81,8 @@ class Gateway:
         )
         http_host, http_port = split_address(settings.http_address)
         self.http = HttpEndpoint(http_host, http_port, self.is_ready, self.metrics)
-        self.grpc_address = f"{host}:{self.grpc.port}"
-        self.http_address = f"{http_host}:{self.http.port}"
+        self.grpc_address = join_address(host, self.grpc.port)
+        self.http_address = join_address(http_host, self.http.port)
         self._stopping = threading.Event()
 
     @property
@@ -179,6 +179,7 @@ class Gateway:
 
     def _look_at_features(self) -> None:
         if self._store is None or not self._needs_features:
+            self._features_readable = True  # for all who ask
             return
         try:
             self._store.check()

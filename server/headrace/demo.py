@@ -67,13 +67,16 @@ def demo(root: Path) -> int:
     Raises:
         StartupError: `root` is no checkout, or a step failed.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop everything then, too
     started_s = time.perf_counter()
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
     with _online_store(root, console) as environment, _gateway(root, environment) as addresses:
         grpc_address, http_address = addresses
         console.print(f"gateway           serving on {grpc_address}\n")
         sales = _read_sales(root / "features" / "data" / "evaluation.csv")
-        with grpc.insecure_channel(grpc_address) as channel:
+        # A proxy from the environment has no business on this machine.
+        options = [("grpc.enable_http_proxy", 0)]
+        with grpc.insecure_channel(grpc_address, options=options) as channel:
             predict = pb_grpc.PredictionServiceStub(channel).Predict
             _show_valuations(console, predict, sales)
             latencies_s, took_s = _load(predict, sales)
@@ -130,15 +133,18 @@ def _step(
     console: Console, name: str, what: str, command: Sequence[str], environment: dict[str, str]
 ) -> None:
     started_s = time.perf_counter()
-    with console.status(f"{name}: {what} …"):
-        done = subprocess.run(
-            command,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=STEP_TIMEOUT_S,
-            check=False,
-        )
+    try:
+        with console.status(f"{name}: {what} …"):
+            done = subprocess.run(
+                command,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=STEP_TIMEOUT_S,
+                check=False,
+            )
+    except subprocess.TimeoutExpired:
+        raise StartupError(f"{name} took more than {STEP_TIMEOUT_S:.0f} s") from None
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines()
         raise StartupError(f"{name} failed: {lines[-1] if lines else done.returncode}")
@@ -260,7 +266,8 @@ def _load(predict: "Predict", sales: Sequence[Sale]) -> tuple[list[float], float
 def _show_summary(
     console: Console, latencies_s: Sequence[float], took_s: float, http_address: str
 ) -> None:
-    with urllib.request.urlopen(f"http://{http_address}/metrics", timeout=CALL_TIMEOUT_S) as page:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"http://{http_address}/metrics", timeout=CALL_TIMEOUT_S) as page:
         text = page.read().decode()
     samples = [s for f in text_string_to_metric_families(text) for s in f.samples]
     totals = {s.name: s.value for s in samples if s.name.startswith("headrace_batch")}

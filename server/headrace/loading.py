@@ -76,6 +76,7 @@ class VersionLoader:
                 config.max_batch_size, config.max_queue_delay_s, config.preferred_batch_sizes
             ),
             max_queue_size=config.max_queue_size or self._settings.max_queue_size,
+            max_queue_bytes=self._settings.max_queue_bytes,
         )
         served = ServedModel(
             name=config.name,

@@ -49,16 +49,20 @@ class Request(ABC):
         inputs: What `ServedModel.signature.check` returned.
         deadline_s: Unix seconds; infinite when the caller gave none.
         arrival_s: When it reached the port, on `time.perf_counter`'s clock.
+        byte_count: Size of its message.
     """
 
-    __slots__ = ("arrival_s", "batch_key", "deadline_s", "raws", "rows")
+    __slots__ = ("arrival_s", "batch_key", "byte_count", "deadline_s", "raws", "rows")
 
     PREDICTION_ID_LENGTH = 26
 
-    def __init__(self, inputs: CheckedInputs, deadline_s: float, arrival_s: float) -> None:
+    def __init__(
+        self, inputs: CheckedInputs, deadline_s: float, arrival_s: float, byte_count: int
+    ) -> None:
         self.rows, self.raws, self.batch_key = inputs
         self.deadline_s = deadline_s
         self.arrival_s = arrival_s
+        self.byte_count = byte_count
 
     @abstractmethod
     def expired(self, now_s: float) -> bool:
@@ -269,10 +273,13 @@ class ServedModel:
             try:
                 self._carry(batch)
             except Exception as error:
-                _LOG.exception("batch_failed", model=self.name, version=self.version)
-                shown = error if isinstance(error, ServingError) else BackendError("internal error")
-                _fail_all(batch, shown)
-                self._metrics.failed(len(batch))
+                self._fail_unexpectedly(batch, error)
+
+    def _fail_unexpectedly(self, batch: Sequence[Request], error: Exception) -> None:
+        _LOG.error("batch_failed", model=self.name, version=self.version, exc_info=error)
+        shown = error if isinstance(error, ServingError) else BackendError("internal error")
+        _fail_all(batch, shown)
+        self._metrics.failed(len(batch))
 
     def _carry(self, batch: Sequence[Request]) -> None:
         started_s = time.perf_counter()
@@ -360,16 +367,15 @@ class ServedModel:
         started_s, joined_s, now_s = timing
         try:
             arrays = self._backend.infer(inputs)
+            inferred_s = time.perf_counter()
+            outputs = self._blocks(arrays, rows)
         except (BackendError, InvalidTensor) as error:
             if len(batch) == 1:
                 batch[0].fail(error)
                 self._metrics.failed(1)
-                return
-            for request in batch:  # one of them is to blame; the others deserve their answer
-                self._carry([request])
+            else:
+                self._carry_one_by_one(batch)
             return
-        inferred_s = time.perf_counter()
-        outputs = self._blocks(arrays, rows)
         answered = AnsweredBatch(
             model=self,
             outputs=outputs,
@@ -387,7 +393,10 @@ class ServedModel:
         start = 0
         prefix = self._prediction_prefix
         for request, number in zip(batch, self._prediction_counter, strict=False):
-            request.answer(answered, start, f"{prefix}{number:010x}")
+            try:
+                request.answer(answered, start, f"{prefix}{number:010x}")
+            except Exception as error:
+                self._fail_unexpectedly([request], error)
             start += request.rows
         self._metrics.answered(
             arrivals_s=sorted([request.arrival_s for request in batch]),
@@ -398,6 +407,14 @@ class ServedModel:
             finished_s=time.perf_counter(),
             statuses=features.statuses if features else None,
         )
+
+    def _carry_one_by_one(self, batch: Sequence[Request]) -> None:
+        """Find the request that is to blame; the others deserve their answer."""
+        for request in batch:
+            try:
+                self._carry([request])
+            except Exception as error:
+                self._fail_unexpectedly([request], error)
 
     def _blocks(self, arrays: Sequence[NDArray[np.generic]], rows: int) -> tuple[OutputBlock, ...]:
         blocks = []

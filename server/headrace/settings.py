@@ -4,6 +4,7 @@ A setting comes from the flag, else the environment (`HEADRACE_GRPC_ADDRESS`), e
 by `--config` (key `grpc_address`), else the default. Nothing else reads the environment.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -82,6 +83,11 @@ class ServeSettings(BaseSettings):
         description="Requests that may wait per model version; one more is refused with "
         "RESOURCE_EXHAUSTED. A model's dynamic_batching.default_queue_policy overrides it.",
     )
+    max_queue_bytes: int = Field(
+        512 * 2**20,
+        ge=2**20,
+        description="Bytes of requests that may wait per model version, likewise.",
+    )
     max_entities: int = Field(
         10_000, ge=1, le=1_000_000, description="Rows in one request to a model with features."
     )
@@ -143,8 +149,11 @@ def load_settings(flags: Mapping[str, Any], config: Path | None = None) -> Serve
     Raises:
         StartupError: what is missing or wrong, all of it, in one line.
     """
+    if config is not None and not os.access(config, os.R_OK):
+        what = "cannot be read" if config.exists() else "no such file"
+        raise StartupError(f"--config {config}: {what}")
     if config is not None and not config.is_file():
-        raise StartupError(f"--config {config}: no such file")
+        raise StartupError(f"--config {config}: not a file")
     source = type("ServeSettings", (ServeSettings,), {"toml_file": config, "__module__": __name__})
     try:
         settings = source(**flags)
@@ -172,3 +181,8 @@ def split_address(address: str) -> tuple[str, int]:
     if not colon or not host or not port.isdecimal() or int(port) > 65_535:
         raise ValueError(f"expected host:port, got '{address}'")
     return host.strip("[]"), int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    """Put together what `split_address` took apart."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

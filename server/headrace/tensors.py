@@ -40,6 +40,9 @@ NUMPY_DTYPES: dict[str, np.dtype[np.generic]] = {
 MAX_ELEMENTS = 2**40
 """Above any message limit; keeps products of hostile shapes small and exact."""
 
+BYTES_ELEMENTS_MAX = 1 << 18
+"""In one input. They are walked one by one where all calls come in: so many take some 40 ms."""
+
 KNOWN_INPUTS_MAX = 1_024
 """Input shapes that one signature remembers."""
 
@@ -156,9 +159,7 @@ class Signature:
         for tensor in given:
             i = self._index.get(tensor.name)
             if i is None:
-                raise InvalidTensor(
-                    f"unexpected inference input '{tensor.name}' for model '{self.model}'"
-                )
+                raise self._unexpected(tensor.name)
             if ordered[i] is not None:
                 raise InvalidTensor(f"input '{tensor.name}' already exists in request")
             ordered[i] = tensor
@@ -178,6 +179,23 @@ class Signature:
             raws.append(raw)
             trailings.append(trailing)
         return CheckedInputs(max(rows, 1), tuple(raws), tuple(trailings))
+
+    def check_head(self, name: str, datatype: str, shape: tuple[int, ...]) -> int:
+        """
+        Check an input by what it says of itself, before its values are converted.
+
+        Returns:
+            How many elements it must have.
+
+        Raises:
+            InvalidTensor: an unknown input; a wrong datatype, rank or dimension; no rows or too
+                many.
+        """
+        i = self._index.get(name)
+        if i is None:
+            raise self._unexpected(name)
+        _, shape = self._check_type_and_shape(self.inputs[i], datatype, shape)
+        return math.prod(shape)
 
     def check_outputs(self, names: Sequence[str]) -> tuple[int, ...]:
         """
@@ -207,18 +225,7 @@ class Signature:
         known = self._known.get(given[:3])
         if known is not None and known.raw_size == len(raw):
             return known.rows, raw, known.trailing
-        if given.datatype == spec.datatype:
-            itemsize = spec.itemsize
-        elif spec.widens_int32 and given.datatype == "INT32":
-            itemsize = 4
-        else:
-            raise InvalidTensor(
-                f"inference input '{spec.name}' data-type is '{given.datatype}', "
-                f"but model '{self.model}' expects '{spec.datatype}'"
-            )
-        if spec.is_column and len(shape) == 1:
-            shape = (shape[0], 1)
-        self._check_shape(spec, shape)
+        itemsize, shape = self._check_type_and_shape(spec, given.datatype, shape)
         count = math.prod(shape)
         if itemsize:
             if len(raw) != count * itemsize:
@@ -236,6 +243,27 @@ class Signature:
                 self._known.clear()
             self._known[given[:3]] = _KnownInput(rows, len(raw), trailing)
         return rows, raw, trailing
+
+    def _check_type_and_shape(
+        self, spec: TensorSpec, datatype: str, shape: tuple[int, ...]
+    ) -> tuple[int, tuple[int, ...]]:
+        """Return the bytes of one element (0 for BYTES) and the shape as the model has it."""
+        if datatype == spec.datatype:
+            itemsize = spec.itemsize
+        elif spec.widens_int32 and datatype == "INT32":
+            itemsize = 4
+        else:
+            raise InvalidTensor(
+                f"inference input '{spec.name}' data-type is '{datatype}', "
+                f"but model '{self.model}' expects '{spec.datatype}'"
+            )
+        if spec.is_column and len(shape) == 1:
+            shape = (shape[0], 1)
+        self._check_shape(spec, shape)
+        return itemsize, shape
+
+    def _unexpected(self, name: str) -> InvalidTensor:
+        return InvalidTensor(f"unexpected inference input '{name}' for model '{self.model}'")
 
     def _check_shape(self, spec: TensorSpec, shape: tuple[int, ...]) -> None:
         expected = spec.shape
@@ -327,8 +355,14 @@ def check_bytes(raw: bytes, count: int, name: str, model: str) -> None:
     Check that `raw` is exactly `count` length-prefixed elements.
 
     Raises:
-        InvalidTensor: a length prefix runs past the end, or the number of elements differs.
+        InvalidTensor: a length prefix runs past the end, or the number of elements differs, or
+            there are more than `BYTES_ELEMENTS_MAX`.
     """
+    if count > BYTES_ELEMENTS_MAX:
+        raise InvalidTensor(
+            f"input '{name}' for model '{model}' has {count} BYTES elements; "
+            f"at most {BYTES_ELEMENTS_MAX} are accepted in one request"
+        )
     position, end, found = 0, len(raw), 0
     while position < end and found <= count:
         if end - position < 4:

@@ -63,6 +63,13 @@ def test_the_installed_grpcio_has_what_the_completion_queue_needs():
     assert unusable_because() is None
 
 
+def test_a_proxy_from_the_environment_does_not_come_between(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+
+    assert unusable_because() is None
+
+
 def test_a_reply_reaches_its_caller(port):
     assert port.hot(b"hello", timeout=5) == b"echo:hello"
 
@@ -249,6 +256,23 @@ def test_new_calls_are_refused_politely_and_those_accepted_are_answered(port):
     assert refused.value.details() == "leaving"
     assert accepted.result() == b"kept"
     until(lambda: port.ingress.open_calls == 0)
+
+
+def test_a_call_that_never_sends_its_message_does_not_hold_up_a_stop(port):
+    waiting = threading.Event()
+
+    def nothing():
+        waiting.wait(20)
+        yield from ()
+
+    stream = port.channel.stream_unary(PATH).future(nothing(), timeout=20)
+    assert port.hot(b"x", timeout=5) == b"echo:x"  # behind it on the same connection
+
+    port.ingress.refuse_new(UNAVAILABLE)
+
+    until(lambda: port.ingress.open_calls == 0)
+    stream.cancel()
+    waiting.set()
 
 
 def test_clients_that_leave_in_the_middle_of_everything_leave_nothing_behind(port):

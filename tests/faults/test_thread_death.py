@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from tritonclient.grpc import service_pb2
 
 SERVE_WITH_A_FAULT = """
 import sys
@@ -40,18 +41,20 @@ def model_repository(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fault", "event"),
+    ("fault", "event", "ingress"),
     [
-        ("completion_queue._Call._on_message", "ingress_died"),
-        ("Batcher.take", "executor_died"),
+        ("completion_queue._Call._on_message", "ingress_died", "completion-queue"),
+        ("Batcher.take", "executor_died", "completion-queue"),
+        ("Batcher.take", "executor_died", "threads"),
     ],
 )
-def test_a_dead_thread_ends_the_process_with_1(model_repository, fault, event):
+def test_a_dead_thread_ends_the_process_with_1(model_repository, fault, event, ingress):
     process = subprocess.Popen(
         [
             *(sys.executable, "-c", SERVE_WITH_A_FAULT.format(fault=fault), "serve"),
             *("--model-repository", str(model_repository)),
             *("--grpc-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0"),
+            *("--ingress", ingress),
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -61,10 +64,13 @@ def test_a_dead_thread_ends_the_process_with_1(model_repository, fault, event):
         address = json.loads(process.stdout.readline())["grpc_address"]
         with grpc.insecure_channel(address) as channel:
             hot = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
-            with pytest.raises(grpc.RpcError):
-                hot(np.ones(4, np.float32).tobytes(), timeout=3)
+            row = service_pb2.ModelInferRequest(model_name="echo")
+            row.inputs.add(name="x", datatype="FP32", shape=[1, 1])
+            row.raw_input_contents.append(np.ones(1, np.float32).tobytes())
+            call = hot.future(row.SerializeToString())  # without a deadline: it would wait for ever
 
-        assert process.wait(15) == 1
+            assert process.wait(15) == 1
+            assert call.code() is not grpc.StatusCode.OK
         assert event in process.stderr.read()
     finally:
         process.kill()

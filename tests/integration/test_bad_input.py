@@ -116,7 +116,7 @@ TWO = b"\0" * 8
             id="overflowing",
         ),
         pytest.param(mixed(), INVALID, ["'x'", "raw_input_contents"], id="raw and typed"),
-        pytest.param(request(raws=()), INVALID, ["'x'", "Expected 16, got 0"], id="no contents"),
+        pytest.param(request(raws=()), INVALID, ["'x'", "has 0 values"], id="no contents"),
         pytest.param(
             request(raws=[ROW, ROW]), INVALID, ["raw input contents"], id="a raw too many"
         ),

@@ -23,7 +23,7 @@ class Caller(Request):
     def __init__(self, *numbers, deadline_s=float("inf")):
         raw = np.array(numbers, np.float32).tobytes()
         super().__init__(
-            CheckedInputs(len(numbers), (raw,), ((1,),)), deadline_s, time.perf_counter()
+            CheckedInputs(len(numbers), (raw,), ((1,),)), deadline_s, time.perf_counter(), len(raw)
         )
         self.has_left = False
         self.told = []
@@ -164,6 +164,39 @@ def test_a_model_that_loses_rows_fails_its_callers_and_not_the_next(rows):
     served.model.submit(right)
 
     assert told(right) == [3]
+    assert served.model.stop(5)
+
+
+def test_an_answer_that_cannot_be_made_fails_alone(served):
+    class Odd(Caller):
+        def answer(self, batch, start, prediction_id):
+            raise RuntimeError("a bug")
+
+    callers = [Caller(1), Odd(2), Caller(3)]
+    served.hold(*callers)
+
+    served.gate.set()
+
+    assert told(callers[0]) == [2]
+    assert isinstance(told(callers[1]), BackendError)
+    assert "a bug" not in str(told(callers[1]))
+    assert told(callers[2]) == [6]
+
+
+def test_a_request_for_which_the_model_loses_rows_fails_alone():
+    def lose_sevens(inputs):
+        return [inputs["x"][inputs["x"][:, 0] != 7]]
+
+    served = Served(lose_sevens)
+    served.model.start()
+    callers = [Caller(1), Caller(7), Caller(3)]
+    served.hold(*callers)
+
+    served.gate.set()
+
+    assert told(callers[0]) == [1]
+    assert isinstance(told(callers[1]), BackendError)
+    assert told(callers[2]) == [3]
     assert served.model.stop(5)
 
 

@@ -53,6 +53,9 @@ without.
 ATTENDANT_PATIENCE_S = 1.0
 """How long the attendant looks for calls to watch, with none there, before it sleeps."""
 
+_SELF_CHECK_S = 2.0
+"""For each step of the self-check."""
+
 _NO_STATE: tuple[None, tuple[()]] = (None, ())
 _NO_MESSAGE = Status(grpc.StatusCode.INVALID_ARGUMENT, "expected one request message")
 _FAR_FUTURE_S = 1e15
@@ -61,7 +64,7 @@ _FAR_FUTURE_S = 1e15
 
 def unusable_because() -> str | None:
     """
-    Try the private names of the installed grpcio with one call over loopback.
+    Try the private names of the installed grpcio with calls over loopback.
 
     Returns:
         None when everything works; else why not, for the log.
@@ -69,9 +72,9 @@ def unusable_because() -> str | None:
     if cygrpc is None or _server is None:
         return "grpcio has no completion queue under the expected names"
     try:
-        return _try_one_call()
+        return _try_calls()
     except Exception as error:  # whatever a future grpcio does, the answer is the other ingress
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 class CompletionQueueIngress:
@@ -127,7 +130,7 @@ class CompletionQueueIngress:
 
     @property
     def open_calls(self) -> int:
-        """Calls that have not ended yet."""
+        """Calls whose message has come and that have not ended yet."""
         return self._open
 
     @property
@@ -196,7 +199,7 @@ class _Taker:
                 call.refuse(self._ingress._refusal)
         except Exception:
             _LOG.exception("ingress_failed", where="on_call")
-            event.call.cancel(cygrpc.StatusCode.internal, "internal error")
+            _cancel(event.call)
         return _NO_STATE
 
 
@@ -209,6 +212,7 @@ class _Call:
         "_call",
         "_event",
         "_ingress",
+        "_is_counted",
         "_unfinished",
         "_watched",
         "arrival_s",
@@ -232,7 +236,7 @@ class _Call:
         self.gone = False
         self._answered = self._watched = False
         self._unfinished = 1
-        ingress._open += 1
+        self._is_counted = False
 
     @property
     def metadata(self) -> Metadata:
@@ -248,7 +252,11 @@ class _Call:
                 return
             self._watched = True
             self._unfinished = 2  # its close and its status
-        self._call.start_server_batch((cygrpc.ReceiveCloseOnServerOperation(0),), self._on_close)
+        operations = (cygrpc.ReceiveCloseOnServerOperation(0),)
+        error = self._call.start_server_batch(operations, self._on_close)
+        if error:  # nothing was started, the tag will never come
+            _LOG.error("call_not_watched", error=error)
+            self._unfinished -= 1
 
     def reply(self, message: bytes) -> None:
         self._send(
@@ -282,7 +290,8 @@ class _Call:
             )
         if error:  # nothing was started, the tag will never come
             _LOG.error("reply_not_sent", error=error)
-            self._call.cancel(cygrpc.StatusCode.internal, "internal error")
+            _cancel(self._call)
+            self._finish_one()
 
     def _on_message(self, event: Any) -> Any:
         try:
@@ -290,6 +299,9 @@ class _Call:
             if message is None:
                 self.refuse(_NO_MESSAGE)
             else:
+                # Only now: a caller who never sends must not hold up a stop.
+                self._is_counted = True
+                self._ingress._open += 1
                 self._accept(self, message)
         except Exception:
             _LOG.exception("ingress_failed", where="on_message")
@@ -297,7 +309,10 @@ class _Call:
         return _NO_STATE
 
     def _on_close(self, event: Any) -> Any:
-        self.gone = event.batch_operations[0].cancelled()
+        try:
+            self.gone = event.batch_operations[0].cancelled()
+        except Exception:
+            _LOG.exception("ingress_failed", where="on_close")
         return self._finish_one()
 
     def _on_sent(self, _event: Any) -> Any:
@@ -305,7 +320,7 @@ class _Call:
 
     def _finish_one(self) -> Any:
         self._unfinished -= 1
-        if not self._unfinished:
+        if not self._unfinished and self._is_counted:
             self._ingress._open -= 1
         return _NO_STATE
 
@@ -324,25 +339,65 @@ def _loop_thread(state: Any) -> threading.Thread | None:
     return None
 
 
-def _try_one_call() -> str | None:
-    def echo(call: HotCall, message: bytes) -> None:
-        if call.deadline_s == math.inf:
-            call.reply(b"no deadline")
+def _cancel(call: Any) -> None:
+    try:
+        call.cancel(cygrpc.StatusCode.internal, "internal error")
+    except Exception:
+        _LOG.exception("ingress_failed", where="cancel")
+
+
+def _try_calls() -> str | None:
+    """Make a call of each kind that the server will meet; return what is not as it should be."""
+    held: list[HotCall] = []
+
+    def accept(call: HotCall, message: bytes) -> None:
+        if message == b"hold":
+            held.append(call)
+        elif message == b"refuse":
+            call.refuse(Status(grpc.StatusCode.ABORTED, "refused"))
+        elif message == b"no deadline":
+            call.reply(str(call.deadline_s).encode())
         else:
             call.reply(message)
 
     path = "/headrace.SelfCheck/Echo"
     server = grpc.server(futures.ThreadPoolExecutor(1), options=[("grpc.so_reuseport", 0)])
-    ingress = CompletionQueueIngress(server, [HotMethod(path, echo)])
+    ingress = CompletionQueueIngress(server, [HotMethod(path, accept)])
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
         ingress.begin()
         if not ingress.is_alive:
             return "the loop thread was not found"
-        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-            answer = channel.unary_unary(path, None, None)(b"headrace", timeout=2)
-        return None if answer == b"headrace" else "an echo came back changed"
+        # A proxy from the environment has no business between us and ourselves.
+        options = [("grpc.enable_http_proxy", 0)]
+        with grpc.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
+            hot = channel.unary_unary(path, None, None)
+            if hot(b"headrace", timeout=_SELF_CHECK_S) != b"headrace":
+                return "an echo came back changed"
+            if hot.future(b"no deadline").result(timeout=_SELF_CHECK_S) != b"inf":
+                return "a call without a deadline has one"
+            if hot.future(b"refuse", timeout=_SELF_CHECK_S).code() is not grpc.StatusCode.ABORTED:
+                return "a refusal came back changed"
+            leaving = hot.future(b"hold", timeout=_SELF_CHECK_S)
+            if not _soon(lambda: bool(held)):
+                return "a call did not arrive"
+            leaving.cancel()  # type: ignore[no-untyped-call]
+            if not _soon(lambda: held[0].gone):
+                return "a caller who left was not noticed"
+            held[0].reply(b"too late")
+        if not _soon(lambda: not ingress.open_calls):
+            return "calls do not end"
+        return None if ingress.is_alive else "the loop thread died"
     finally:
-        server.stop(grace=0).wait(2)
+        server.stop(grace=0).wait(_SELF_CHECK_S)
         ingress.end()
+
+
+def _soon(condition: Callable[[], bool]) -> bool:
+    deadline_s = time.monotonic() + _SELF_CHECK_S
+    while not condition():
+        if time.monotonic() > deadline_s:
+            return False
+        time.sleep(0.001)
+    return True

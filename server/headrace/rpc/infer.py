@@ -20,13 +20,15 @@ from headrace.predict import AnsweredBatch, Request
 from headrace.rpc.ingress import HotCall
 from headrace.rpc.known_requests import KnownRequest, KnownRequests
 from headrace.rpc.status import status_of
-from headrace.rpc.wire import delimited, tag, varint
+from headrace.rpc.wire import delimited, refuse_costly_parse, tag, varint
 from headrace.telemetry.metrics import Metrics
-from headrace.tensors import NUMPY_DTYPES, CheckedInputs, GivenTensor, encode
+from headrace.tensors import NUMPY_DTYPES, CheckedInputs, GivenTensor, Signature, encode
 
 PATH = "/inference.GRPCInferenceService/ModelInfer"
 
 _ID = tag(3)
+_TYPED_BYTES = (5, 5, 8)  # inputs, contents, bytes_contents
+_MAX_TYPED_BYTES = 1 << 20
 _RAW_OUTPUT = tag(6)
 _MEMO_SIZE_MAX = 4_096
 
@@ -85,12 +87,15 @@ class ModelInfer:
             self._refuse(call, error)
 
     def _accept_unknown(self, call: HotCall, message: bytes, known: KnownRequests) -> None:
+        refuse_costly_parse(
+            message, _TYPED_BYTES, _MAX_TYPED_BYTES, "contents; send raw_input_contents"
+        )
         request = service_pb2.ModelInferRequest.FromString(message)
         model = known.catalog.find(request.model_name, request.model_version)
         inputs = request.inputs
         if inputs and inputs[0].shape:
             model.check_rows(inputs[0].shape[0])
-        given = _given(request, model.name)
+        given = _given(request, model.signature)
         checked = model.signature.check(given)
         outputs = request.outputs
         selection = model.signature.check_outputs(
@@ -101,7 +106,11 @@ class ModelInfer:
             deadline_s = min(deadline_s, _queue_deadline_s(request.parameters))
         known.learn(message, request, model, given, checked, selection)
         request_id = request.id.encode()
-        model.submit(_InferRequest(call, self._metrics, checked, deadline_s, request_id, selection))
+        model.submit(
+            _InferRequest(
+                call, self._metrics, checked, deadline_s, request_id, selection, len(message)
+            )
+        )
 
     def _refuse(self, call: HotCall, error: Exception) -> None:
         status = status_of(error)
@@ -122,8 +131,9 @@ class _InferRequest(Request):
         deadline_s: float,
         request_id: bytes,
         selection: tuple[int, ...],
+        byte_count: int,
     ) -> None:
-        super().__init__(inputs, deadline_s, call.arrival_s)
+        super().__init__(inputs, deadline_s, call.arrival_s, byte_count)
         self._call = call
         self._metrics = metrics
         self._id = request_id
@@ -165,14 +175,15 @@ def _again(call: HotCall, metrics: Metrics, message: bytes, known: KnownRequest)
         call.deadline_s,
         b"" if span is None else message[span[0] : span[1]],
         known.selection,
+        len(message),
     )
 
 
-def _given(request: Any, model: str) -> list[GivenTensor]:
-    raws = request.raw_input_contents
+def _given(request: Any, signature: Signature) -> list[GivenTensor]:
+    model, raws = signature.model, request.raw_input_contents
     if not raws:
         return [
-            GivenTensor(t.name, t.datatype, tuple(t.shape), _typed(t, model))
+            GivenTensor(t.name, t.datatype, tuple(t.shape), _typed(t, signature))
             for t in request.inputs
         ]
     if len(raws) != len(request.inputs):
@@ -191,8 +202,10 @@ def _given(request: Any, model: str) -> list[GivenTensor]:
     return given
 
 
-def _typed(tensor: Any, model: str) -> bytes:
-    """Turn typed contents into raw bytes."""
+def _typed(tensor: Any, signature: Signature) -> bytes:
+    """Turn typed contents into raw bytes; what cannot fit is refused before any of it is."""
+    model = signature.model
+    expected = signature.check_head(tensor.name, tensor.datatype, tuple(tensor.shape))
     if "shared_memory_region" in tensor.parameters:
         raise InvalidTensor(
             f"input '{tensor.name}' for model '{model}' is in shared memory, "
@@ -211,6 +224,11 @@ def _typed(tensor: Any, model: str) -> bytes:
                 f"and its values in '{field.name}'; expected '{attribute}'"
             )
     values = getattr(tensor.contents, attribute)
+    if len(values) != expected:
+        raise InvalidTensor(
+            f"input '{tensor.name}' for model '{model}' has {len(values)} values in "
+            f"'{attribute}'; its shape needs {expected}"
+        )
     if tensor.datatype == "BYTES":
         array = np.empty(len(values), np.object_)
         array[:] = list(values)

@@ -1,6 +1,7 @@
 """The Open Inference Protocol's ordinary methods: live, ready, metadata, the model repository."""
 
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from typing import Any, Protocol, TypeVar
 
 import grpc
@@ -26,7 +27,7 @@ EXTENSIONS = ("model_configuration", "model_repository", "binary_tensor_data", "
 """Only what is implemented. Source: Triton, "Extensions" of the KServe protocol."""
 
 LOAD_TIMEOUT_S = 300.0
-"""How long a call waits for a load that it asked for, when it has no deadline of its own."""
+"""How long a call waits for the load that it asked for. The load goes on when its caller leaves."""
 
 RequestT = TypeVar("RequestT")
 
@@ -58,6 +59,8 @@ class OipServicer:
         self._catalog = catalog
         self._repository = repository
         self._is_ready = is_ready
+        # Loads take their time: health and metadata must not wait behind them.
+        self._slow_calls = futures.ThreadPoolExecutor(2, thread_name_prefix="model-control")
 
     def handler(self) -> "grpc.GenericRpcHandler[Any, Any]":
         """Return the handler to add to a server; methods not named here are UNIMPLEMENTED."""
@@ -74,10 +77,14 @@ class OipServicer:
                     self.repository_index, service_pb2.RepositoryIndexRequest
                 ),
                 "RepositoryModelLoad": _unary(
-                    self.repository_model_load, service_pb2.RepositoryModelLoadRequest
+                    self.repository_model_load,
+                    service_pb2.RepositoryModelLoadRequest,
+                    self._slow_calls,
                 ),
                 "RepositoryModelUnload": _unary(
-                    self.repository_model_unload, service_pb2.RepositoryModelUnloadRequest
+                    self.repository_model_unload,
+                    service_pb2.RepositoryModelUnloadRequest,
+                    self._slow_calls,
                 ),
             },
         )
@@ -171,7 +178,11 @@ class OipServicer:
         return entry, served
 
 
-def _unary(answer: Callable[[Any], Any], request_class: Any) -> "grpc.RpcMethodHandler[Any, Any]":
+def _unary(
+    answer: Callable[[Any], Any],
+    request_class: Any,
+    pool: futures.ThreadPoolExecutor | None = None,
+) -> "grpc.RpcMethodHandler[Any, Any]":
     def behave(request: Any, context: grpc.ServicerContext) -> Any:
         try:
             return answer(request)
@@ -180,6 +191,8 @@ def _unary(answer: Callable[[Any], Any], request_class: Any) -> "grpc.RpcMethodH
             context.set_trailing_metadata(status.trailing)
             context.abort(status.code, status.details)
 
+    if pool is not None:
+        behave.experimental_thread_pool = pool  # type: ignore[attr-defined]
     return grpc.unary_unary_rpc_method_handler(
         behave,
         request_deserializer=request_class.FromString,

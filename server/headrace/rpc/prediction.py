@@ -14,7 +14,7 @@ from headrace.features.plan import FeatureStatus
 from headrace.predict import AnsweredBatch, OutputBlock, Request, ServedModel
 from headrace.rpc.ingress import HotCall
 from headrace.rpc.status import status_of
-from headrace.rpc.wire import delimited, tag
+from headrace.rpc.wire import delimited, refuse_costly_parse, tag
 from headrace.telemetry.metrics import Metrics
 from headrace.tensors import CheckedInputs, GivenTensor, TensorSpec, encode
 from headrace.v1 import prediction_service_pb2 as pb
@@ -58,6 +58,9 @@ class Predict:
         """Parse, check and queue one request; refuse it when it cannot be served."""
         catalog = self._catalog()
         try:
+            refuse_costly_parse(
+                message, _BYTES_VALUES, _MAX_TYPED_BYTES, "columns; send fewer rows in one request"
+            )
             request = pb.PredictRequest.FromString(message)
             version = str(request.model_version) if request.HasField("model_version") else ""
             model = catalog.find(request.model_name, version)
@@ -66,7 +69,11 @@ class Predict:
             checked = model.signature.check(given)
             selection = model.signature.check_outputs(request.output_names)
             model.submit(
-                _PredictRequest(call, self._metrics, checked, selection, request.include_features)
+                _PredictRequest(
+                    *(call, self._metrics, checked, selection),
+                    include_features=request.include_features,
+                    byte_count=len(message),
+                )
             )
         except Draining as error:
             if self._catalog() is catalog:  # the server stops
@@ -95,9 +102,11 @@ class _PredictRequest(Request):
         metrics: Metrics,
         inputs: CheckedInputs,
         selection: tuple[int, ...],
-        include_features: bool,  # noqa: FBT001 a request field
+        *,
+        include_features: bool,
+        byte_count: int,
     ) -> None:
-        super().__init__(inputs, call.deadline_s, call.arrival_s)
+        super().__init__(inputs, call.deadline_s, call.arrival_s, byte_count)
         self._call = call
         self._metrics = metrics
         self._selection = selection
@@ -153,6 +162,7 @@ def _given(column: Any, specs: dict[str, TensorSpec], model: ServedModel) -> Giv
             "use inference.GRPCInferenceService/ModelInfer"
         )
     model.check_rows(len(values))
+    shape = (len(values), 1) if len(spec.shape) == 2 else (len(values),)
     accepted = _COLUMN_KINDS[spec.datatype]
     if spec.widens_int32:
         accepted = (*accepted, "int32s")
@@ -161,7 +171,7 @@ def _given(column: Any, specs: dict[str, TensorSpec], model: ServedModel) -> Giv
             f"column '{name}' has {kind or 'no values'}, but model '{model.name}' expects "
             f"'{accepted[0]}' for {spec.datatype}"
         )
-    shape = (len(values), 1) if len(spec.shape) == 2 else (len(values),)
+    model.signature.check_head(name, spec.datatype, shape)  # before any value is converted
     return GivenTensor(name, spec.datatype, shape, _raw(name, spec, values))
 
 
@@ -245,6 +255,8 @@ def _tag_of(message: Any, field: str) -> bytes:
     return tag(message.DESCRIPTOR.fields_by_name[field].number)
 
 
+_BYTES_VALUES = (3, 2, 7, 1)  # columns, values, bytes_values, values
+_MAX_TYPED_BYTES = 4 << 20  # ten thousand rows of fifty doubles
 _OUTPUTS = _tag_of(pb.PredictResponse, "outputs")
 _FEATURES = _tag_of(pb.PredictResponse, "features")
 _VALUES_OF_OUTPUT = _tag_of(pb.OutputColumn, "values")

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent import futures
@@ -17,6 +18,7 @@ from headrace.rpc import completion_queue, infer, oip, prediction
 from headrace.rpc.ingress import HotMethod, Ingress
 from headrace.rpc.status import status_of
 from headrace.rpc.threads import ThreadIngress
+from headrace.settings import join_address
 from headrace.telemetry.metrics import Metrics
 
 _LOG = structlog.get_logger(__name__)
@@ -79,6 +81,7 @@ class GrpcServer:
         self._is_ready = is_ready
         self._refusing_since_s = 0.0
         self._known_models: set[str] = set()
+        self._saying = threading.Lock()
         self._server = grpc.server(
             futures.ThreadPoolExecutor(CONTROL_THREADS, thread_name_prefix="control"),
             options=[
@@ -103,7 +106,7 @@ class GrpcServer:
         if with_reflection:
             names = (*SERVICES, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        address = join_address(host, port)
         try:
             self.port = self._server.add_insecure_port(address)
         except RuntimeError:
@@ -117,11 +120,12 @@ class GrpcServer:
 
     def update_health(self) -> None:
         """Say how the server, its services and its models are."""
-        catalog = self._catalog()
-        self._say(["", *SERVICES], serving=self._is_ready())
-        self._known_models |= catalog.entries.keys()
-        for name in self._known_models:  # one that is gone does not serve
-            self._say([name], serving=catalog.is_ready(name))
+        with self._saying:  # the last to look is the last to say
+            catalog = self._catalog()
+            self._say(["", *SERVICES], serving=self._is_ready())
+            self._known_models |= catalog.entries.keys()
+            for name in self._known_models:  # one that is gone does not serve
+                self._say([name], serving=catalog.is_ready(name))
 
     def leave(self) -> None:
         """Say NOT_SERVING to whoever asks or watches, and go on serving."""

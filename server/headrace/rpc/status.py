@@ -12,8 +12,11 @@ from headrace import errors
 _LOG = structlog.get_logger(__name__)
 
 ERROR_DOMAIN = "headrace.v1"
-DETAILS_LENGTH_MAX = 1_000
-"""Longer details would not fit into HTTP/2 header limits: 20 kB of them break the reply."""
+DETAILS_BYTES_MAX = 2_000
+"""
+Of details as they travel: UTF-8, all but ASCII percent-encoded, three bytes for one. They go out
+twice, and clients refuse more than 8 KiB of headers.
+"""
 
 RETRY_PUSHBACK_MS = "100"
 """What an overloaded server asks of clients that retry. Source: gRFC A6, "Pushback"."""
@@ -38,7 +41,7 @@ class Status:
 
     Args:
         code: Its name and number.
-        details: For people; at most `DETAILS_LENGTH_MAX` characters.
+        details: For people; at most `DETAILS_BYTES_MAX` as they travel.
         trailing: Trailing metadata for machines.
     """
 
@@ -59,15 +62,24 @@ def status_of(error: Exception) -> Status:
         _LOG.error("rpc_failed", incident=incident, exc_info=error)
         return Status(grpc.StatusCode.INTERNAL, f"internal error, incident {incident}")
     code = next(CODES[base] for base in type(error).__mro__ if base in CODES)
-    details = str(error)
-    if len(details) > DETAILS_LENGTH_MAX:
-        details = details[: DETAILS_LENGTH_MAX - 1] + "…"
+    details = _cut(str(error))
     trailing: tuple[tuple[str, str | bytes], ...] = (
         ("grpc-status-details-bin", _rich(code, details, type(error).__name__)),
     )
     if isinstance(error, errors.Overloaded):
         trailing += (("grpc-retry-pushback-ms", RETRY_PUSHBACK_MS),)
     return Status(code, details, trailing)
+
+
+def _cut(details: str) -> str:
+    """Cut details to what fits, between characters."""
+    room = DETAILS_BYTES_MAX - len("%E2%80%A6")
+    for i, character in enumerate(details):
+        is_plain = " " <= character <= "~" and character != "%"
+        room -= 1 if is_plain else 3 * len(character.encode(errors="replace"))
+        if room < 0:
+            return details[:i] + "…"
+    return details
 
 
 def _rich(code: grpc.StatusCode, details: str, class_name: str) -> bytes:

@@ -8,7 +8,14 @@ Source: Protocol Buffers documentation, "Encoding" (length-delimited records, pa
 fields, last one wins).
 """
 
+from collections.abc import Sequence
+
+from headrace.errors import InvalidRequest
+
 LENGTH_DELIMITED = 2
+
+MAX_FIELDS = 10_000
+"""Fields looked at in a large message; a tensor is two, an element of BYTES one more."""
 
 
 def varint(value: int) -> bytes:
@@ -21,6 +28,68 @@ def varint(value: int) -> bytes:
         value >>= 7
     parts.append(value)
     return bytes(parts)
+
+
+def refuse_costly_parse(message: bytes, path: Sequence[int], limit: int, remedy: str) -> None:
+    """
+    Refuse a large message with many numbers in it, before it holds up the ingress thread.
+
+    A number in a typed field costs the parser 30 ns, a raw byte nothing: 64 MiB of numbers would
+    keep every other caller waiting for seconds.
+
+    Args:
+        message: Not parsed yet.
+        path: The field at the top of the message with typed numbers in it, and below it those that
+            lead to texts, which cost little after all.
+        limit: Bytes of numbers that are accepted; 1 MiB is 30 ms at the worst.
+        remedy: What to say after "too much in typed …".
+
+    Raises:
+        InvalidRequest: there are more.
+    """
+    if len(message) <= limit:
+        return
+    costly, _ = _costly_bytes(message, 0, len(message), path, 0, MAX_FIELDS)
+    if costly > limit:
+        raise InvalidRequest(f"too much in typed {remedy}")
+
+
+def _costly_bytes(
+    message: bytes, position: int, end: int, path: Sequence[int], depth: int, fields: int
+) -> tuple[int, int]:
+    """Return bytes of one message that may cost, and how many more fields may be looked at."""
+    costly = 0
+    while position < end and fields > 0:
+        start, fields = position, fields - 1
+        key, position = _read_varint(message, position)
+        if key & 7 != LENGTH_DELIMITED:
+            position = start
+            break  # no field that clients write here: all the rest counts
+        length, position = _read_varint(message, position)
+        if length > end - position:
+            position = start
+            break
+        is_on_path = key >> 3 == path[depth]
+        if is_on_path and depth + 1 < len(path):
+            below, fields = _costly_bytes(
+                message, position, position + length, path, depth + 1, fields
+            )
+            costly += below
+        elif not is_on_path and depth:
+            costly += length
+        position += length
+    return costly + end - position, fields
+
+
+def _read_varint(message: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    for byte in message[position : position + 10]:
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            break
+        shift += 7
+    return value, position
 
 
 def tag(field_number: int) -> bytes:

@@ -1,5 +1,7 @@
 """The HTTP port: /healthz, /readyz and /metrics. Nothing here changes state."""
 
+import socket
+import socketserver
 import threading
 from collections.abc import Callable
 from http import HTTPStatus
@@ -12,8 +14,11 @@ from prometheus_client.registry import Collector
 
 from headrace.errors import StartupError
 
-REQUEST_TIMEOUT_S = 10.0
-"""A client that does not finish its request line by then is cut off."""
+SILENCE_TIMEOUT_S = 5.0
+"""A client that sends nothing for so long is cut off."""
+
+MAX_CONNECTIONS = 32
+"""Open at once; one more is closed. Probes and scrapers need a handful."""
 
 
 class HttpEndpoint:
@@ -80,10 +85,34 @@ class _Server(ThreadingHTTPServer):
     allow_reuse_address = True
     request_queue_size = 64
 
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self._places = threading.Semaphore(MAX_CONNECTIONS)
+        super().__init__(address, handler)
+
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)  # HTTPServer's looks its own name up in the DNS
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._places.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of clients that leave in the middle of a reply."""
+
 
 class _Handler(BaseHTTPRequestHandler):
     pages: dict[str, Callable[[], tuple[HTTPStatus, str, bytes]]]
-    timeout = REQUEST_TIMEOUT_S
+    timeout = SILENCE_TIMEOUT_S
     server_version = "headrace"
     sys_version = ""
 

@@ -14,8 +14,9 @@ from headrace.errors import Draining, Overloaded
 class Caller:
     """A request that can leave."""
 
-    def __init__(self, name, rows=1, batch_key="shape"):
+    def __init__(self, name, rows=1, batch_key="shape", byte_count=1):
         self.name = name
+        self.byte_count = byte_count
         self.rows = rows
         self.batch_key = batch_key
         self.arrival_s = time.perf_counter()
@@ -114,6 +115,74 @@ def test_another_shape_neither_joins_the_batch_nor_blocks_it():
 
     assert names(batcher.take()) == ["a", "b"]
     assert names(batcher.take()) == ["odd"]
+
+
+def test_a_full_batch_of_one_shape_does_not_wait_out_anothers_delay():
+    batcher = make(max_batch_size=2, delay_s=30)
+    batcher.put(Caller("waits for company", batch_key="x"))
+    for name in "ab":
+        batcher.put(Caller(name, batch_key="y"))
+
+    assert names(batcher.take()) == ["a", "b"]
+    assert len(batcher) == 1
+
+
+def test_the_shortest_wait_of_all_shapes_is_waited():
+    batcher = make(delay_s=0.2)
+    late = Caller("late", batch_key="x")
+    early = Caller("early", batch_key="y")
+    early.arrival_s -= 0.15
+    batcher.put(late)
+    batcher.put(early)
+    start_s = time.perf_counter()
+
+    assert names(batcher.take()) == ["early"]
+    assert time.perf_counter() - start_s < 0.15
+    assert names(batcher.take()) == ["late"]
+
+
+def test_many_shapes_are_taken_in_the_order_of_arrival_and_in_time():
+    batcher = make(max_queue_size=20_000)
+    for i in range(20_000):
+        batcher.put(Caller(i % 10_000, batch_key=i % 10_000))
+    start_s = time.perf_counter()
+
+    taken = [batcher.take() for _ in range(10_000)]
+
+    assert [batch[0].name for batch in taken] == list(range(10_000))
+    assert {len(batch) for batch in taken} == {2}
+    assert time.perf_counter() - start_s < 5  # a walk over all of them each time takes minutes
+
+
+def test_a_shape_that_is_not_all_taken_keeps_its_place_in_line():
+    batcher = make(max_batch_size=1)
+    for name, shape in [("x1", "x"), ("x2", "x"), ("y1", "y"), ("x3", "x")]:
+        batcher.put(Caller(name, batch_key=shape))
+
+    assert [names(batcher.take())[0] for _ in range(4)] == ["x1", "x2", "y1", "x3"]
+
+
+def test_bytes_are_limited_as_requests_are():
+    batcher = Batcher(BatchPolicy(4), max_queue_size=8, max_queue_bytes=10)
+    batcher.put(Caller("a", byte_count=6))
+    with pytest.raises(Overloaded):
+        batcher.put(Caller("too large", byte_count=5))
+    batcher.put(Caller("fits", byte_count=4))
+
+    assert names(batcher.take()) == ["a", "fits"]
+    batcher.put(Caller("alone", byte_count=10))
+
+
+def test_callers_who_have_left_give_their_bytes_back():
+    batcher = Batcher(BatchPolicy(4), max_queue_size=8, max_queue_bytes=10)
+    leaving = Caller("leaving", byte_count=9)
+    batcher.put(leaving)
+    leaving.has_left = True
+
+    batcher.put(Caller("b", byte_count=9))
+
+    assert leaving.drops == 1
+    assert names(batcher.take()) == ["b"]
 
 
 def test_the_oldest_request_decides_whose_turn_it_is():

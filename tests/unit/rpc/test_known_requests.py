@@ -51,7 +51,7 @@ def understood(raw):
     """What parsing and checking says: (rows, raws, trailing, selection, id), or None."""
     try:
         request = service_pb2.ModelInferRequest.FromString(raw)
-        given_tensors = _given(request, "m")
+        given_tensors = _given(request, MODEL.signature)
         checked = MODEL.signature.check(given_tensors)
         selection = MODEL.signature.check_outputs([o.name for o in request.outputs])
     except (ServingError, ValueError):

@@ -1,5 +1,7 @@
 """Which ingress a server takes, and what it says when it is not the one asked for."""
 
+import math
+
 import grpc
 import pytest
 import structlog
@@ -8,6 +10,10 @@ from headrace.catalog import Catalog
 from headrace.rpc import completion_queue
 from headrace.rpc.server import GrpcServer
 from headrace.telemetry.metrics import Metrics
+
+
+def _raise(*_):
+    raise AttributeError("no such thing")
 
 
 def server(ingress):
@@ -50,16 +56,24 @@ def test_the_ingress_that_is_asked_for_is_taken(ingress):
     assert answer_of(made) is grpc.StatusCode.NOT_FOUND
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         pytest.param("cygrpc", None, id="the module is gone"),
         pytest.param("_loop_thread", lambda state: None, id="the loop thread is not found"),
+        pytest.param("_Call._on_close", _raise, id="the close event has changed"),
+        pytest.param("_Call._on_sent", _raise, id="the status event has changed"),
+        pytest.param("_FAR_FUTURE_S", math.inf, id="no deadline looks otherwise"),
         pytest.param("_server", type("Changed", (), {"_ServerStage": None}), id="a name is gone"),
     ],
 )
 def test_a_grpcio_with_other_privates_is_served_on_threads_and_logged(monkeypatch, name, value):
-    monkeypatch.setattr(completion_queue, name, value)
+    owner, _, attribute = name.rpartition(".")
+    monkeypatch.setattr(
+        getattr(completion_queue, owner) if owner else completion_queue, attribute, value
+    )
+    monkeypatch.setattr(completion_queue, "_SELF_CHECK_S", 0.5)
     with structlog.testing.capture_logs() as log:
         made = server("completion-queue")
     monkeypatch.undo()

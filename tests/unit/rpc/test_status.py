@@ -1,12 +1,14 @@
 """What a caller learns of an error, and what it never learns."""
 
+from urllib.parse import quote
+
 import grpc
 import pytest
 import structlog
 from google.rpc import error_details_pb2, status_pb2
 
 from headrace import errors
-from headrace.rpc.status import DETAILS_LENGTH_MAX, status_of
+from headrace.rpc.status import DETAILS_BYTES_MAX, status_of
 
 CODE = grpc.StatusCode
 
@@ -61,8 +63,14 @@ def test_a_bug_shows_only_an_incident_number_that_the_log_explains():
     assert isinstance(log[0]["exc_info"], KeyError)
 
 
-def test_details_never_outgrow_the_headers_they_travel_in():
-    details = status_of(errors.InvalidRequest("x" * 100_000)).details
+@pytest.mark.parametrize("character", ["x", "日", "😀", "%", "\n"])
+def test_details_never_outgrow_the_headers_they_travel_in(character):
+    status = status_of(errors.InvalidRequest(character * 100_000))
 
-    assert len(details) == DETAILS_LENGTH_MAX
-    assert details.endswith("…")
+    assert status.details.endswith("…")
+    assert len(quote(status.details, safe=" !\"#$&'()*+,/:;<=>?@[\\]^`{|}~")) <= DETAILS_BYTES_MAX
+    assert sum(len(value) for _, value in status.trailing) < 4_096
+
+
+def test_details_that_fit_are_left_alone():
+    assert status_of(errors.InvalidRequest("größer als 10 %")).details == "größer als 10 %"

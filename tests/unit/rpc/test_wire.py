@@ -1,11 +1,15 @@
 """What is written by hand is what protobuf reads."""
 
+import contextlib
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2
 
-from headrace.rpc.wire import delimited, tag, varint
+from headrace.errors import InvalidRequest
+from headrace.rpc.wire import delimited, refuse_costly_parse, tag, varint
 from headrace.v1 import prediction_service_pb2 as pb
 
 
@@ -40,3 +44,53 @@ def test_an_arrays_bytes_are_a_packed_field(values):
     column = pb.FloatColumn.FromString(delimited(tag(1), array.tobytes()))
 
     np.testing.assert_array_equal(np.array(column.values, np.float32), array)
+
+
+PATH = (5, 5, 8)
+
+
+def infer(*, raw=b"", numbers=0, texts=()):
+    message = service_pb2.ModelInferRequest(model_name="m")
+    tensor = message.inputs.add(name="x", datatype="INT64", shape=[1])
+    tensor.contents.int64_contents.extend([1] * numbers)
+    tensor.contents.bytes_contents.extend(texts)
+    if raw:
+        message.raw_input_contents.append(raw)
+    return message.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        infer(numbers=900),
+        infer(raw=bytes(100_000)),
+        infer(texts=[bytes(60_000), bytes(60_000)]),
+        infer(raw=bytes(100_000), texts=[b"a"] * 100, numbers=100),
+    ],
+    ids=["few numbers", "raw bytes", "long texts", "some of each"],
+)
+def test_what_costs_the_parser_little_is_parsed(message):
+    refuse_costly_parse(message, PATH, 1_000, "contents")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        infer(numbers=1_100),
+        infer(numbers=1_100, raw=bytes(50_000)),
+        infer(texts=[b"a"] * 20_000),
+        b"\xff" * 2_000,
+        b"\x08\x01" * 1_000,
+        b"\x32\xff\xff\xff\xff\x0f" + bytes(2_000),
+    ],
+    ids=["numbers", "numbers before raw bytes", "many texts", "noise", "varints", "a lying length"],
+)
+def test_what_may_cost_the_parser_much_is_refused(message):
+    with pytest.raises(InvalidRequest, match="too much in typed contents"):
+        refuse_costly_parse(message, PATH, 1_000, "contents")
+
+
+@given(st.binary(max_size=3_000), st.integers(0, 100))
+def test_no_message_breaks_the_look_ahead(message, limit):
+    with contextlib.suppress(InvalidRequest):
+        refuse_costly_parse(message, PATH, limit, "contents")
