@@ -15,7 +15,7 @@ from headrace.features.repo import FeatureRepo, open_feature_repo
 from headrace.features.store import OnlineStore
 from headrace.loading import VersionLoader
 from headrace.repository.manager import RepositoryManager
-from headrace.rpc.server import GrpcServer
+from headrace.rpc.server import GrpcServer, refuse_taken_port
 from headrace.settings import ServeSettings, join_address, split_address
 from headrace.telemetry.http import HttpEndpoint
 from headrace.telemetry.metrics import Metrics
@@ -45,6 +45,12 @@ class Gateway:
 
     def __init__(self, settings: ServeSettings) -> None:
         self._settings = settings
+        self._stopping = threading.Event()
+        for flag, address in (
+            ("--grpc-address", settings.grpc_address),
+            ("--http-address", settings.http_address),
+        ):  # before minutes of loading
+            refuse_taken_port(flag, *split_address(address))
         self.metrics = Metrics()
         self._feature_repo: FeatureRepo | None = None
         self._store: OnlineStore | None = None
@@ -83,7 +89,9 @@ class Gateway:
         self.http = HttpEndpoint(http_host, http_port, self.is_ready, self.metrics)
         self.grpc_address = join_address(host, self.grpc.port)
         self.http_address = join_address(http_host, self.http.port)
-        self._stopping = threading.Event()
+        self._feature_watch = threading.Thread(
+            target=self._watch_features, name="feature-store-watch", daemon=True
+        )
 
     @property
     def catalog(self) -> Catalog:
@@ -100,6 +108,7 @@ class Gateway:
         self.grpc.start()
         self.http.start()
         self._is_started = True
+        self._feature_watch.start()
         self.repository.start()
         _LOG.info(
             "started",
@@ -139,11 +148,6 @@ class Gateway:
                 if not served.is_alive:
                     _LOG.critical("executor_died", model=served.name, version=served.version)
                     return 1
-            was_readable = self._features_readable
-            self._look_at_features()
-            if self._features_readable != was_readable:
-                _LOG.warning("features_changed", readable=self._features_readable)
-                self.grpc.update_health()
         delay_s = self._settings.drain_delay_s
         _LOG.info("draining_started", drain_delay_s=delay_s)
         self._stopping.set()
@@ -162,13 +166,17 @@ class Gateway:
         deadline_s = time.monotonic() + self._settings.drain_timeout_s
         self.grpc.leave()
         self.grpc.refuse_new()
-        self.repository.stop(max(0.0, deadline_s - time.monotonic()))
+        self.repository.stop(0)  # it may be in the middle of a load: the requests come first
+        models = self._catalog.served()
         ended = True
-        for served in self._catalog.served():
+        for served in models:
             ended &= served.stop(max(0.0, deadline_s - time.monotonic()))
         unfinished = self.grpc.stop(max(0.0, deadline_s - time.monotonic()))
         self.http.stop()
-        for served in self._catalog.served():
+        self.repository.stop(max(0.0, deadline_s - time.monotonic()))
+        if self._feature_watch.ident is not None:
+            self._feature_watch.join(max(0.0, deadline_s - time.monotonic()))
+        for served in models:
             served.close()
         if self._store is not None:
             self._store.close()
@@ -176,6 +184,15 @@ class Gateway:
             _LOG.error("requests_cut_off", requests=unfinished)
         _LOG.info("stopped")
         return ended and not unfinished
+
+    def _watch_features(self) -> None:
+        """Look at the store now and then. A name that does not resolve may take its time here."""
+        while not self._stopping.wait(WATCH_PERIOD_S):
+            was_readable = self._features_readable
+            self._look_at_features()
+            if self._features_readable != was_readable:
+                _LOG.warning("features_changed", readable=self._features_readable)
+                self.grpc.update_health()
 
     def _look_at_features(self) -> None:
         if self._store is None or not self._needs_features:
@@ -191,7 +208,12 @@ class Gateway:
         """Swap the models in, by one assignment; requests look them up anew each time."""
         before = self._catalog
         self._catalog = Catalog(entries)
-        self._needs_features = any(served.join for served in self._catalog.served())
+        needed, self._needs_features = (
+            self._needs_features,
+            any(served.join for served in self._catalog.served()),
+        )
+        if self._needs_features and not needed and self._is_started:
+            self._look_at_features()  # before anybody is told
         serving = {(served.name, served.version) for served in self._catalog.served()}
         for served in before.served():
             if (served.name, served.version) not in serving:

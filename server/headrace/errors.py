@@ -16,11 +16,13 @@
     ├── Overloaded                too much work here: slow down
     ├── DeadlineExceeded          ran out of the caller's time before it cost anything
     ├── DependencyUnavailable     something behind this server does not answer
-    │   └── FeatureStoreUnavailable
+    │   ├── FeatureStoreUnavailable
+    │   └── BackendUnavailable        the model runs elsewhere, and does not answer there
     └── BackendError              the model ran and failed
 
     StartupError                  the server could not start: one line, exit code 2
     ModelLoadError                a model version cannot be loaded: the others go on
+    └── NotYetLoadable                it may be later, as it is: try again
 
 Messages carry facts: what was wrong with its value, what was expected, what to do. Never a path,
 host, key or a backend's own text: they go to clients. `rpc.status` turns a class into a gRPC code.
@@ -87,6 +89,10 @@ class FeatureStoreUnavailable(DependencyUnavailable):
     """The online store did not answer, or not in time."""
 
 
+class BackendUnavailable(DependencyUnavailable):
+    """The model runs on another server, which does not answer."""
+
+
 class BackendError(ServingError):
     """The model ran and failed."""
 
@@ -105,3 +111,7 @@ class ModelLoadError(Exception):
 
     Its message is for `RepositoryIndex` and the log: it names files relative to the model's folder.
     """
+
+
+class NotYetLoadable(ModelLoadError):
+    """What the version needs is not there now; its own files are not to blame."""

@@ -1,7 +1,11 @@
 """Makes a model version ready to serve: from a folder to a checked and warmed `ServedModel`."""
 
+from dataclasses import replace
+
 import structlog
 
+from headrace.backends.base import Backend
+from headrace.backends.oip import load_oip
 from headrace.backends.onnx_runtime import load_onnx
 from headrace.backends.warm_up import warm_up
 from headrace.batching.batcher import Batcher
@@ -11,7 +15,7 @@ from headrace.features.join import FeatureJoin
 from headrace.features.repo import FeatureRepo
 from headrace.features.store import OnlineStore
 from headrace.predict import Request, ServedModel
-from headrace.repository.config import ModelConfig, complete, parse_config
+from headrace.repository.config import ModelConfig, complete, parse_config, with_batch_size
 from headrace.repository.scan import VersionFolder, read_config
 from headrace.repository.validate import check_golden
 from headrace.settings import ServeSettings
@@ -56,7 +60,14 @@ class VersionLoader:
             ModelLoadError: it cannot serve, and why.
         """
         config = parse_config(read_config(version.path.parent), name)
-        backend = load_onnx(version.model_path, config)
+        backend: Backend
+        if config.remote is not None:
+            backend = load_oip(config.name, config.remote, version.path)
+            config = with_batch_size(config, backend.max_batch_size)
+        elif version.has_model:
+            backend = load_onnx(version.model_path, config)
+        else:
+            raise ModelLoadError("model.onnx is missing")
         try:
             config = complete(config, backend.inputs, backend.outputs)
             if config.without_effect:
@@ -70,6 +81,11 @@ class VersionLoader:
             backend.close()
             raise
         inputs = config.inputs if join is None else join.inputs
+        if config.remote is None:  # ONNX strings are UTF-8: found out here, it disturbs no batch
+            inputs = tuple(
+                replace(spec, is_text=spec.datatype == "BYTES" and not spec.element_bytes_max)
+                for spec in inputs
+            )
         metrics = self._metrics.model(config.name, str(version.number))
         batcher: Batcher[Request] = Batcher(
             BatchPolicy(

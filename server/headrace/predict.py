@@ -6,6 +6,7 @@ answer itself.
 """
 
 import itertools
+import math
 import secrets
 import threading
 import time
@@ -22,11 +23,13 @@ from headrace.backends.base import Backend
 from headrace.batching.batcher import Batcher
 from headrace.errors import (
     BackendError,
+    BackendUnavailable,
     DeadlineExceeded,
     FeatureStoreUnavailable,
     InvalidRequest,
     InvalidTensor,
     MissingFeatures,
+    Overloaded,
     ServingError,
 )
 from headrace.features.join import FeatureJoin
@@ -36,6 +39,8 @@ from headrace.telemetry.metrics import ModelMetrics
 from headrace.tensors import CheckedInputs, Signature, TensorSpec, encode, join
 
 _LOG = structlog.get_logger(__name__)
+
+_STORE_UNAVAILABLE = "the online feature store does not answer"
 
 
 class Request(ABC):
@@ -276,12 +281,13 @@ class ServedModel:
                 self._fail_unexpectedly(batch, error)
 
     def _fail_unexpectedly(self, batch: Sequence[Request], error: Exception) -> None:
-        _LOG.error("batch_failed", model=self.name, version=self.version, exc_info=error)
         shown = error if isinstance(error, ServingError) else BackendError("internal error")
         _fail_all(batch, shown)
         self._metrics.failed(len(batch))
+        _LOG.error("batch_failed", model=self.name, version=self.version, exc_info=error)
 
-    def _carry(self, batch: Sequence[Request]) -> None:
+    def _carry(self, batch: Sequence[Request]) -> bool:
+        """Carry a batch to its end; say whether its features could be read."""
         started_s = time.perf_counter()
         now_s = time.time()
         rows = sum([request.rows for request in batch])
@@ -289,24 +295,23 @@ class ServedModel:
         if self.join is None:
             timing = (started_s, started_s, now_s)
             self._infer_and_reply(batch, rows, columns, None, None, timing)
-            return
+            return True
         try:
             features = self._read(self.join, columns, now_s)
         except FeatureStoreUnavailable as error:
             _fail_all(batch, error)
             self._metrics.failed(len(batch))
-            return
+            return False
         missing = self.join.missing(features)
         if self.join.rejects_missing and missing.any():
             kept = self._reject_incomplete(self.join, batch, missing)
             if len(kept) < len(batch):
                 # The survivors go round again, alone: rare, and simpler than cutting every array.
-                if kept:
-                    self._carry(kept)
-                return
+                return self._carry(kept) if kept else True
         inputs = self.join.assemble(features, columns)
         timing = (started_s, time.perf_counter(), now_s)
         self._infer_and_reply(batch, rows, inputs, features, missing, timing)
+        return True
 
     def _join_inputs(self, batch: Sequence[Request], rows: int) -> dict[str, NDArray[np.generic]]:
         trailing = batch[0].batch_key
@@ -366,7 +371,8 @@ class ServedModel:
     ) -> None:
         started_s, joined_s, now_s = timing
         try:
-            arrays = self._backend.infer(inputs)
+            timeout_s = _longest_wait_s(batch, now_s) if self._backend.is_remote else None
+            arrays = self._backend.infer(inputs, timeout_s)
             inferred_s = time.perf_counter()
             outputs = self._blocks(arrays, rows)
         except (BackendError, InvalidTensor) as error:
@@ -375,6 +381,10 @@ class ServedModel:
                 self._metrics.failed(1)
             else:
                 self._carry_one_by_one(batch)
+            return
+        except (BackendUnavailable, DeadlineExceeded, Overloaded) as error:
+            _fail_all(batch, error)
+            self._metrics.failed(len(batch))
             return
         answered = AnsweredBatch(
             model=self,
@@ -410,11 +420,19 @@ class ServedModel:
 
     def _carry_one_by_one(self, batch: Sequence[Request]) -> None:
         """Find the request that is to blame; the others deserve their answer."""
-        for request in batch:
+        for i, request in enumerate(batch):
+            if request.expired(time.time()):
+                request.drop()
+                continue
             try:
-                self._carry([request])
+                is_readable = self._carry([request])
             except Exception as error:
                 self._fail_unexpectedly([request], error)
+                continue
+            if not is_readable:  # the others would wait as long for as little
+                _fail_all(batch[i + 1 :], FeatureStoreUnavailable(_STORE_UNAVAILABLE))
+                self._metrics.failed(len(batch) - i - 1)
+                return
 
     def _blocks(self, arrays: Sequence[NDArray[np.generic]], rows: int) -> tuple[OutputBlock, ...]:
         blocks = []
@@ -428,9 +446,18 @@ class ServedModel:
         return tuple(blocks)
 
 
+def _longest_wait_s(batch: Sequence[Request], now_s: float) -> float | None:
+    """Until when anybody waits for the batch, from now; None when somebody waits for ever."""
+    deadline_s = max(request.deadline_s for request in batch)
+    return None if deadline_s == math.inf else max(0.001, deadline_s - now_s)
+
+
 def _fail_all(batch: Sequence[Request], error: ServingError) -> None:
     for request in batch:
-        request.fail(error)
+        try:
+            request.fail(error)
+        except Exception:  # the next one must hear of it all the same
+            _LOG.exception("reply_failed")
 
 
 def _stale_per_row(

@@ -40,7 +40,7 @@ NUMPY_DTYPES: dict[str, np.dtype[np.generic]] = {
 MAX_ELEMENTS = 2**40
 """Above any message limit; keeps products of hostile shapes small and exact."""
 
-BYTES_ELEMENTS_MAX = 1 << 18
+BYTES_ELEMENTS_MAX = 1 << 17
 """In one input. They are walked one by one where all calls come in: so many take some 40 ms."""
 
 KNOWN_INPUTS_MAX = 1_024
@@ -60,6 +60,8 @@ class TensorSpec:
         shape: −1 where any size is accepted; the batch dimension, where there is one, is first.
         is_column: One value per row. The caller may send shape `[n]` or `[n,1]`.
         widens_int32: INT32 is accepted for this INT64 column, and widened (an entity join key).
+        is_text: The BYTES must be UTF-8.
+        element_bytes_max: Longest BYTES element; 0 for no limit.
     """
 
     name: str
@@ -67,6 +69,8 @@ class TensorSpec:
     shape: tuple[int, ...]
     is_column: bool = False
     widens_int32: bool = False
+    is_text: bool = False
+    element_bytes_max: int = 0
     itemsize: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
@@ -235,6 +239,7 @@ class Signature:
                 )
         else:
             check_bytes(raw, count, spec.name, self.model)
+            check_elements(raw, spec, self.model)
         rows, trailing = (shape[0], shape[1:]) if self.max_batch_size else (1, shape)
         if itemsize != spec.itemsize:
             raw = np.frombuffer(raw, "<i4").astype("<i8").tobytes()
@@ -374,6 +379,30 @@ def check_bytes(raw: bytes, count: int, name: str, model: str) -> None:
             f"input '{name}' for model '{model}' has BYTES elements whose length prefixes do not "
             f"add up to its {end} bytes and {count} elements"
         )
+
+
+def check_elements(raw: bytes, spec: TensorSpec, model: str) -> None:
+    """
+    Check the elements of a well-formed raw BYTES tensor against what its spec asks of them.
+
+    Raises:
+        InvalidTensor: one is too long, or not UTF-8.
+    """
+    if not spec.is_text and not spec.element_bytes_max:
+        return
+    for element in iterate_bytes(raw):
+        if spec.element_bytes_max and len(element) > spec.element_bytes_max:
+            raise InvalidTensor(
+                f"input '{spec.name}' for model '{model}' has an element of {len(element)} bytes; "
+                f"at most {spec.element_bytes_max} are accepted"
+            )
+        if spec.is_text:
+            try:
+                element.decode()
+            except UnicodeDecodeError:
+                raise InvalidTensor(
+                    f"input '{spec.name}' for model '{model}' has BYTES elements that are not UTF-8"
+                ) from None
 
 
 def _listed(shape: Sequence[int]) -> str:

@@ -55,7 +55,7 @@ def test_a_full_queue_refuses_with_pushback_and_serves_those_that_wait(plain, st
     real = model._backend.infer
     entered = threading.Event()
 
-    def hold(inputs):
+    def hold(inputs, timeout_s=None):
         entered.set()
         assert held.wait(20)
         return real(inputs)

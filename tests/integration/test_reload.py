@@ -357,6 +357,32 @@ def test_requests_never_notice_a_reload(world):
     assert {number for number, _ in answers} == set(range(1, 8))
 
 
+def test_a_stop_in_the_middle_of_a_load_loses_nothing_and_swaps_nothing(root, monkeypatch):
+    version(root, 1)
+    world = World(root)
+    loading, go_on = threading.Event(), threading.Event()
+    real = world.gateway.repository._load
+
+    def slow(name, folder):
+        loading.set()
+        assert go_on.wait(20)
+        return real(name, folder)
+
+    monkeypatch.setattr(world.gateway.repository, "_load", slow)
+    version(root, 2)
+    assert loading.wait(10)
+    assert world.ask() == (1, 1)
+    before = world.gateway.catalog
+    stopper = threading.Thread(target=world.close)
+    stopper.start()
+    until(lambda: not before.served()[0]._threads[0].is_alive())  # the requests come first
+    go_on.set()
+    stopper.join(20)
+
+    assert not stopper.is_alive()
+    assert world.gateway.catalog.find("m", "") is before.find("m", "")
+
+
 def drop_with_manifest(world, number):
     staged = version(world.root.parent / f"staged{number}", number)
     add_manifest(staged)

@@ -200,6 +200,42 @@ def test_a_request_for_which_the_model_loses_rows_fails_alone():
     assert served.model.stop(5)
 
 
+def test_a_caller_who_leaves_while_others_are_tried_one_by_one_is_not_run(served):
+    callers = [Caller(-1), Caller(5), Caller(6)]
+    real = served.backend._function
+
+    def leave_then_run(inputs):
+        if len(inputs["x"]) == 3:  # the whole batch, before the search for the one to blame
+            callers[1].has_left = True
+        return real(inputs)
+
+    served.backend._function = leave_then_run
+    served.hold(*callers)
+
+    served.gate.set()
+
+    assert told(callers[2]) == [12]
+    assert isinstance(told(callers[1]), DeadlineExceeded)
+    assert [5] not in served.batches
+
+
+def test_a_caller_who_cannot_be_told_of_a_failure_keeps_nobody_else_from_it():
+    class Deaf(Caller):
+        def fail(self, error):
+            raise RuntimeError("a bug")
+
+    served = Served(lambda inputs: 1 / 0)
+    served.backend.infer = lambda inputs, timeout_s=None: 1 / 0  # no error that a backend may raise
+    served.model.start()
+    served.model.submit(Deaf(1))
+    other = Caller(2)
+    served.model.submit(other)
+
+    assert isinstance(told(other), BackendError)
+    assert served.model.is_alive
+    assert served.model.stop(5)
+
+
 def test_what_waits_is_finished_when_the_model_stops_and_the_rest_refused(served):
     waiting = [Caller(i) for i in range(1, 20)]
     served.hold(*waiting)

@@ -25,13 +25,20 @@ class Backend(Protocol):
     def outputs(self) -> Sequence[TensorSpec]:
         """The tensors the model itself returns, in the order of `infer`'s result."""
 
-    def infer(self, inputs: Mapping[str, NDArray[np.generic]]) -> Sequence[NDArray[np.generic]]:
+    @property
+    def is_remote(self) -> bool:
+        """Whether the model runs on another server, so that time limits can be kept."""
+
+    def infer(
+        self, inputs: Mapping[str, NDArray[np.generic]], timeout_s: float | None = None
+    ) -> Sequence[NDArray[np.generic]]:
         """
         Run the model once.
 
         Args:
             inputs: One array per input, by name, of the spec's dtype; BYTES as object arrays of
                 `bytes`. Not kept and not written to.
+            timeout_s: How long anybody waits for the answer; kept by a remote model only.
 
         Returns:
             One array per output, in `outputs` order; BYTES as object arrays of `bytes` or `str`.
@@ -39,6 +46,9 @@ class Backend(Protocol):
         Raises:
             InvalidTensor: an element of a BYTES input is not what the model takes.
             BackendError: the model failed on these inputs; the message names no internals.
+            BackendUnavailable: the model runs elsewhere and does not answer.
+            DeadlineExceeded: likewise, not in time.
+            Overloaded: it has too much to do there.
         """
 
     def close(self) -> None:

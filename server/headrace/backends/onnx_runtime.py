@@ -99,6 +99,8 @@ class OnnxRuntimeBackend:
         outputs: What it is asked for.
     """
 
+    is_remote = False
+
     def __init__(
         self,
         model: str,
@@ -115,7 +117,11 @@ class OnnxRuntimeBackend:
         self._log_again_s = 0.0
         self._text_inputs = tuple(spec.name for spec in inputs if spec.datatype == "BYTES")
 
-    def infer(self, inputs: Mapping[str, NDArray[np.generic]]) -> Sequence[NDArray[np.generic]]:
+    def infer(
+        self,
+        inputs: Mapping[str, NDArray[np.generic]],
+        timeout_s: float | None = None,  # noqa: ARG002 a run cannot be ended
+    ) -> Sequence[NDArray[np.generic]]:
         """
         Run the model once.
 

@@ -29,6 +29,8 @@ class StubBackend:
         gate_timeout_s: Longest such wait; then the batch fails, so that nothing hangs for ever.
     """
 
+    is_remote = False
+
     def __init__(
         self,
         model: str,
@@ -48,7 +50,11 @@ class StubBackend:
         self._gate = gate
         self._gate_timeout_s = gate_timeout_s
 
-    def infer(self, inputs: Mapping[str, NDArray[np.generic]]) -> Sequence[NDArray[np.generic]]:
+    def infer(
+        self,
+        inputs: Mapping[str, NDArray[np.generic]],
+        timeout_s: float | None = None,  # noqa: ARG002 a run cannot be ended
+    ) -> Sequence[NDArray[np.generic]]:
         """
         Apply the function.
 

@@ -9,10 +9,12 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from operator import attrgetter
 from queue import Empty, SimpleQueue
 from typing import Generic, Protocol, TypeVar
+
+import structlog
 
 from headrace.batching.policy import BatchPolicy
 from headrace.errors import Draining, Overloaded
@@ -39,6 +41,8 @@ class Waiting(Protocol):
 
 
 RequestT = TypeVar("RequestT", bound=Waiting)
+
+_LOG = structlog.get_logger(__name__)
 
 _rows, _byte_count = attrgetter("rows"), attrgetter("byte_count")
 
@@ -102,11 +106,10 @@ class Batcher(Generic[RequestT]):
                 wake = self._idle > 0
                 if wake:
                     self._idle -= 1
+            if wake:
+                self._tokens.put(None)
         finally:
-            for left in expired:
-                left.drop()
-        if wake:
-            self._tokens.put(None)
+            _drop_all(expired)
 
     def take(self) -> list[RequestT] | None:
         """
@@ -123,8 +126,13 @@ class Batcher(Generic[RequestT]):
                     if self._closed:
                         return None
                     self._idle += 1
-            for request in expired:
-                request.drop()
+                # Whoever leaves with a batch leaves nobody asleep beside what still waits.
+                wake = bool(batch and self._waiting and self._idle)
+                if wake:
+                    self._idle -= 1
+            if wake:
+                self._tokens.put(None)
+            _drop_all(expired)
             if batch:
                 return batch
             if not expired:
@@ -249,3 +257,11 @@ class Batcher(Generic[RequestT]):
                 del self._lanes[key]
         self._waiting -= len(expired)
         self._waiting_bytes -= sum(map(_byte_count, expired))
+
+
+def _drop_all(expired: Iterable[Waiting]) -> None:
+    for request in expired:
+        try:
+            request.drop()
+        except Exception:  # noqa: BLE001 the others must be told, and the thread must go on
+            _LOG.exception("drop_failed")

@@ -163,6 +163,10 @@ class GroupDecoder:
         return DecodedGroup(columns, statuses, times_s)
 
     def _decode_with_gaps(self, replies: Sequence[_Reply]) -> DecodedGroup:
+        for reply in replies:
+            for cell in reply:
+                if cell is not None and type(cell) is not bytes:
+                    raise UnexpectedReplyError(_shown(cell))
         absent = np.array([[cell is None for cell in reply] for reply in replies])
         decoded = self._decode_replies([[cell or b"" for cell in reply] for reply in replies])
         assert decoded.statuses is not None or not absent[:, self._cells].any()

@@ -16,6 +16,9 @@ from headrace.features.plan import FeaturePlan, FeatureStatus, PlannedFeature
 from headrace.features.store import FeatureRows
 from headrace.tensors import TensorSpec
 
+KEY_BYTES_MAX = 4_096
+"""Of a text entity key: every key of a batch shares one exchange with the store."""
+
 MissingFeatures = Literal["nan", "default", "reject"]
 
 
@@ -285,6 +288,7 @@ def _column_spec(name: str, datatype: str, *, is_key: bool = False) -> TensorSpe
         (-1, 1),
         is_column=True,
         widens_int32=is_key and datatype == "INT64",
+        element_bytes_max=KEY_BYTES_MAX if is_key and datatype == "BYTES" else 0,
     )
 
 

@@ -24,6 +24,7 @@ from headrace.features.store import FeatureRows, RowBlocks, row_count
 
 MAX_IDLE_CONNECTIONS = 8
 CHECK_TIMEOUT_S = 1.0
+_PROBE = b"*3\r\n$5\r\nHMGET\r\n$14\r\nheadrace:probe\r\n$1\r\nf\r\n"
 _UNAVAILABLE = "the online feature store does not answer"
 _log = structlog.get_logger(__name__)
 
@@ -77,10 +78,16 @@ class RedisStore:
                 reader.place(blocks, commands, data)
         except UnexpectedReplyError as error:
             raise self._down(str(error)) from None
+        self._is_up = True
         return blocks.finish(now_s, max_age_s)
 
     def check(self) -> None:
-        self._converse([[(0, b"")]], time.monotonic() + CHECK_TIMEOUT_S)
+        (reply,) = self._converse([[(0, _PROBE)]], time.monotonic() + CHECK_TIMEOUT_S)
+        # A server that is loading its data echoes, and reads nothing. One that forbids this key
+        # may allow those of features.
+        if reply.startswith(b"-") and not reply.startswith(b"-NOPERM"):
+            raise self._down(reply.decode(errors="replace").strip())
+        self._is_up = True
 
     def close(self) -> None:
         self._is_closed = True
@@ -101,14 +108,14 @@ class RedisStore:
             try:
                 replies = self._converse_on(idle, exchanges, deadline_s)
             except OSError as error:
+                if idle is not None:  # it died while idle, and the others with it
+                    self._drop_idle()
                 if idle is None or isinstance(error, TimeoutError):
                     raise
-                # It died while idle, and the others with it. Reading twice is harmless.
-                self._drop_idle()
+                # Reading twice is harmless.
                 replies = self._converse_on(None, exchanges, deadline_s)
         except OSError as error:
             raise self._down(str(error)) from None
-        self._is_up = True
         return replies
 
     def _converse_on(

@@ -14,12 +14,21 @@ from google.protobuf import text_format
 from google.protobuf.message import Message
 from tritonclient.grpc import model_config_pb2
 
-from headrace.repository.parameters import FEATURE_PARAMETERS, Parameters, shown, wrong
+from headrace.repository.parameters import (
+    FEATURE_PARAMETERS,
+    REMOTE_PARAMETERS,
+    Parameters,
+    shown,
+    wrong,
+)
 from headrace.repository.policy import VersionPolicy
 from headrace.tensors import TensorSpec
 
 PLATFORM = "onnxruntime_onnx"
 BACKEND = "onnxruntime"
+REMOTE_BACKEND = "oip"
+"""Headrace's own: the model runs on another server of the Open Inference Protocol."""
+
 MODEL_FILENAME = "model.onnx"
 
 AUTO_MAX_BATCH_SIZE = 256
@@ -93,6 +102,29 @@ _SWITCHES = {"0": False, "1": True, "false": False, "true": True}
 
 
 @dataclass(frozen=True, slots=True)
+class RemoteModel:
+    """
+    Where a model runs, when it is elsewhere.
+
+    Args:
+        address: host:port of the server.
+        model: Its name there.
+        version: Its version there; empty for the server's choice.
+        is_tls: Whether to talk TLS.
+        root_certificates: File in the version's folder with the authorities to trust; the
+            system's when None.
+        timeout_s: Longest that one batch may take, when no caller's deadline ends sooner.
+    """
+
+    address: str
+    model: str
+    version: str = ""
+    is_tls: bool = False
+    root_certificates: str | None = None
+    timeout_s: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """
     What a model's folder says about serving it.
@@ -108,6 +140,7 @@ class ModelConfig:
         max_queue_size: Most waiting requests; 0 for the server's own limit.
         instance_count: Executors that run the model side by side.
         version_policy: Which versions serve.
+        remote: Where the model runs, when it is elsewhere.
         device_kind: Where it runs.
         feature_service: Feast feature service joined to each row.
         feature_order: Names of the input's columns; None for the service's own order.
@@ -136,6 +169,7 @@ class ModelConfig:
     max_queue_size: int = 0
     instance_count: int = 1
     version_policy: VersionPolicy = field(default_factory=VersionPolicy)
+    remote: RemoteModel | None = None
     device_kind: Literal["cpu"] = "cpu"
     feature_service: str | None = None
     feature_order: tuple[str, ...] | None = None
@@ -190,6 +224,7 @@ def parse_config(text: str, model_name: str) -> ModelConfig:
         max_queue_size=message.dynamic_batching.default_queue_policy.max_queue_size,
         instance_count=_instance_count(message.instance_group),
         version_policy=_version_policy(message.version_policy),
+        remote=_remote(message, parameters, model_name),
         feature_service=feature_service,
         feature_order=_feature_order(parameters.text("feature_order")),
         missing_features=parameters.choice(
@@ -252,6 +287,16 @@ def complete(
     return config
 
 
+def with_batch_size(config: ModelConfig, max_batch_size: int | None) -> ModelConfig:
+    """Take a remote model's own batch size, where the file is silent about all of it."""
+    if max_batch_size is None or config.max_batch_size or config.inputs or config.outputs:
+        return config
+    message = model_config_pb2.ModelConfig()
+    message.CopyFrom(config.message)
+    message.max_batch_size = max_batch_size
+    return replace(config, max_batch_size=max_batch_size, message=message)
+
+
 def _listed(shape: Sequence[int]) -> str:
     return "[" + ",".join(map(str, shape)) + "]"
 
@@ -271,9 +316,13 @@ def _parse_text(text: str) -> Any:
 
 
 def _refuse_unsupported(message: Any) -> None:
+    if message.backend not in ("", BACKEND, REMOTE_BACKEND):
+        raise wrong(
+            f"backend is {shown(message.backend)}; expected '{BACKEND}', or '{REMOTE_BACKEND}' for "
+            "a model on another server"
+        )
     for value, accepted, key in (
-        (message.platform, PLATFORM, "platform"),
-        (message.backend, BACKEND, "backend"),
+        (message.platform, "" if message.backend == REMOTE_BACKEND else PLATFORM, "platform"),
         (message.default_model_filename, MODEL_FILENAME, "default_model_filename"),
     ):
         if value not in ("", accepted):
@@ -294,6 +343,31 @@ def _refuse_unsupported(message: Any) -> None:
     ):
         if is_there:
             raise wrong(f"{key} is not supported by this server")
+
+
+def _remote(message: Any, parameters: Parameters, model_name: str) -> RemoteModel | None:
+    if message.backend != REMOTE_BACKEND:
+        for key in REMOTE_PARAMETERS:
+            if parameters.text(key) is not None:
+                raise wrong(f"parameter '{key}' needs backend: \"{REMOTE_BACKEND}\"")
+        return None
+    address = parameters.text("oip_address")
+    if address is None or not re.fullmatch(r"[^\s/]+:[0-9]{1,5}", address):
+        raise wrong("backend 'oip' needs the parameter 'oip_address', host:port")
+    version = parameters.text("oip_version") or ""
+    if not re.fullmatch(r"[0-9]{0,18}", version):
+        raise wrong(f"parameter 'oip_version' is {shown(version)}; expected a number")
+    certificates = parameters.text("oip_tls_root_certificates")
+    if certificates is not None and not re.fullmatch(r"[\w-][\w.-]*", certificates):
+        raise wrong("parameter 'oip_tls_root_certificates' is not a file in the version's folder")
+    return RemoteModel(
+        address,
+        parameters.text("oip_model") or model_name,
+        version,
+        is_tls=parameters.choice("oip_tls", _SWITCHES, default=False) or certificates is not None,
+        root_certificates=certificates,
+        timeout_s=parameters.positive("oip_timeout_s") or 1.0,
+    )
 
 
 def _version_policy(message: Any) -> VersionPolicy:
@@ -431,7 +505,8 @@ def _fill(
         max_batch_size = AUTO_MAX_BATCH_SIZE if can_batch else 0
     message = model_config_pb2.ModelConfig()
     message.CopyFrom(config.message)
-    message.platform, message.backend = PLATFORM, BACKEND
+    if config.remote is None:
+        message.platform, message.backend = PLATFORM, BACKEND
     message.max_batch_size = max_batch_size
     for declared, actual, entries in (
         (config.inputs, inputs, message.input),

@@ -20,7 +20,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 import structlog
 import watchfiles
 
-from headrace.errors import ModelLoadError, StartupError
+from headrace.errors import ModelLoadError, NotYetLoadable, StartupError
 from headrace.repository.config import ModelConfig, parse_config
 from headrace.repository.policy import Load, VersionPolicy, VersionView, next_action
 from headrace.repository.sandbox import OnnxChecker
@@ -32,6 +32,11 @@ _LOG = structlog.get_logger(__name__)
 
 ControlMode = Literal["poll", "explicit", "none"]
 """Triton's: follow the folder, load and unload on request, or only what is there at the start."""
+
+RETRY_S = 5.0
+"""How soon a version is tried again that lacked something outside its files."""
+
+_NO_FILES = ""  # no fingerprint: whatever files are there are not those that failed
 
 WATCH_DEBOUNCE_MS = 200
 """Events are collected for so long; copying one file makes hundreds."""
@@ -174,6 +179,7 @@ class RepositoryManager(Generic[ServedT]):
         self._commands: SimpleQueue[tuple[Callable[[], None], Future[None]]] = SimpleQueue()
         self._wake = threading.Event()
         self._stopping = threading.Event()
+        self._swapping = threading.Lock()
         self._thread = threading.Thread(target=self._follow, name="repository", daemon=True)
         self._watcher = threading.Thread(target=self._watch, name="repository-watch", daemon=True)
         self._retiring: list[threading.Thread] = []
@@ -196,8 +202,9 @@ class RepositoryManager(Generic[ServedT]):
             self._watcher.start()
 
     def stop(self, timeout_s: float) -> None:
-        """Stop following; what is being loaded is finished first. What serves goes on."""
-        self._stopping.set()
+        """Stop following. What serves goes on; what is being loaded never will."""
+        with self._swapping:  # from here on nothing is swapped in
+            self._stopping.set()
         self._wake.set()
         deadline_s = time.monotonic() + timeout_s
         for thread in (self._thread, self._watcher, *self._retiring):
@@ -388,28 +395,38 @@ class RepositoryManager(Generic[ServedT]):
         except ChangedMeanwhileError:
             seen.since_s, seen.is_settled = time.monotonic(), False
             return True
+        except NotYetLoadable as error:
+            # Not failed with these files: they are looked at again, as if they had just come.
+            seen.since_s, seen.is_settled = time.monotonic() + RETRY_S - self._settle_s, False
+            self._report_once(model, action.number, _NO_FILES, str(error))
         except ModelLoadError as error:
-            model.failed[action.number] = (seen.fingerprint, str(error))
-            self._report(model.name, action.number, str(error))
+            self._report_once(model, action.number, seen.fingerprint, str(error))
         except Exception:
             _LOG.exception("model_load_crashed", model=model.name, version=action.number)
             model.failed[action.number] = (seen.fingerprint, "internal error; the log says more")
         else:
-            model.failed.pop(action.number, None)
-            old = model.builds.get(action.number)
-            model.builds[action.number] = build
-            model.loading = None
-            build.served.start()
-            self._publish()
-            _LOG.info("model_loaded", model=model.name, version=action.number)
-            self._on_load(model.name, True)  # noqa: FBT003 the outcome
-            if old is not None:
-                self._retire(model.name, action.number, old.served)
-            return True
+            return self._swap_in(model, action.number, build)
         finally:
             model.loading = None
         self._on_load(model.name, False)  # noqa: FBT003 the outcome
         self._publish()
+        return True
+
+    def _swap_in(self, model: _Model[ServedT], number: int, build: _Build[ServedT]) -> bool:
+        with self._swapping:
+            if self._stopping.is_set():
+                build.served.close()
+                return False
+            model.failed.pop(number, None)
+            old = model.builds.get(number)
+            model.builds[number] = build
+            model.loading = None
+            build.served.start()
+            self._publish()
+        _LOG.info("model_loaded", model=model.name, version=number)
+        self._on_load(model.name, True)  # noqa: FBT003 the outcome
+        if old is not None:
+            self._retire(model.name, number, old.served)
         return True
 
     def _build(
@@ -422,8 +439,9 @@ class RepositoryManager(Generic[ServedT]):
             path = copy(version.path, Path(folder))
             if fingerprint(version.path) != seen:
                 raise ChangedMeanwhileError
-            copied = VersionFolder(version.number, path)
-            checker.check(copied.model_path)
+            copied = VersionFolder(version.number, path, has_model=version.has_model)
+            if version.has_model:
+                checker.check(copied.model_path)
             config, served = self._load(model.name, copied)
         return _Build(seen, config, served)
 
@@ -445,6 +463,11 @@ class RepositoryManager(Generic[ServedT]):
     def _publish(self) -> None:
         models = sorted(self._models.values(), key=lambda model: model.name)
         self._publish_entries([model.entry() for model in models])
+
+    def _report_once(self, model: _Model[ServedT], number: int, files: str, reason: str) -> None:
+        if model.failed.get(number) != (files, reason):
+            self._report(model.name, number, reason)
+        model.failed[number] = (files, reason)
 
     def _report(self, model: str, version: int | None, reason: str) -> None:
         _LOG.error("model_load_failed", model=model, version=version, reason=reason)

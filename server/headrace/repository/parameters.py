@@ -10,8 +10,19 @@ from headrace.errors import ModelLoadError
 FEATURE_PARAMETERS = ("feature_order", "max_feature_age_s", "missing_features")
 """Those that mean something only beside `feature_service`."""
 
+REMOTE_PARAMETERS = (
+    "oip_address",
+    "oip_model",
+    "oip_version",
+    "oip_tls",
+    "oip_tls_root_certificates",
+    "oip_timeout_s",
+)
+"""Those that mean something only for a model on another server."""
+
 _KNOWN = {
     *FEATURE_PARAMETERS,
+    *REMOTE_PARAMETERS,
     "feature_service",
     "latency_slo_ms",
     "intra_op_thread_count",

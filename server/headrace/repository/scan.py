@@ -32,11 +32,13 @@ class VersionFolder:
         number: The folder's name as a number, above 0.
         path: The folder.
         reason: Why it cannot be loaded; None when nothing is wrong so far.
+        has_model: Whether there is a `model.onnx`; a model that runs elsewhere has none.
     """
 
     number: int
     path: Path
     reason: str | None = None
+    has_model: bool = True
 
     @property
     def model_path(self) -> Path:
@@ -153,7 +155,7 @@ def _model(entry: os.DirEntry[str]) -> ModelFolder:
         return ModelFolder(entry.name, path, reason=f"the folder cannot be read: {_reason(error)}")
     versions = tuple(
         sorted(
-            VersionFolder(int(child.name), Path(child.path), _version_problem(child))
+            _version(child)
             for child in children
             if _VERSION.fullmatch(child.name) and (child.is_symlink() or child.is_dir())
         )
@@ -168,11 +170,14 @@ def _model(entry: os.DirEntry[str]) -> ModelFolder:
     return ModelFolder(entry.name, path, has_config, versions, reason)
 
 
-def _version_problem(entry: os.DirEntry[str]) -> str | None:
+def _version(entry: os.DirEntry[str]) -> VersionFolder:
+    number, path = int(entry.name), Path(entry.path)
     if entry.is_symlink():
-        return "the folder is a symbolic link"
-    problem = _file_problem(Path(entry.path) / MODEL_FILENAME)
-    return None if problem is None else f"{MODEL_FILENAME} {problem}"
+        return VersionFolder(number, path, "the folder is a symbolic link")
+    problem = _file_problem(path / MODEL_FILENAME)
+    if problem == _ABSENT:
+        return VersionFolder(number, path, has_model=False)
+    return VersionFolder(number, path, problem and f"{MODEL_FILENAME} {problem}")
 
 
 _ABSENT = "is missing"

@@ -5,9 +5,12 @@ Nothing here loads a model: the golden inputs go through one that the caller has
 
 import hashlib
 import json
+import lzma
 import os
 import re
 import stat
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,6 +48,9 @@ _UNREADABLE = (
     MemoryError,
     zipfile.BadZipFile,
     zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    tokenize.TokenError,
 )
 
 

@@ -243,7 +243,11 @@ class _Call:
         return self._event.invocation_metadata  # type: ignore[no-any-return]
 
     def receive(self) -> None:
-        self._call.start_server_batch((cygrpc.ReceiveMessageOperation(0),), self._on_message)
+        operations = (cygrpc.ReceiveMessageOperation(0),)
+        error = self._call.start_server_batch(operations, self._on_message)
+        if error:
+            _LOG.error("call_not_received", error=error)
+            _cancel(self._call)
 
     def watch(self) -> None:
         """Learn from now on when the caller leaves."""
@@ -282,16 +286,19 @@ class _Call:
             if self._answered:
                 return
             self._answered = True
-        if self._watched:
-            error = self._call.start_server_batch(operations, self._on_sent)
-        else:
-            error = self._call.start_server_batch(
-                (cygrpc.ReceiveCloseOnServerOperation(0), *operations), self._on_close
-            )
+        try:
+            if self._watched:
+                error = self._call.start_server_batch(operations, self._on_sent)
+            else:
+                error = self._call.start_server_batch(
+                    (cygrpc.ReceiveCloseOnServerOperation(0), *operations), self._on_close
+                )
+        except Exception as raised:
+            error = repr(raised)
         if error:  # nothing was started, the tag will never come
-            _LOG.error("reply_not_sent", error=error)
             _cancel(self._call)
             self._finish_one()
+            _LOG.error("reply_not_sent", error=error)
 
     def _on_message(self, event: Any) -> Any:
         try:

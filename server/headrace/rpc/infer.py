@@ -69,13 +69,14 @@ class ModelInfer:
         """Parse, check and queue one request; refuse it when it cannot be served."""
         catalog = self._catalog()
         try:
-            if self._known.catalog is not catalog:
-                self._known = KnownRequests(catalog)
-            known = self._known.find(message)
+            requests = self._known
+            if requests.catalog is not catalog:
+                requests = self._known = KnownRequests(catalog)
+            known = requests.find(message)
             if known is not None:
                 known.model.submit(_again(call, self._metrics, message, known))
             else:
-                self._accept_unknown(call, message, self._known)
+                self._accept_unknown(call, message, requests)
         except Draining as error:
             if self._catalog() is catalog:  # the server stops
                 self._refuse(call, error)

@@ -4,7 +4,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent import futures
 
 import grpc
@@ -25,6 +25,9 @@ _LOG = structlog.get_logger(__name__)
 
 CONTROL_THREADS = 8
 """For the ordinary methods: health, metadata, reflection."""
+
+CALLS_ON_THREADS_MAX = 2_048
+"""With `--ingress threads`; one more is refused with RESOURCE_EXHAUSTED."""
 
 STREAMS_PER_CONNECTION_MAX = 1_024
 """grpcio's own default is unlimited."""
@@ -76,14 +79,17 @@ class GrpcServer:
         max_message_bytes: int,
         with_reflection: bool,
     ) -> None:
-        _refuse_taken_port(host, port)
+        refuse_taken_port("--grpc-address", host, port)
         self._catalog = catalog
         self._is_ready = is_ready
         self._refusing_since_s = 0.0
         self._known_models: set[str] = set()
         self._saying = threading.Lock()
+        ingress = _usable(ingress)
         self._server = grpc.server(
             futures.ThreadPoolExecutor(CONTROL_THREADS, thread_name_prefix="control"),
+            # Calls beyond the pool's threads wait inside grpcio, out of sight of every limit.
+            maximum_concurrent_rpcs=CALLS_ON_THREADS_MAX if ingress == "threads" else None,
             options=[
                 # grpcio would otherwise share a taken port silently.
                 ("grpc.so_reuseport", 0),
@@ -96,7 +102,11 @@ class GrpcServer:
             HotMethod(method.path, method.accept)
             for method in (infer.ModelInfer(catalog, metrics), prediction.Predict(catalog, metrics))
         ]
-        self.ingress = _make_ingress(ingress, self._server, hot)
+        self.ingress: Ingress = (
+            ThreadIngress(self._server, hot)
+            if ingress == "threads"
+            else completion_queue.CompletionQueueIngress(self._server, hot)
+        )
         metrics.open_calls = lambda: self.ingress.open_calls
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -162,18 +172,24 @@ class GrpcServer:
             self._health.set(name, statuses.SERVING if serving else statuses.NOT_SERVING)
 
 
-def _make_ingress(name: str, server: grpc.Server, hot: Sequence[HotMethod]) -> Ingress:
-    if name == "threads":
-        return ThreadIngress(server, hot)
+def _usable(ingress: str) -> str:
+    """Return the ingress asked for, or the one that works with the installed grpcio."""
+    if ingress == "threads":
+        return ingress
     reason = completion_queue.unusable_because()
-    if reason is not None:
-        _LOG.warning("ingress_fell_back", ingress="threads", reason=reason, grpcio=grpc.__version__)
-        return ThreadIngress(server, hot)
-    return completion_queue.CompletionQueueIngress(server, hot)
+    if reason is None:
+        return ingress
+    _LOG.warning("ingress_fell_back", ingress="threads", reason=reason, grpcio=grpc.__version__)
+    return "threads"
 
 
-def _refuse_taken_port(host: str, port: int) -> None:
-    """Bind plainly first: grpcio's own message does not say why it failed."""
+def refuse_taken_port(flag: str, host: str, port: int) -> None:
+    """
+    Bind plainly first: grpcio shares a taken port, or does not say why it failed.
+
+    Raises:
+        StartupError: the address cannot be listened on.
+    """
     if not port:
         return
     try:
@@ -186,5 +202,5 @@ def _refuse_taken_port(host: str, port: int) -> None:
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
         raise StartupError(
-            f"--grpc-address {host}:{port}: {reason}; choose another or stop what uses it"
+            f"{flag} {join_address(host, port)}: {reason}; choose another or stop what uses it"
         ) from None

@@ -5,6 +5,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import structlog
 
 from headrace.batching.batcher import Batcher
 from headrace.batching.policy import BatchPolicy
@@ -183,6 +184,24 @@ def test_callers_who_have_left_give_their_bytes_back():
 
     assert leaving.drops == 1
     assert names(batcher.take()) == ["b"]
+
+
+def test_a_request_that_cannot_be_told_that_its_time_is_over_stops_nobody():
+    class Deaf(Caller):
+        def drop(self):
+            raise RuntimeError("a bug")
+
+    batcher = make()
+    deaf, gone, fine = Deaf("deaf"), Caller("gone"), Caller("fine")
+    for caller in (deaf, gone, fine):
+        batcher.put(caller)
+    deaf.has_left = gone.has_left = True
+
+    with structlog.testing.capture_logs() as log:
+        assert names(batcher.take()) == ["fine"]
+
+    assert gone.drops == 1
+    assert [line["event"] for line in log] == ["drop_failed"]
 
 
 def test_the_oldest_request_decides_whose_turn_it_is():

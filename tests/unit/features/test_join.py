@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from headrace.errors import ModelLoadError
-from headrace.features.join import FeatureJoin
+from headrace.features.join import KEY_BYTES_MAX, FeatureJoin
 from headrace.features.memory_store import MemoryStore
 from headrace.features.plan import FeatureSource, ViewSource, compile_plan
 from headrace.features.values import ValueType
@@ -62,7 +62,7 @@ def test_callers_send_the_join_keys_one_value_per_row():
     join = join_of(plan_of(DRIVER, NAME, a=ValueType.FLOAT), matrix(1))
     assert join.inputs == (
         TensorSpec("driver_id", "INT64", (-1, 1), is_column=True, widens_int32=True),
-        TensorSpec("name", "BYTES", (-1, 1), is_column=True),
+        TensorSpec("name", "BYTES", (-1, 1), is_column=True, element_bytes_max=KEY_BYTES_MAX),
     )
     assert join.join_key_count == 2
 

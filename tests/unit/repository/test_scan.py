@@ -56,7 +56,8 @@ def test_a_model_without_versions_is_reported(tmp_path):
 def test_a_version_without_a_model_does_not_hide_the_others(tmp_path):
     add(tmp_path, "a/1/model.onnx", "a/2/card.md")
     first, second = only(tmp_path).versions
-    assert (first.reason, second.reason) == (None, "model.onnx is missing")
+    assert (first.reason, second.reason) == (None, None)
+    assert (first.has_model, second.has_model) == (True, False)
 
 
 def test_a_model_that_is_a_folder_is_reported(tmp_path):
