@@ -24,6 +24,10 @@ help:  ## list these targets
 setup: $(INSTALLED) protos  ## make .venv with everything, headrace included
 
 $(INSTALLED): requirements.lock requirements-data.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+	  { echo "make: $(PYTHON) is $$($(PYTHON) -V 2>&1); Python 3.11 to 3.13 is needed: make PYTHON=python3.12 $@" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' || \
+	  { echo "make: $(PYTHON) has no venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) --no-deps --require-hashes -r requirements.lock
 	$(INSTALL) --no-deps --require-hashes -r requirements-data.lock
@@ -70,7 +74,7 @@ bench: setup model  ## measure the gateway against its ceiling and against glue 
 loadtest: setup model  ## Locust against `headrace up`
 	$(BIN)/python loadtest/run.py
 
-lock:  ## renew requirements.lock (needs uv)
+lock:  ## renew requirements.lock (needs uv); requirements-data.lock pins one wheel by hand
 	uv pip compile pyproject.toml --universal --python-version 3.11 --extra cpu --group dev \
 	  --generate-hashes --no-emit-index-url --no-annotate --no-header --quiet --output-file requirements.lock
 

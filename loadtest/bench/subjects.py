@@ -87,10 +87,15 @@ def write_feature_repo(folder: Path, redis_port: int) -> None:
         store.write_to_online_store(name, df=table)
 
 
-def tensor_requests() -> list[bytes]:
-    """One-row requests that carry the model's own input."""
+def tensor_requests(*, with_parameter: bool = False) -> list[bytes]:
+    """One-row requests that carry the model's own input, and perhaps a parameter."""
     rows = np.random.default_rng(18).standard_normal((256, 1, WIDTH)).astype(np.float32)
-    return [_request("tensor", "x", "FP32", [1, WIDTH], row.tobytes()) for row in rows]
+    requests = [_request("tensor", "x", "FP32", [1, WIDTH], row.tobytes()) for row in rows]
+    if not with_parameter:
+        return requests
+    message = service_pb2.ModelInferRequest()
+    message.parameters["caller"].int64_param = 7
+    return [bytes(message.SerializeToString()) + request for request in requests]
 
 
 def entity_requests() -> list[bytes]:

@@ -375,3 +375,60 @@ def test_redis_reads_what_feast_reads(world, drivers, data):
     np.testing.assert_allclose(
         own.event_times_s[known], theirs.event_times_s[known], rtol=0, atol=1e-5
     )
+
+
+CUSTOMERS = st.text(st.characters(blacklist_categories=["Cs"]), min_size=1, max_size=12)
+
+
+def as_feast_shows(value, feature):
+    """What `to_dict` gives for a value that was read."""
+    if feature == "joined":
+        return datetime.fromtimestamp(int(value), UTC)
+    if feature == "embedding":
+        return list(value)
+    return value.item() if isinstance(value, np.generic) else value
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    drivers=DRIVERS,
+    customers=st.lists(CUSTOMERS, min_size=1, max_size=3, unique=True),
+    rides=st.none() | st.integers(-(2**63), 2**63 - 1),
+    data=st.data(),
+)
+@pytest.mark.filterwarnings("ignore")  # Feast's own
+def test_a_plan_reads_what_get_online_features_returns(world, drivers, customers, rides, data):
+    ids = [next(next_driver) for _ in range(len(drivers) + 1)]  # the last one has no row
+    rows = [("pairs", {"driver_id": ids[0], "customer_id": customers[0]}, {"rides": rides}, T0)]
+    for driver, (profile, stats, at) in zip(ids, drivers, strict=False):
+        if profile.get("joined"):
+            profile["joined"] %= 2**37  # Feast shows no time after the year 9999
+        for view, values in (("profile", profile), ("stats", stats)):
+            if values:
+                rows.append((view, {"driver_id": driver}, values, at))
+    write_through_feast(world.feast, rows)
+    asked = data.draw(
+        st.lists(
+            st.tuples(st.sampled_from(ids), st.sampled_from(customers)), min_size=1, max_size=6
+        )
+    )
+    plan = world.plans["everything"]
+    entities = {
+        "driver_id": np.array([driver for driver, _ in asked], np.int64),
+        "customer_id": np.array([customer.encode() for _, customer in asked], np.object_),
+    }
+
+    mine = world.stores["redis"].read(plan, entities, now_s=0.0, timeout_s=10.0)
+    feasts = world.feast.get_online_features(
+        features=world.feast.get_feature_service("everything"),
+        entity_rows=[{"driver_id": d, "customer_id": c} for d, c in asked],
+    ).to_dict()
+
+    for feature, values, statuses in zip(plan.features, mine.values, mine.statuses, strict=True):
+        for row, theirs in enumerate(feasts[feature.name]):
+            if statuses[row] == PRESENT:
+                assert as_feast_shows(values[row], feature.name) == theirs, feature.name
+            else:
+                assert theirs is None, feature.name

@@ -322,6 +322,23 @@ def test_explicit_control_loads_and_unloads_on_request(root):
         world.close()
 
 
+def test_an_explicit_load_says_what_it_can_when_the_repository_is_away(root):
+    version(root, 1)
+    world = World(root, model_control_mode="explicit")
+    try:
+        world.client.load_model("m")
+        root.rename(root.parent / "away")
+        for change in (world.client.load_model, world.client.unload_model):
+            with pytest.raises(triton.InferenceServerException) as refused:
+                change("m")
+            assert refused.value.status() == "StatusCode.FAILED_PRECONDITION"
+            assert refused.value.message() == "the model repository cannot be read"
+        assert world.ask() == (1, 1)
+        (root.parent / "away").rename(root)
+    finally:
+        world.close()
+
+
 def test_requests_never_notice_a_reload(world):
     """A version every 0.3 s while eight callers ask: none fails, each answer fits its version."""
     answers, failures = [], []

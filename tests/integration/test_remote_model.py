@@ -15,7 +15,7 @@ from headrace.repository import manager
 from headrace.settings import load_settings
 
 
-def gateway(root, port=0):
+def gateway(root, port=0, **settings):
     gateway = Gateway(
         load_settings(
             {
@@ -23,6 +23,7 @@ def gateway(root, port=0):
                 "grpc_address": f"127.0.0.1:{port}",
                 "http_address": "127.0.0.1:0",
                 "settle_s": 0.2,
+                **settings,
             }
         )
     )
@@ -120,6 +121,26 @@ def test_a_far_server_that_comes_later_is_found(far_root, tmp_path, far_port, mo
         until(lambda: near.catalog.is_ready("double"))
         assert answers(near)
         assert near.catalog.entries["double"].failures == {}
+    finally:
+        assert near.stop()
+        if far is not None:
+            assert far.stop()
+
+
+def test_without_polling_a_far_server_is_asked_for_when_a_caller_says_so(
+    far_root, tmp_path, far_port
+):
+    near = gateway(near_root(tmp_path, far_port), model_control_mode="explicit")
+    far = None
+    try:
+        with triton.InferenceServerClient(near.grpc_address) as client:
+            with pytest.raises(triton.InferenceServerException, match="does not answer"):
+                client.load_model("double")
+            assert near.repository._until_next_look_s() >= 1  # nothing to look for meanwhile
+
+            far = gateway(far_root, far_port)
+            client.load_model("double")
+        assert answers(near)
     finally:
         assert near.stop()
         if far is not None:

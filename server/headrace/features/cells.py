@@ -128,7 +128,11 @@ class GroupDecoder:
         replies: list[_Reply] = []
         try:
             while (reply := reader.gets()) is not _NOT_ENOUGH:
-                if type(reply) is not list or len(reply) != self._width:
+                if isinstance(reply, hiredis.ReplyError) and str(reply).startswith("WRONGTYPE"):
+                    # One key that somebody uses for something else is no reason to fail the rest.
+                    self._on_mismatch(self._features[0], "its key is not a hash")
+                    reply = [None] * self._width
+                elif type(reply) is not list or len(reply) != self._width:
                     raise UnexpectedReplyError(_shown(reply))
                 replies.append(reply)
         except hiredis.ProtocolError as error:
@@ -313,12 +317,24 @@ def _decode_times(replies: Sequence[_Reply], at: slice) -> NDArray[np.float64]:
 
 
 def _is_usual_time(cell: bytes) -> bool:
+    """Say whether a time is as `_decode_times` has them; what is odd has no layout to learn."""
     return (
         len(cell) >= 6
         and cell[0] == _SECONDS_TAG
-        and all(byte >= 0x80 for byte in cell[1:5])
-        and cell[5] < 0x80
+        and _is_varint(cell[1:6])
+        and (
+            len(cell) == 6
+            or (
+                _NANOS_AT < len(cell) <= _TIME_WIDTH
+                and cell[6] == _NANOS_TAG
+                and _is_varint(cell[_NANOS_AT:])
+            )
+        )
     )
+
+
+def _is_varint(cell: bytes) -> bool:
+    return all(byte >= 0x80 for byte in cell[:-1]) and cell[-1] < 0x80
 
 
 class _Layout:

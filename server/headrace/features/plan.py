@@ -225,7 +225,8 @@ def compile_plan(
         ModelLoadError: two columns of one name, one request column of two types, a join key of a
             type that cannot be one, an unusable default, or two fields of one hash that collide.
     """
-    if not any(source.features for source in sources):
+    sources = [source for source in sources if source.features]  # Feast allows `view[[]]`
+    if not sources:
         raise ModelLoadError(f"feature service '{service}' has no features")
     join_keys = _join_keys(service, sources)
     positions = {key.name: i for i, key in enumerate(join_keys)}

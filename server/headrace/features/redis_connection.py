@@ -26,6 +26,7 @@ MAX_REPLY_BYTES = 64 << 20
 """Of one exchange. A server that sends more is cut off."""
 
 _FIRST_BUFFER_BYTES = 64 << 10
+_KEPT_BUFFER_BYTES = 4 << 20
 _log = structlog.get_logger(__name__)
 
 
@@ -81,7 +82,7 @@ class RedisOptions:
                 "`host:port` is expected (Redis Cluster and Sentinel are not supported yet)"
             )
         host, _, port = nodes[0].strip().rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
             raise StartupError("connection_string of the online store does not begin `host:port`")
         db = options.pop("db", 0)
         if not isinstance(db, int) or isinstance(db, bool) or db < 0:
@@ -149,6 +150,8 @@ class RedisConnection:
         self._set_timeout(deadline_s)
         self._socket.sendall(b"".join(part for group in groups for part in (group, echo)))
         received = self._receive(reply, len(groups), deadline_s)
+        if len(self._buffer) > _KEPT_BUFFER_BYTES:  # one wide read is no reason to keep it
+            self._buffer = bytearray(_FIRST_BUFFER_BYTES)
         pieces = received.split(reply)
         if len(pieces) != len(groups) + 1 or pieces.pop():
             raise DesynchronizedError("replies out of step")
@@ -254,8 +257,10 @@ def _tls(options: dict[str, Any]) -> ssl.SSLContext | None:
     authorities = _text(options.pop("ssl_ca_certs", None))
     certificate = _text(options.pop("ssl_certfile", None))
     key = _text(options.pop("ssl_keyfile", None))
-    if wanted is not True:
+    if str(wanted).lower() in {"false", "0", "no"}:
         return None
+    if str(wanted).lower() not in {"true", "1", "yes"}:  # never plain text by a slip of the pen
+        raise StartupError("ssl in connection_string of the online store is true or false")
     if requirement not in {"none", "optional", "required"}:
         raise StartupError("ssl_cert_reqs in connection_string is none, optional or required")
     try:

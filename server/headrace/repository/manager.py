@@ -266,7 +266,7 @@ class RepositoryManager(Generic[ServedT]):
             for seen in model.seen.values()
             if not seen.is_settled
         ]
-        if not moving:
+        if not moving or not self._is_readable:
             return self._poll_s
         due_s = min(moving) + self._settle_s - time.monotonic()
         return min(self._poll_s, max(0.01, due_s))
@@ -299,7 +299,7 @@ class RepositoryManager(Generic[ServedT]):
 
     def _load_now(self, name: str) -> None:
         assert self._wanted is not None
-        folders = scan(self._root)
+        folders = self._scan_for_caller()
         if all(folder.name != name for folder in folders):
             raise ModelLoadError(f"failed to load '{name}', no such model in the repository")
         self._wanted.add(name)
@@ -315,8 +315,16 @@ class RepositoryManager(Generic[ServedT]):
         assert self._wanted is not None
         if name not in self._wanted:
             raise ModelLoadError(f"failed to unload '{name}', it is not loaded")
+        folders = self._scan_for_caller()
         self._wanted.discard(name)
-        self._bring_in_step(scan(self._root), is_first=True)
+        self._bring_in_step(folders, is_first=True)
+
+    def _scan_for_caller(self) -> Sequence[ModelFolder]:
+        try:
+            return scan(self._root)
+        except StartupError as error:  # it names a path
+            _LOG.error("repository_unreadable", reason=str(error))
+            raise ModelLoadError("the model repository cannot be read") from None
 
     def _bring_in_step(self, folders: Sequence[ModelFolder], *, is_first: bool = False) -> None:
         """Look at every model, then act until there is nothing left to do."""
@@ -393,12 +401,18 @@ class RepositoryManager(Generic[ServedT]):
         try:
             build = self._build(model, seen.folder, seen.fingerprint, checker)
         except ChangedMeanwhileError:
-            seen.since_s, seen.is_settled = time.monotonic(), False
-            return True
+            if self._mode == "poll":
+                seen.since_s, seen.is_settled = time.monotonic(), False
+                return True
+            reason = "its files changed while they were read; load it again"
+            self._report_once(model, action.number, seen.fingerprint, reason)
         except NotYetLoadable as error:
-            # Not failed with these files: they are looked at again, as if they had just come.
-            seen.since_s, seen.is_settled = time.monotonic() + RETRY_S - self._settle_s, False
-            self._report_once(model, action.number, _NO_FILES, str(error))
+            files = seen.fingerprint
+            if self._mode == "poll":
+                # Not failed with these files: they are looked at again, as if they had just come.
+                seen.since_s, seen.is_settled = time.monotonic() + RETRY_S - self._settle_s, False
+                files = _NO_FILES
+            self._report_once(model, action.number, files, str(error))
         except ModelLoadError as error:
             self._report_once(model, action.number, seen.fingerprint, str(error))
         except Exception:

@@ -49,7 +49,7 @@ def test_the_page_shows_every_round_and_how_to_repeat_it(bench):
 
     page = bench.run._page([found], Namespace(rounds=2, seconds=1.5, only="tensor"))
 
-    for shown in ("80.00, 81.00", "100.00, 101.00", "| 0.80 | ≥ 0.75 |"):
+    for shown in ("80.00, 81.00", "100.00, 101.00", "0.80, 0.80", "| 0.80 | ≥ 0.75 |"):
         assert shown in page
     assert "run.py --rounds 2 --seconds 1.5 --only tensor" in page
 

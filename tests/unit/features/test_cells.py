@@ -253,3 +253,50 @@ def test_an_older_narrower_value_is_read():
 def test_anything_but_one_reply_per_entity_is_an_error(data):
     with pytest.raises(UnexpectedReplyError):
         decoder_of(ValueType.FLOAT, ValueType.INT64).decode(data, 1)
+
+
+USUAL = b"\x08" + varint(1_700_000_000)
+DAMAGED_TIMES = st.one_of(
+    st.sampled_from(
+        [
+            USUAL + b"\x10",
+            USUAL + b"\x18\x05",
+            USUAL + b"\x10" + b"\x80" * 8 + b"\x01",
+            USUAL + b"\x10\x80",
+            USUAL[:-1],
+            b"",
+        ]
+    ),
+    st.binary(max_size=14),
+    st.builds(lambda cut: USUAL + b"\x10" + varint(5_000_000)[:cut], st.integers(0, 4)),
+)
+
+
+@given(st.lists(DAMAGED_TIMES | st.just(USUAL), min_size=1, max_size=4), st.integers(2, 3))
+def test_a_damaged_time_is_read_the_same_way_each_time_and_stops_nobody(times, repeats):
+    data = resp([[stored(1.5, ValueType.FLOAT), time] for time in times])
+    decoder = decoder_of(ValueType.FLOAT)
+
+    first, *later = [decoder.decode(data, len(times)) for _ in range(repeats)]
+
+    for decoded in later:
+        np.testing.assert_array_equal(decoded.event_times_s, first.event_times_s)
+    values, statuses = decoded_rows(first, len(times), 1)
+    assert values == [[1.5]] * len(times)
+    assert statuses == [[PRESENT]] * len(times)
+    for time, found in zip(times, first.event_times_s[:, 0], strict=True):
+        if time == USUAL:
+            assert found == 1_700_000_000
+
+
+def test_a_key_that_is_not_a_hash_costs_only_its_own_row():
+    seen = []
+    decoder = decoder_of(ValueType.FLOAT, on_mismatch=lambda feature, reason: seen.append(reason))
+    row = resp([[stored(1.5, ValueType.FLOAT), USUAL]])
+    data = row + b"-WRONGTYPE Operation against a key holding the wrong kind of value\r\n" + row
+
+    values, statuses = decoded_rows(decoder.decode(data, 3), 3, 1)
+
+    assert [values[0], values[2]] == [[1.5]] * 2
+    assert statuses == [[PRESENT], [NOT_FOUND], [PRESENT]]
+    assert seen == ["its key is not a hash"]

@@ -94,6 +94,13 @@ def test_a_plan_of_floats_is_one_matrix_and_any_other_is_not():
     assert not compiled(view("v", DRIVER, a=ValueType.FLOAT, b=ValueType.BOOL)).is_float32
 
 
+def test_a_view_without_features_is_not_read_and_asks_for_no_key():
+    plan = compiled(view("v", DRIVER, a=ValueType.FLOAT), view("none", CUSTOMER))
+
+    assert [planned.name for planned in plan.views] == ["v"]
+    assert [key.name for key in plan.join_keys] == ["driver_id"]
+
+
 @pytest.mark.parametrize(
     ("views", "message"),
     [

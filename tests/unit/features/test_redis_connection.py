@@ -35,6 +35,16 @@ def test_tls_checks_certificate_and_name_unless_told_otherwise():
     assert lax.verify_mode.name == "CERT_NONE"
 
 
+@pytest.mark.parametrize("spelling", ["true", "True", "TRUE", '"true"', "1", "yes"])
+def test_tls_is_asked_for_however_it_is_spelled(spelling):
+    assert RedisOptions.parse(f"h:1,ssl={spelling},password=secret").tls is not None
+
+
+@pytest.mark.parametrize("spelling", ["false", "False", "0", "no"])
+def test_tls_is_left_out_when_it_says_so(spelling):
+    assert RedisOptions.parse(f"h:1,ssl={spelling}").tls is None
+
+
 def test_the_password_is_not_shown():
     assert "hunter2" not in repr(RedisOptions.parse("h:1,password=hunter2"))
 
@@ -48,6 +58,8 @@ def test_the_password_is_not_shown():
         ("localhost:0", "does not begin `host:port`"),
         ("localhost:http", "does not begin `host:port`"),
         ("h:1,db=first,password=hunter2", "db in connection_string"),
+        ("h:1,ssl=on,password=secret", "ssl .* is true or false"),
+        ("rediss://h:1", "does not begin `host:port`"),
         ("h:1,ssl=true,ssl_cert_reqs=maybe", "none, optional or required"),
         ("h:1,ssl=true,ssl_ca_certs=nowhere.pem", "TLS file .* unusable: No such file"),
     ],

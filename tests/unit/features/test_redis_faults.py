@@ -160,15 +160,19 @@ def test_a_server_killed_while_batches_run_fails_them_and_mixes_up_none():
     assert (failures, wrong) == ([HIDDEN] * 3, [])
 
 
-def test_an_error_from_the_server_is_unavailable_without_its_text(store, client, valkey):
+def test_a_key_that_somebody_else_uses_is_a_missing_row_and_the_others_are_read(store, client):
     key = layout.key_prefix(["id"]) + struct.pack("<IIq", 4, 8, 10**9) + b"demo"
     client.set(key, b"not a hash")
     try:
-        with pytest.raises(FeatureStoreUnavailable, match=f"^{HIDDEN}$"):
-            read(store, [1, 10**9, 2])
+        with structlog.testing.capture_logs() as log:
+            rows = read(store, [1, 10**9, 2])
     finally:
         client.delete(key)
-    assert own_ids(store, [1]) == [1]
+    assert rows.statuses.tolist() == [
+        [FeatureStatus.PRESENT, FeatureStatus.NOT_FOUND, FeatureStatus.PRESENT]
+    ]
+    assert [line["event"] for line in log] == ["stored_value_mismatch"]
+    assert store.mismatches == 1
 
 
 def test_a_stored_value_of_another_type_is_null_and_counted(store, client):
