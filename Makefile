@@ -14,9 +14,10 @@ INSTALL := $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/py
 PROTOS := $(shell find protos -name '*.proto')
 STUBS := server/headrace/v1/prediction_service_pb2.py
 INSTALLED := $(VENV)/.installed
+TRITON := .venv-triton/.installed
 MODEL := model_repository/home_valuation/1/manifest.json
 
-.PHONY: help setup protos model demo up test test-all lint fmt bench loadtest lock clean
+.PHONY: help setup triton protos model demo up test test-all lint fmt bench loadtest lock clean
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -51,10 +52,19 @@ demo: setup model  ## real home sales through the whole path, on this machine; e
 up: setup model  ## the same stack, serving until Ctrl-C
 	$(BIN)/headrace up
 
-test: setup model  ## all tests but the slow ones
+triton: $(TRITON)  ## put a real Triton server beside, for the tests of models that run elsewhere
+
+# An environment of its own: its Python backend needs numpy 1. Where there is no wheel, the tests are skipped.
+$(TRITON): requirements-triton.lock
+	test -x .venv-triton/bin/python || $(PYTHON) -m venv .venv-triton
+	$(subst $(BIN),.venv-triton/bin,$(INSTALL)) --no-deps --require-hashes -r requirements-triton.lock || \
+	  echo "make: no Triton for this machine; its tests are skipped"
+	touch $@
+
+test: setup model triton  ## all tests but the slow ones
 	$(BIN)/python -m pytest
 
-test-all: setup model  ## all tests
+test-all: setup model triton  ## all tests
 	$(BIN)/python -m pytest -m ""
 
 lint: setup  ## check everything, change nothing
@@ -79,5 +89,5 @@ lock:  ## renew requirements.lock (needs uv); requirements-data.lock pins one wh
 	  --generate-hashes --no-emit-index-url --no-annotate --no-header --quiet --output-file requirements.lock
 
 clean:  ## remove what was made, the environment too
-	rm -rf $(VENV) features/data model_repository/*/[0-9]* server/headrace/v1/*_pb2* \
+	rm -rf $(VENV) .venv-triton features/data model_repository/*/[0-9]* server/headrace/v1/*_pb2* \
 	  .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

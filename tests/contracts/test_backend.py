@@ -1,5 +1,6 @@
 """What every backend promises, run over each of them."""
 
+import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -128,9 +129,76 @@ class Remote:
             assert self.gateway.stop()
 
 
-@pytest.fixture(params=["onnx_runtime", "stub", "oip"])
+class OnTriton:
+    """Makes backends on a real Triton server."""
+
+    numbers = itertools.count()
+
+    def __init__(self, server, folder):
+        self.server = server
+        self.folder = folder
+        self.made = []
+
+    def scorer(self):
+        weights = WEIGHTS.tolist()
+        return self._served(
+            [FEATURES],
+            [SCORES, TOTAL],
+            f"""
+        w = np.array({weights}, np.float32)
+        replies = []
+        for request in requests:
+            rows = pb.get_input_tensor_by_name(request, "features").as_numpy()
+            replies.append(pb.InferenceResponse([
+                pb.Tensor("scores", np.maximum(rows @ w, 0)),
+                pb.Tensor("total", rows.sum(axis=1, keepdims=True)),
+            ]))
+        return replies
+""",
+        )
+
+    def identity(self, datatype, shape):
+        return self._served(
+            [TensorSpec("x", datatype, shape)],
+            [TensorSpec("y", datatype, shape)],
+            """
+        return [
+            pb.InferenceResponse([
+                pb.Tensor("y", pb.get_input_tensor_by_name(request, "x").as_numpy())
+            ])
+            for request in requests
+        ]
+""",
+        )
+
+    def _served(self, inputs, outputs, code):
+        name = f"model_{next(self.numbers)}"
+        config = 'backend: "python" max_batch_size: 64 '
+        for kind, specs in (("input", inputs), ("output", outputs)):
+            for spec in specs:
+                datatype = spec.datatype.replace("BYTES", "STRING")
+                dims = list(spec.shape[1:])
+                config += (
+                    f'{kind} {{ name: "{spec.name}" data_type: TYPE_{datatype} dims: {dims} }} '
+                )
+        self.server.serve(name, config, code)
+        backend = load_oip("m", RemoteModel(self.server.address, name, timeout_s=20), self.folder)
+        self.made.append((name, backend))
+        return backend
+
+    def close(self):
+        for name, backend in self.made:
+            backend.close()
+            self.server.unload(name)
+
+
+@pytest.fixture(params=["onnx_runtime", "stub", "oip", "triton"])
 def maker(request, tmp_path):
-    if request.param == "oip":
+    if request.param == "triton":
+        on_triton = OnTriton(request.getfixturevalue("triton_server"), tmp_path)
+        yield on_triton
+        on_triton.close()
+    elif request.param == "oip":
         remote = Remote(tmp_path)
         yield remote
         remote.close()
@@ -244,7 +312,7 @@ def test_every_datatype_goes_through_unchanged(identity, datatype, data):
 @pytest.mark.parametrize("shape", [(), (0, 3), (2, 0), (1, 2, 3, 4)])
 @pytest.mark.parametrize("datatype", ["FP32", "BYTES"])
 def test_any_shape_goes_through_unchanged(maker, datatype, shape):
-    if isinstance(maker, Remote) and (not shape or shape[0] == 0):
+    if isinstance(maker, Remote | OnTriton) and (not shape or shape[0] == 0):
         pytest.skip("a server refuses a request without rows")
     fill = b"a" if datatype == "BYTES" else 1
     x = np.full(shape, fill, NUMPY_DTYPES[datatype])
