@@ -5,14 +5,14 @@ from typing import TypeAlias
 
 from headrace.errors import InvalidRequest, ModelNotFound, ModelUnavailable, ModelVersionNotFound
 from headrace.predict import ServedModel
-from headrace.repository import manager
+from headrace.repository import state
 
 VERSION_DIGITS_MAX = 18
 """As many as a folder's name may have; they fit an INT64."""
 
 
-ModelEntry: TypeAlias = "manager.ModelEntry[ServedModel]"
-"""One model of the repository; see `repository.manager`."""
+ModelEntry: TypeAlias = "state.ModelEntry[ServedModel]"
+"""One model of the repository; see `repository.state`."""
 
 
 class Catalog:

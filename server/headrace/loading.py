@@ -15,7 +15,8 @@ from headrace.features.join import FeatureJoin
 from headrace.features.repo import FeatureRepo
 from headrace.features.store import OnlineStore
 from headrace.predict import Request, ServedModel
-from headrace.repository.config import ModelConfig, complete, parse_config, with_batch_size
+from headrace.repository.completion import complete, with_batch_size
+from headrace.repository.config import ModelConfig, parse_config
 from headrace.repository.scan import VersionFolder, read_config
 from headrace.repository.validate import check_golden
 from headrace.settings import ServeSettings

@@ -1,5 +1,6 @@
 """Models come, change and go while clients call."""
 
+import contextlib
 import json
 import shutil
 import threading
@@ -339,16 +340,17 @@ def test_an_explicit_load_says_what_it_can_when_the_repository_is_away(root):
         world.close()
 
 
-def test_requests_never_notice_a_reload(world):
-    """A version every 0.3 s while eight callers ask: none fails, each answer fits its version."""
+@contextlib.contextmanager
+def callers(world, count=8):
+    """Let clients ask all the time; yield (version, y / x) of each answer, and the failures."""
     answers, failures = [], []
     leaving = threading.Event()
 
     def call():
         with triton.InferenceServerClient(world.gateway.grpc_address) as client:
+            given = triton.InferInput("x", [1, 1], "FP32")
+            given.set_data_from_numpy(np.ones((1, 1), np.float32))
             while not leaving.is_set():
-                given = triton.InferInput("x", [1, 1], "FP32")
-                given.set_data_from_numpy(np.ones((1, 1), np.float32))
                 try:
                     result = client.infer("m", [given], client_timeout=10)
                 except triton.InferenceServerException as error:
@@ -357,17 +359,23 @@ def test_requests_never_notice_a_reload(world):
                 number = int(result.get_response().model_version)
                 answers.append((number, float(result.as_numpy("y")[0, 0])))
 
-    callers = [threading.Thread(target=call) for _ in range(8)]
-    for caller in callers:
-        caller.start()
-    for number in range(2, 8):
-        staged = version(world.root.parent / f"staged{number}", number)
-        add_manifest(staged)
-        staged.rename(world.root / "m" / str(number))
-        until(lambda number=number: world.serving() == [number])
-    leaving.set()
-    for caller in callers:
-        caller.join(10)
+    threads = [threading.Thread(target=call) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield answers, failures
+    finally:
+        leaving.set()
+        for thread in threads:
+            thread.join(10)
+
+
+def test_requests_never_notice_a_reload(world):
+    """A version as fast as they load while eight callers ask; each answer fits its version."""
+    with callers(world) as (answers, failures):
+        for number in range(2, 8):
+            drop_with_manifest(world, number)
+            until(lambda number=number: world.serving() == [number])
 
     assert failures == []
     assert all(number == factor for number, factor in answers)
@@ -444,34 +452,13 @@ def remove_newest(world, number):
 @pytest.mark.timeout(240)
 def test_a_minute_of_reloads_of_every_kind_under_load_fails_no_request(world):
     """A change every 2 s: moved in, copied slowly, replaced in place, broken, removed."""
-    answers, failures = [], []
-    leaving = threading.Event()
-
-    def call():
-        with triton.InferenceServerClient(world.gateway.grpc_address) as client:
-            given = triton.InferInput("x", [1, 1], "FP32")
-            given.set_data_from_numpy(np.ones((1, 1), np.float32))
-            while not leaving.is_set():
-                try:
-                    result = client.infer("m", [given], client_timeout=10)
-                except triton.InferenceServerException as error:
-                    failures.append(error)
-                    return
-                number = int(result.get_response().model_version)
-                answers.append((number, float(result.as_numpy("y")[0, 0])))
-
-    callers = [threading.Thread(target=call) for _ in range(8)]
-    for caller in callers:
-        caller.start()
     changes = [drop_with_manifest, drop_slowly, replace_in_place, drop_broken, remove_newest]
-    for i in range(30):
-        start_s = time.monotonic()
-        expected = changes[i % len(changes)](world, i + 2)
-        until(lambda expected=expected: world.serving() == [expected])
-        time.sleep(max(0.0, 2 - (time.monotonic() - start_s)))
-    leaving.set()
-    for caller in callers:
-        caller.join(10)
+    with callers(world) as (answers, failures):
+        for i in range(30):
+            start_s = time.monotonic()
+            expected = changes[i % len(changes)](world, i + 2)
+            until(lambda expected=expected: world.serving() == [expected])
+            time.sleep(max(0.0, 2 - (time.monotonic() - start_s)))
 
     assert failures == []
     assert len(answers) > 10_000

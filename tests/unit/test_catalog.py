@@ -9,7 +9,7 @@ from headrace.errors import (
     ModelUnavailable,
     ModelVersionNotFound,
 )
-from headrace.repository.manager import ModelEntry
+from headrace.repository.state import ModelEntry
 
 CATALOG = Catalog(
     [

@@ -10,22 +10,22 @@ import contextlib
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal
 
 import structlog
 import watchfiles
 
 from headrace.errors import ModelLoadError, NotYetLoadable, StartupError
 from headrace.repository.config import ModelConfig, parse_config
-from headrace.repository.policy import Load, VersionPolicy, VersionView, next_action
+from headrace.repository.policy import Load, next_action
 from headrace.repository.sandbox import OnnxChecker
 from headrace.repository.scan import ModelFolder, VersionFolder, scan
 from headrace.repository.snapshot import ChangedMeanwhileError, copy, fingerprint
+from headrace.repository.state import Build, Model, ModelEntry, Seen, ServedT
 from headrace.repository.validate import MANIFEST_FILENAME, check_manifest
 
 _LOG = structlog.get_logger(__name__)
@@ -40,98 +40,6 @@ _NO_FILES = ""  # no fingerprint: whatever files are there are not those that fa
 
 WATCH_DEBOUNCE_MS = 200
 """Events are collected for so long; copying one file makes hundreds."""
-
-
-class Served(Protocol):
-    """What a loaded version can do for the manager: `predict.ServedModel`."""
-
-    def start(self) -> None: ...
-
-    def stop(self, timeout_s: float) -> bool:
-        """Finish what waits and end; say whether that was done in time."""
-
-    def close(self) -> None: ...
-
-
-ServedT = TypeVar("ServedT", bound=Served)
-
-
-@dataclass(frozen=True, slots=True)
-class ModelEntry(Generic[ServedT]):
-    """
-    One model of the repository, as it is at one moment.
-
-    Args:
-        name: The folder's name.
-        config: None when it could not be read, or nothing was loaded yet.
-        versions: Those that serve, by number.
-        failures: Why others do not, by number; 0 stands for the model as a whole. For the
-            operator, never for a caller.
-        loading: The version that is being loaded now.
-    """
-
-    name: str
-    config: ModelConfig | None
-    versions: Mapping[int, ServedT]
-    failures: Mapping[int, str]
-    loading: int | None = None
-
-
-@dataclass(slots=True)
-class _Build(Generic[ServedT]):
-    """A version that serves."""
-
-    fingerprint: str
-    config: ModelConfig
-    served: ServedT
-
-
-@dataclass(slots=True)
-class _Seen:
-    """A version's files at the last look, and since when they have been so."""
-
-    folder: VersionFolder | None
-    fingerprint: str | None
-    since_s: float
-    is_settled: bool
-
-
-@dataclass(slots=True)
-class _Model(Generic[ServedT]):
-    name: str
-    folder: ModelFolder | None = None
-    config: ModelConfig | None = None
-    reason: str | None = None
-    policy: VersionPolicy = field(default_factory=VersionPolicy)
-    seen: dict[int, _Seen] = field(default_factory=dict)
-    builds: dict[int, _Build[ServedT]] = field(default_factory=dict)
-    failed: dict[int, tuple[str, str]] = field(default_factory=dict)  # fingerprint, reason
-    loading: int | None = None
-
-    def entry(self) -> ModelEntry[ServedT]:
-        failures = {number: reason for number, (_, reason) in self.failed.items()}
-        if self.reason is not None:
-            failures[0] = self.reason
-        newest = max(self.builds, default=None)
-        return ModelEntry(
-            self.name,
-            self.config if newest is None else self.builds[newest].config,
-            {number: build.served for number, build in sorted(self.builds.items())},
-            failures,
-            self.loading,
-        )
-
-    def views(self) -> list[VersionView]:
-        return [
-            VersionView(
-                number,
-                on_disk=seen.fingerprint,
-                is_settled=seen.is_settled,
-                serving=self.builds[number].fingerprint if number in self.builds else None,
-                failed=self.failed[number][0] if number in self.failed else None,
-            )
-            for number, seen in self.seen.items()
-        ]
 
 
 class RepositoryManager(Generic[ServedT]):
@@ -174,7 +82,7 @@ class RepositoryManager(Generic[ServedT]):
         self._settle_s = settle_s
         self._poll_s = poll_s
         self._retire_timeout_s = retire_timeout_s
-        self._models: dict[str, _Model[ServedT]] = {}
+        self._models: dict[str, Model[ServedT]] = {}
         self._wanted: set[str] | None = set() if mode == "explicit" else None
         self._commands: SimpleQueue[tuple[Callable[[], None], Future[None]]] = SimpleQueue()
         self._wake = threading.Event()
@@ -335,7 +243,7 @@ class RepositoryManager(Generic[ServedT]):
         }
         before = [model.entry() for model in self._models.values()]
         for name in present.keys() - self._models.keys():
-            self._models[name] = _Model(name)
+            self._models[name] = Model(name)
         for model in self._models.values():
             self._see(model, present.get(model.name), is_settled=is_first)
         with OnnxChecker() as checker:
@@ -348,7 +256,7 @@ class RepositoryManager(Generic[ServedT]):
         if is_first or before != [model.entry() for model in self._models.values()]:
             self._publish()
 
-    def _see(self, model: _Model[ServedT], folder: ModelFolder | None, *, is_settled: bool) -> None:
+    def _see(self, model: Model[ServedT], folder: ModelFolder | None, *, is_settled: bool) -> None:
         now_s = time.monotonic()
         model.folder = folder
         on_disk = {} if folder is None else {version.number: version for version in folder.versions}
@@ -357,7 +265,7 @@ class RepositoryManager(Generic[ServedT]):
             found = None if version is None else fingerprint(version.path)
             seen = model.seen.get(number)
             if seen is None or seen.fingerprint != found:
-                seen = _Seen(version, found, now_s, is_settled or _matches_manifest(version))
+                seen = Seen(version, found, now_s, is_settled or _matches_manifest(version))
                 model.seen[number] = seen
             seen.folder = version
             seen.is_settled |= is_settled or now_s - seen.since_s >= self._settle_s
@@ -368,7 +276,7 @@ class RepositoryManager(Generic[ServedT]):
         if folder is not None:
             self._read_config(model, folder)
 
-    def _read_config(self, model: _Model[ServedT], folder: ModelFolder) -> None:
+    def _read_config(self, model: Model[ServedT], folder: ModelFolder) -> None:
         before, model.reason = model.reason, folder.reason
         if model.reason is None:
             try:
@@ -379,7 +287,7 @@ class RepositoryManager(Generic[ServedT]):
         if model.reason is not None and model.reason != before:
             self._report(model.name, None, model.reason)
 
-    def _act(self, model: _Model[ServedT], checker: OnnxChecker) -> bool:
+    def _act(self, model: Model[ServedT], checker: OnnxChecker) -> bool:
         """Carry out one action; say whether there was one."""
         action = next_action(model.policy, model.views())
         if action is None:
@@ -426,7 +334,7 @@ class RepositoryManager(Generic[ServedT]):
         self._publish()
         return True
 
-    def _swap_in(self, model: _Model[ServedT], number: int, build: _Build[ServedT]) -> bool:
+    def _swap_in(self, model: Model[ServedT], number: int, build: Build[ServedT]) -> bool:
         with self._swapping:
             if self._stopping.is_set():
                 build.served.close()
@@ -444,8 +352,8 @@ class RepositoryManager(Generic[ServedT]):
         return True
 
     def _build(
-        self, model: _Model[ServedT], version: VersionFolder, seen: str, checker: OnnxChecker
-    ) -> _Build[ServedT]:
+        self, model: Model[ServedT], version: VersionFolder, seen: str, checker: OnnxChecker
+    ) -> Build[ServedT]:
         if version.reason is not None:
             raise ModelLoadError(version.reason)
         check_manifest(version.path)  # links are refused where they lie, not copied
@@ -457,7 +365,7 @@ class RepositoryManager(Generic[ServedT]):
             if version.has_model:
                 checker.check(copied.model_path)
             config, served = self._load(model.name, copied)
-        return _Build(seen, config, served)
+        return Build(seen, config, served)
 
     def _retire(self, name: str, number: int, served: ServedT) -> None:
         """Let an old version finish, on a thread of its own: it may take its time."""
@@ -478,7 +386,7 @@ class RepositoryManager(Generic[ServedT]):
         models = sorted(self._models.values(), key=lambda model: model.name)
         self._publish_entries([model.entry() for model in models])
 
-    def _report_once(self, model: _Model[ServedT], number: int, files: str, reason: str) -> None:
+    def _report_once(self, model: Model[ServedT], number: int, files: str, reason: str) -> None:
         if model.failed.get(number) != (files, reason):
             self._report(model.name, number, reason)
         model.failed[number] = (files, reason)

@@ -4,7 +4,8 @@ import pytest
 from tritonclient.grpc import model_config_pb2
 
 from headrace.errors import ModelLoadError
-from headrace.repository.config import AUTO_MAX_BATCH_SIZE, complete, parse_config
+from headrace.repository.completion import AUTO_MAX_BATCH_SIZE, complete
+from headrace.repository.config import parse_config
 from headrace.repository.policy import VersionPolicy
 from headrace.tensors import TensorSpec
 
