@@ -99,8 +99,13 @@ class Gateway:
         return self._catalog
 
     def is_ready(self) -> bool:
-        """Whether every model that served still does, and features are readable if needed."""
-        return not self._stopping.is_set() and self._features_readable and self._catalog.all_ready()
+        """
+        Whether requests are welcome: not stopping, and features readable if any model needs them.
+
+        Every model that ever served still does, without looking: the repository's policy takes a
+        version out of service only for another that serves, or because it was removed on purpose.
+        """
+        return not self._stopping.is_set() and self._features_readable
 
     def start(self) -> None:
         """Begin to serve."""

@@ -64,15 +64,6 @@ class Catalog:
             return False
         return True
 
-    def all_ready(self) -> bool:
-        """
-        Say whether the server as a whole is ready: every model that ever served still does.
-
-        A version is taken out of service for a newer one that serves, or because its folder was
-        removed or unloading was asked for; a model that is gone on purpose is no longer counted.
-        """
-        return True
-
     def served(self) -> Sequence[ServedModel]:
         """All serving versions."""
         return [served for entry in self.entries.values() for served in entry.versions.values()]

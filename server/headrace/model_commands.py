@@ -74,7 +74,7 @@ def verify(root: Path, feature_repo: Path | None, *, as_json: bool) -> int:
     Raises:
         StartupError: the folder, or the feature repository, cannot be read.
     """
-    # The limits of a server do not matter here; an address is only needed to make settings.
+    # A server's own limits do not matter here: its defaults will do.
     settings = load_settings({"model_repository": root})
     features = None if feature_repo is None else open_feature_repo(feature_repo)
     store = None if features is None else features.online_store()
@@ -102,7 +102,8 @@ def _problem(
         return version.reason
     try:
         check_manifest(version.path)
-        checker.check(version.model_path)
+        if version.has_model:
+            checker.check(version.model_path)
         _, served = loader.load(model, version)
     except ModelLoadError as error:
         return str(error)

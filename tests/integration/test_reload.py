@@ -17,6 +17,7 @@ import tritonclient.grpc as triton
 from onnx import TensorProto, helper, numpy_helper
 
 from headrace.app import Gateway
+from headrace.errors import ModelLoadError
 from headrace.settings import load_settings
 
 SETTLE_S = 0.3
@@ -321,6 +322,15 @@ def test_explicit_control_loads_and_unloads_on_request(root):
             world.client.load_model("nobody")
     finally:
         world.close()
+
+
+def test_a_load_that_is_asked_for_while_the_server_stops_is_refused_at_once(root):
+    version(root, 1)
+    world = World(root, model_control_mode="explicit")
+    world.close()
+
+    with pytest.raises(ModelLoadError, match="stopping"):
+        world.gateway.repository.load("m", 60)
 
 
 def test_an_explicit_load_says_what_it_can_when_the_repository_is_away(root):

@@ -1,6 +1,9 @@
 """A model that runs on another server: here, on another Headrace."""
 
+import json
 import socket
+import subprocess
+import sys
 import time
 
 import grpc
@@ -224,6 +227,29 @@ def test_what_does_not_fit_is_not_served_and_says_why(far_root, tmp_path, more, 
     finally:
         assert near.stop()
         assert far.stop()
+
+
+def test_verify_asks_the_far_server(far_root, tmp_path):
+    far = gateway(far_root)
+    root = near_root(tmp_path, far.grpc.port)
+    (tmp_path / "near" / "bare" / "1").mkdir(parents=True)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "headrace", "models", "verify", str(root), "--json"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        assert far.stop()
+
+    found = {line["model"]: (line["state"], line["reason"]) for line in json.loads(done.stdout)}
+    assert found == {
+        "double": ("READY", ""),
+        "bare": ("UNAVAILABLE", "model.onnx is missing"),
+    }
+    assert done.returncode == 1
 
 
 def test_a_model_without_a_file_and_without_a_far_server_is_refused(tmp_path):

@@ -87,7 +87,7 @@ class Batcher(Generic[RequestT]):
         Queue one request.
 
         Raises:
-            Overloaded: `max_queue_size` requests already wait.
+            Overloaded: `max_queue_size` requests already wait, or too many bytes of them.
             Draining: the batcher is closed.
         """
         expired: list[RequestT] = []

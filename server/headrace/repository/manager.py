@@ -100,7 +100,7 @@ class RepositoryManager(Generic[ServedT]):
         Raises:
             StartupError: the repository is not a folder that can be read.
         """
-        self._bring_in_step(scan(self._root), is_first=True)
+        self._bring_in_step(scan(self._root), is_settled=True)
 
     def start(self) -> None:
         """Begin to follow the repository."""
@@ -146,7 +146,10 @@ class RepositoryManager(Generic[ServedT]):
 
     def _command(self, what: Callable[[], None], timeout_s: float) -> None:
         done: Future[None] = Future()
-        self._commands.put((what, done))
+        with self._swapping:  # once stopping is said, nobody comes for what is put here
+            if self._stopping.is_set():
+                raise ModelLoadError("this server is stopping")
+            self._commands.put((what, done))
         self._wake.set()
         done.result(timeout_s)
 
@@ -214,7 +217,7 @@ class RepositoryManager(Generic[ServedT]):
         model = self._models.get(name)
         if model is not None:
             model.failed.clear()
-        self._bring_in_step(folders, is_first=True)
+        self._bring_in_step(folders, is_settled=True)
         entry = self._models[name].entry()
         if not entry.versions or entry.failures:
             raise ModelLoadError(f"failed to load '{name}': {'; '.join(entry.failures.values())}")
@@ -225,7 +228,7 @@ class RepositoryManager(Generic[ServedT]):
             raise ModelLoadError(f"failed to unload '{name}', it is not loaded")
         folders = self._scan_for_caller()
         self._wanted.discard(name)
-        self._bring_in_step(folders, is_first=True)
+        self._bring_in_step(folders, is_settled=True)
 
     def _scan_for_caller(self) -> Sequence[ModelFolder]:
         try:
@@ -234,8 +237,14 @@ class RepositoryManager(Generic[ServedT]):
             _LOG.error("repository_unreadable", reason=str(error))
             raise ModelLoadError("the model repository cannot be read") from None
 
-    def _bring_in_step(self, folders: Sequence[ModelFolder], *, is_first: bool = False) -> None:
-        """Look at every model, then act until there is nothing left to do."""
+    def _bring_in_step(self, folders: Sequence[ModelFolder], *, is_settled: bool = False) -> None:
+        """
+        Look at every model, then act until there is nothing left to do.
+
+        Args:
+            folders: What there is now.
+            is_settled: Take files as they are, without waiting for them to stand still.
+        """
         present = {
             folder.name: folder
             for folder in folders
@@ -245,7 +254,7 @@ class RepositoryManager(Generic[ServedT]):
         for name in present.keys() - self._models.keys():
             self._models[name] = Model(name)
         for model in self._models.values():
-            self._see(model, present.get(model.name), is_settled=is_first)
+            self._see(model, present.get(model.name), is_settled=is_settled)
         with OnnxChecker() as checker:
             for model in sorted(self._models.values(), key=lambda model: model.name):
                 while not self._stopping.is_set() and self._act(model, checker):
@@ -253,7 +262,7 @@ class RepositoryManager(Generic[ServedT]):
         for model in list(self._models.values()):
             if model.folder is None and not model.builds:
                 del self._models[model.name]
-        if is_first or before != [model.entry() for model in self._models.values()]:
+        if is_settled or before != [model.entry() for model in self._models.values()]:
             self._publish()
 
     def _see(self, model: Model[ServedT], folder: ModelFolder | None, *, is_settled: bool) -> None:
