@@ -43,6 +43,7 @@ from skl2onnx.common.data_types import FloatTensorType
 from sklearn.ensemble import HistGradientBoostingRegressor
 
 from headrace.errors import ModelLoadError, StartupError
+from headrace.monitoring.profile import build_profile
 
 MODEL_NAME = "home_valuation"
 OPSETS = {"": 17, "ai.onnx.ml": 3}
@@ -50,6 +51,9 @@ SEED = 0
 
 VALIDATION_DAYS = 182
 """The last days before the cutoff, on which the settings are chosen."""
+
+PROFILE_DAYS = 365
+"""The last days before the cutoff, whose sales are the monitor's reference: a year has no season."""
 
 PARITY_RTOL = 5e-5
 """
@@ -160,6 +164,7 @@ def train_version(
     files = {
         "model.onnx": exported,
         "golden.npz": golden(session, matrix(future)),
+        "profile.json": reference_profile(session, past, future, cutoff).encode(),
         "card.md": model_card(report).encode(),
     }
     write_version(folder, files)
@@ -319,6 +324,30 @@ def golden(session: onnxruntime.InferenceSession, features: NDArray[np.float32])
     arrays: dict[str, Any] = {"in:features": rows, "out:price": _run(session, rows)}
     np.savez(file, **arrays)
     return file.getvalue()
+
+
+def reference_profile(
+    session: onnxruntime.InferenceSession,
+    past: pd.DataFrame,
+    future: pd.DataFrame,
+    cutoff: pd.Timestamp,
+) -> str:
+    """
+    Return `profile.json`: what the monitor compares with.
+
+    Features and predictions are those of the last `PROFILE_DAYS` before the cutoff; the reference
+    error is that of the first `VALIDATION_DAYS` after it, on sales the model has not seen.
+    """
+    recent = past[past["sale_date"] >= cutoff - pd.Timedelta(days=PROFILE_DAYS)]
+    first = future[future["sale_date"] < cutoff + pd.Timedelta(days=VALIDATION_DAYS)]
+    seen = matrix(recent)
+    profile = build_profile(
+        {name: seen[:, i] for i, name in enumerate(FEATURES)},
+        {"price": _run(session, seen)},
+        outcomes=first["price_usd"].to_numpy(),
+        outcome_predictions=_run(session, matrix(first)),
+    )
+    return profile.to_json()
 
 
 def model_card(report: Report) -> str:

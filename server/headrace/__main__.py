@@ -18,7 +18,7 @@ import structlog  # noqa: E402
 
 import headrace  # noqa: E402
 from headrace.errors import StartupError  # noqa: E402
-from headrace.settings import ServeSettings, load_settings  # noqa: E402
+from headrace.settings import MonitorSettings, ServeSettings, Settings, load  # noqa: E402
 from headrace.telemetry.logs import set_up_logs  # noqa: E402
 
 EXIT_OK, EXIT_FAILED, EXIT_CANNOT_START = 0, 1, 2
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _serve(options: dict[str, Any]) -> int:
     config = options.pop("config")
-    settings = load_settings({k: v for k, v in options.items() if v is not None}, config)
+    settings = load(ServeSettings, _given(options), config)
     set_up_logs(settings.log_level)
     if _GRPC_CAME_FIRST or "-event_engine_listener" not in os.environ["GRPC_EXPERIMENTS"]:
         structlog.get_logger().warning(
@@ -63,6 +63,20 @@ def _serve(options: dict[str, Any]) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def _monitor(options: dict[str, Any]) -> int:
+    config = options.pop("config")
+    settings = load(MonitorSettings, _given(options), config)
+    set_up_logs(settings.log_level)
+    from headrace.monitor_app import MonitorProcess  # noqa: PLC0415 after the settings
+
+    process = MonitorProcess(settings)
+    return process.run(on_ready=lambda: _say_serving(process.grpc_address, process.http_address))
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _say_serving(grpc_address: str, http_address: str) -> None:
@@ -97,7 +111,7 @@ def _models(options: dict[str, Any]) -> int:
     )
 
 
-_COMMANDS = {"serve": _serve, "models": _models, "demo": _demo, "up": _up}
+_COMMANDS = {"serve": _serve, "monitor": _monitor, "models": _models, "demo": _demo, "up": _up}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,15 +121,13 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser(
         "serve", help="serve the models of a repository over gRPC", description=_serve.__doc__
     )
-    serve.add_argument("--config", type=Path, metavar="FILE", help="TOML file of these settings")
-    for name, field in ServeSettings.model_fields.items():
-        flag = f"--{name.replace('_', '-')}"
-        default = "" if field.is_required() else f" (default: {field.default})"
-        text = f"{field.description}{default}".replace("%", "%%")
-        if field.annotation is bool:
-            serve.add_argument(flag, help=text, action=argparse.BooleanOptionalAction, default=None)
-        else:
-            serve.add_argument(flag, help=text, metavar=name.rpartition("_")[2].upper())
+    _add_settings(serve, ServeSettings)
+    monitor = commands.add_parser(
+        "monitor",
+        help="watch what gateways predict for drift",
+        description="watch what gateways predict for drift",
+    )
+    _add_settings(monitor, MonitorSettings)
     _add_models(commands.add_parser("models", help="what serves, and whether a folder could"))
     for name, text in {
         "demo": "real home sales through the whole path, from a checkout; exits by itself",
@@ -126,6 +138,20 @@ def _parser() -> argparse.ArgumentParser:
             "--root", type=Path, default=Path(), metavar="DIR", help="the checkout (default: here)"
         )
     return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, kind: type[Settings]) -> None:
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of these settings")
+    for name, field in kind.model_fields.items():
+        flag = f"--{name.replace('_', '-')}"
+        default = "" if field.is_required() else f" (default: {field.default})"
+        text = f"{field.description}{default}".replace("%", "%%")
+        if field.annotation is bool:
+            parser.add_argument(
+                flag, help=text, action=argparse.BooleanOptionalAction, default=None
+            )
+        else:
+            parser.add_argument(flag, help=text, metavar=name.rpartition("_")[2].upper())
 
 
 def _add_models(models: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from headrace.errors import FeatureStoreUnavailable, StartupError
 from headrace.features.repo import FeatureRepo, open_feature_repo
 from headrace.features.store import OnlineStore
 from headrace.loading import VersionLoader
+from headrace.monitoring.stream import PredictionStream
 from headrace.repository.manager import RepositoryManager
 from headrace.rpc.server import GrpcServer, refuse_taken_port
 from headrace.settings import ServeSettings, join_address, split_address
@@ -24,6 +25,9 @@ _LOG = structlog.get_logger(__name__)
 
 GC_THRESHOLD = 50_000
 """Container objects made, net, before the youngest generation is looked at."""
+
+STREAM_STOP_S = 2.0
+"""How long the last predictions may take to the monitor when stopping."""
 
 WATCH_PERIOD_S = 1.0
 """How often the threads that carry requests, and the feature store, are looked at."""
@@ -60,7 +64,14 @@ class Gateway:
         self._features_readable = True
         self._needs_features = self._is_started = False
         self._catalog = Catalog([])
-        loader = VersionLoader(settings, self._feature_repo, self._store, self.metrics)
+        self._stream: PredictionStream | None = None
+        if settings.monitor_address is not None:
+            self._stream = PredictionStream(
+                settings.monitor_address, max_queue_bytes=settings.monitor_queue_bytes
+            )
+            self.metrics.stream = self._stream
+        record = None if self._stream is None else self._stream.put
+        loader = VersionLoader(settings, self._feature_repo, self._store, self.metrics, record)
         self.repository = RepositoryManager(
             settings.model_repository,
             load=loader.load,
@@ -114,6 +125,8 @@ class Gateway:
         self.http.start()
         self._is_started = True
         self._feature_watch.start()
+        if self._stream is not None:
+            self._stream.start()
         self.repository.start()
         _LOG.info(
             "started",
@@ -181,6 +194,8 @@ class Gateway:
         self.repository.stop(max(0.0, deadline_s - time.monotonic()))
         if self._feature_watch.ident is not None:
             self._feature_watch.join(max(0.0, deadline_s - time.monotonic()))
+        if self._stream is not None:  # after the last batch
+            self._stream.stop(min(STREAM_STOP_S, max(0.0, deadline_s - time.monotonic())))
         for served in models:
             served.close()
         if self._store is not None:

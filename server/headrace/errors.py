@@ -23,6 +23,7 @@
     StartupError                  the server could not start: one line, exit code 2
     ModelLoadError                a model version cannot be loaded: the others go on
     └── NotYetLoadable                it may be later, as it is: try again
+    ProfileError                  a reference profile is not one
 
 Messages carry facts: what was wrong with its value, what was expected, what to do. Never a path,
 host, key or a backend's own text: they go to clients. `rpc.status` turns a class into a gRPC code.
@@ -115,3 +116,7 @@ class ModelLoadError(Exception):
 
 class NotYetLoadable(ModelLoadError):
     """What the version needs is not there now; its own files are not to blame."""
+
+
+class ProfileError(Exception):
+    """A reference profile cannot be made, or what is in the file is not one."""

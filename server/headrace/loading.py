@@ -1,5 +1,6 @@
 """Makes a model version ready to serve: from a folder to a checked and warmed `ServedModel`."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import structlog
@@ -14,6 +15,7 @@ from headrace.errors import ModelLoadError
 from headrace.features.join import FeatureJoin
 from headrace.features.repo import FeatureRepo
 from headrace.features.store import OnlineStore
+from headrace.monitoring.records import BatchRecord
 from headrace.predict import Request, ServedModel
 from headrace.repository.completion import complete, with_batch_size
 from headrace.repository.config import ModelConfig, parse_config
@@ -35,6 +37,7 @@ class VersionLoader:
         feature_repo: For models that name a feature service; without one they are refused.
         store: Where their features are read.
         metrics: Each version gets its own numbers.
+        record: Is given every answered batch.
     """
 
     def __init__(
@@ -43,7 +46,9 @@ class VersionLoader:
         feature_repo: FeatureRepo | None,
         store: OnlineStore | None,
         metrics: Metrics,
+        record: Callable[[BatchRecord], None] | None = None,
     ) -> None:
+        self._record = record
         self._settings = settings
         self._feature_repo = feature_repo
         self._store = store
@@ -108,6 +113,7 @@ class VersionLoader:
             feature_timeout_s=self._settings.feature_timeout_s,
             max_entities=self._settings.max_entities,
             max_feature_age_s=config.max_feature_age_s,
+            record=self._record,
         )
         metrics.queue_size = lambda: served.waiting
         return config, served

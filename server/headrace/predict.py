@@ -5,13 +5,12 @@ executor threads carry whole batches. Nothing here knows gRPC or protobuf: a req
 answer itself.
 """
 
-import itertools
 import math
 import secrets
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +34,17 @@ from headrace.errors import (
 from headrace.features.join import FeatureJoin
 from headrace.features.plan import FeatureStatus
 from headrace.features.store import FeatureRows, OnlineStore
+from headrace.monitoring.records import BatchRecord, Block, RecordSchema, column_names
 from headrace.telemetry.metrics import ModelMetrics
 from headrace.tensors import CheckedInputs, Signature, TensorSpec, encode, join
 
 _LOG = structlog.get_logger(__name__)
+
+_RECORD_BYTES = 2_048
+"""What a record holds besides its arrays' contents, about."""
+
+_TEXT_BYTES = 128
+"""What an element of text holds, about."""
 
 _STORE_UNAVAILABLE = "the online feature store does not answer"
 
@@ -171,6 +177,7 @@ class ServedModel:
         feature_timeout_s: Longest that one batch waits for its features.
         max_entities: Most rows of one request to a model with features.
         max_feature_age_s: Older values are missing.
+        record: Is given each answered batch. Must not block, raise or write to its arrays.
     """
 
     def __init__(
@@ -188,6 +195,7 @@ class ServedModel:
         feature_timeout_s: float = 1.0,
         max_entities: int = 10_000,
         max_feature_age_s: float | None = None,
+        record: Callable[[BatchRecord], None] | None = None,
     ) -> None:
         if (join is None) != (store is None):
             raise ValueError("a feature join needs a store, and a store is for a join")
@@ -209,7 +217,10 @@ class ServedModel:
         """What the edge serialized once for this version; bounded by the edge."""
         self._is_stopping = False
         self._prediction_prefix = secrets.token_hex(8)
-        self._prediction_counter = itertools.count()
+        self._numbering = threading.Lock()
+        self._next_number = 0
+        self._record = record
+        self._schema = self._make_schema() if record is not None else None
         self._threads = [
             threading.Thread(
                 target=self._execute, name=f"executor-{name}-{version}-{i}", daemon=True
@@ -402,7 +413,10 @@ class ServedModel:
         )
         start = 0
         prefix = self._prediction_prefix
-        for request, number in zip(batch, self._prediction_counter, strict=False):
+        with self._numbering:  # a batch's numbers follow each other
+            first_number = self._next_number
+            self._next_number += len(batch)
+        for number, request in enumerate(batch, first_number):
             try:
                 request.answer(answered, start, f"{prefix}{number:010x}")
             except Exception as error:
@@ -416,6 +430,46 @@ class ServedModel:
             infer_s=answered.infer_s,
             finished_s=time.perf_counter(),
             statuses=features.statuses if features else None,
+        )
+        if self._record is not None and self._schema is not None:
+            self._record(
+                BatchRecord(
+                    schema=self._schema,
+                    first_number=first_number,
+                    request_rows=[request.rows for request in batch],
+                    rows=rows,
+                    inputs=inputs,
+                    statuses=features.statuses if features else None,
+                    outputs=arrays,
+                    time_s=now_s,
+                    byte_count=_held_bytes(inputs, arrays),
+                )
+            )
+
+    def _make_schema(self) -> RecordSchema | None:
+        """Say what of a batch is recorded: tensors with a fixed, small number of values per row."""
+        if not self.signature.max_batch_size:
+            return None
+        inputs = []
+        for spec in self._backend.inputs:
+            columns = column_names(spec.name, spec.shape[1:])
+            if columns is None:
+                continue
+            features: tuple[int | None, ...] = ()
+            if self.join is not None:
+                sources = self.join.column_sources(spec.name)
+                columns = tuple(
+                    source if isinstance(source, str) else self.join.plan.features[source].name
+                    for source in sources
+                )
+                features = tuple(None if isinstance(at, str) else at for at in sources)
+            inputs.append(Block(spec.name, columns, spec.datatype, features))
+        outputs = []
+        for spec in self._backend.outputs:
+            columns = column_names(spec.name, spec.shape[1:])
+            outputs.append(None if columns is None else Block(spec.name, columns, spec.datatype))
+        return RecordSchema(
+            self.name, int(self.version), self._prediction_prefix, tuple(inputs), tuple(outputs)
         )
 
     def _carry_one_by_one(self, batch: Sequence[Request]) -> None:
@@ -444,6 +498,16 @@ class ServedModel:
                 raise BackendError(f"model '{self.name}' did not return a row for each row")
             blocks.append(OutputBlock(spec, array))
         return tuple(blocks)
+
+
+def _held_bytes(
+    inputs: Mapping[str, NDArray[np.generic]], outputs: Sequence[NDArray[np.generic]]
+) -> int:
+    """Return about how much a record of these arrays keeps in memory."""
+    held = _RECORD_BYTES
+    for array in (*inputs.values(), *outputs):
+        held += array.nbytes if array.dtype.kind != "O" else array.size * _TEXT_BYTES
+    return held
 
 
 def _longest_wait_s(batch: Sequence[Request], now_s: float) -> float | None:

@@ -1,13 +1,14 @@
-"""Every setting of `headrace serve`: the one source of its flags, environment and documentation.
+"""Every setting of `headrace serve` and `headrace monitor`: flags, environment, documentation.
 
-A setting comes from the flag, else the environment (`HEADRACE_GRPC_ADDRESS`), else the file named
-by `--config` (key `grpc_address`), else the default. Nothing else reads the environment.
+A setting comes from the flag, else the environment (`HEADRACE_GRPC_ADDRESS` for `serve`,
+`HEADRACE_MONITOR_GRPC_ADDRESS` for `monitor`), else the file named by `--config` (key
+`grpc_address`), else the default. Nothing else reads the environment.
 """
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import (
@@ -21,12 +22,31 @@ from pydantic_settings import (
 from headrace.errors import StartupError
 
 
-class ServeSettings(BaseSettings):
-    """Settings of one gateway process; fixed for its life."""
+class Settings(BaseSettings):
+    """What settings of every process have in common; fixed for its life."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="HEADRACE_", frozen=True, extra="forbid", protected_namespaces=()
-    )
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    toml_file: ClassVar[Path | None] = None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 none of it is read
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 none of it is read
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        if cls.toml_file is None:
+            return init_settings, env_settings
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, cls.toml_file)
+
+
+class ServeSettings(Settings):
+    """Settings of one gateway process."""
+
+    model_config = SettingsConfigDict(env_prefix="HEADRACE_")
 
     model_repository: Path = Field(
         description="Folder of models, in Triton's layout: <model>/config.pbtxt, "
@@ -116,7 +136,84 @@ class ServeSettings(BaseSettings):
         "info", description="Least severe log line to write."
     )
 
-    toml_file: ClassVar[Path | None] = None
+    monitor_address: str | None = Field(
+        None,
+        description="host:port of a `headrace monitor` to stream predictions to; without it "
+        "nothing is streamed.",
+    )
+    monitor_queue_bytes: int = Field(
+        32 * 2**20,
+        ge=2**20,
+        description="Bytes of finished batches that may wait for the monitor; newer ones are "
+        "dropped and counted.",
+    )
+
+    @field_validator("grpc_address", "http_address", "monitor_address")
+    @classmethod
+    def _is_host_and_port(cls, value: str | None) -> str | None:
+        if value is not None:
+            split_address(value)
+        return value
+
+
+class MonitorSettings(Settings):
+    """Settings of one monitor process."""
+
+    model_config = SettingsConfigDict(env_prefix="HEADRACE_MONITOR_")
+
+    model_repository: Path | None = Field(
+        None,
+        description="Folder of models; reference profiles are read from "
+        "<model>/<version>/profile.json. Without one, or without it, drift is not judged.",
+    )
+    grpc_address: str = Field(
+        "127.0.0.1:8510",
+        description="host:port that takes prediction streams and outcomes. Port 0 takes a free "
+        "one; a host other than loopback opens the monitor to the network.",
+    )
+    http_address: str = Field(
+        "127.0.0.1:8511",
+        description="host:port of the report (/ and /report.json), /healthz, /readyz and "
+        "/metrics, which change nothing.",
+    )
+    state_dir: Path | None = Field(
+        None,
+        description="Folder for what must survive a restart; without it everything is forgotten.",
+    )
+    window_s: float = Field(
+        60.0, ge=0.1, le=86_400, description="Shortest time that is judged as one, in seconds."
+    )
+    window_rows: int = Field(
+        1_000,
+        ge=50,
+        le=10_000_000,
+        description="Fewest rows that are judged as one: a window stays open until it has them.",
+    )
+    label_coverage: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Share of a window's kept predictions whose outcomes must be known before its "
+        "error is judged.",
+    )
+    kept_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of requests whose predictions are kept until their outcomes come.",
+    )
+    kept_predictions: int = Field(
+        2_000_000, ge=1_000, description="Most predictions kept; the oldest windows go first."
+    )
+    kept_days: float = Field(
+        120.0, gt=0, le=3_650, description="How long a prediction waits for its outcome, in days."
+    )
+    webhook_url: str | None = Field(
+        None, description="http(s) address that gets each alarm as a CloudEvent."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe log line to write."
+    )
 
     @field_validator("grpc_address", "http_address")
     @classmethod
@@ -124,25 +221,21 @@ class ServeSettings(BaseSettings):
         split_address(value)
         return value
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 none of it is read
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 none of it is read
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        if cls.toml_file is None:
-            return init_settings, env_settings
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, cls.toml_file)
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
 def load_settings(flags: Mapping[str, Any], config: Path | None = None) -> ServeSettings:
+    """Put the settings of a gateway together; see `load`."""
+    return load(ServeSettings, flags, config)
+
+
+def load(kind: type[SettingsT], flags: Mapping[str, Any], config: Path | None = None) -> SettingsT:
     """
-    Put the settings together.
+    Put settings together.
 
     Args:
+        kind: Whose.
         flags: Those given on the command line, by field name.
         config: A TOML file.
 
@@ -154,19 +247,19 @@ def load_settings(flags: Mapping[str, Any], config: Path | None = None) -> Serve
         raise StartupError(f"--config {config}: {what}")
     if config is not None and not config.is_file():
         raise StartupError(f"--config {config}: not a file")
-    source = type("ServeSettings", (ServeSettings,), {"toml_file": config, "__module__": __name__})
+    source = type(kind.__name__, (kind,), {"toml_file": config, "__module__": __name__})
     try:
         settings = source(**flags)
     except ValidationError as error:
         faults = []
         for fault in error.errors():
             name = ".".join(map(str, fault["loc"]))
-            variable = f"HEADRACE_{name.upper()}"
+            variable = f"{kind.model_config['env_prefix']}{name.upper()}"
             faults.append(f"--{name.replace('_', '-')} (or {variable}): {fault['msg']}")
         raise StartupError("; ".join(faults)) from None
     except (SettingsError, ValueError) as error:
         raise StartupError(f"settings: {error}") from None
-    assert isinstance(settings, ServeSettings)
+    assert isinstance(settings, kind)
     return settings
 
 

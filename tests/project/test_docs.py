@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from headrace import errors
+from headrace.monitoring.metrics import METRICS as MONITOR_METRICS
 from headrace.rpc.status import CODES
-from headrace.settings import ServeSettings
+from headrace.settings import MonitorSettings, ServeSettings
 from headrace.telemetry.metrics import METRICS
 
 ROOT = Path(__file__).parents[2]
@@ -22,10 +23,18 @@ def subclasses(base):
     return {base}.union(*(subclasses(child) for child in base.__subclasses__()))
 
 
-@pytest.mark.parametrize("name", sorted(ServeSettings.model_fields))
-def test_every_setting_is_documented_with_flag_default_and_effect(name):
-    field = ServeSettings.model_fields[name]
+@pytest.mark.parametrize(
+    ("kind", "section", "name"),
+    [
+        (kind, section, name)
+        for kind, section in ((ServeSettings, "serve"), (MonitorSettings, "monitor"))
+        for name in sorted(kind.model_fields)
+    ],
+)
+def test_every_setting_is_documented_with_flag_default_and_effect(kind, section, name):
+    field = kind.model_fields[name]
     page = (ROOT / "docs" / "settings.md").read_text()
+    page = page.partition(f"## `headrace {section}`")[2].partition("\n## ")[0]
 
     default = "required" if field.is_required() else f"`{field.default}`"
     assert f"| `--{name.replace('_', '-')}` | {default} | {field.description} |" in page
@@ -36,6 +45,13 @@ def test_every_metric_is_documented(name):
     page = (ROOT / "docs" / "operations.md").read_text()
 
     assert f"| `{name}` | {METRICS[name]} |" in page
+
+
+@pytest.mark.parametrize("name", sorted(MONITOR_METRICS))
+def test_every_metric_of_the_monitor_is_documented(name):
+    page = (ROOT / "docs" / "monitoring.md").read_text()
+
+    assert f"| `{name}` | {MONITOR_METRICS[name]} |" in page
 
 
 @pytest.mark.parametrize("error", sorted(subclasses(errors.ServingError), key=lambda e: e.__name__))

@@ -86,6 +86,10 @@ class FeatureJoin:
             *request_time.values(),
         )
 
+    def column_sources(self, name: str) -> Sequence[int | str]:
+        """Say what a model input's columns are: places in the plan, or request-time inputs."""
+        return next(own.sources for own in self._inputs if own.spec.name == name)
+
     def missing(self, rows: FeatureRows) -> NDArray[np.bool_]:
         """
         Say what the model will miss: null, absent and too old alike.

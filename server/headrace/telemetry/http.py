@@ -3,16 +3,19 @@
 import socket
 import socketserver
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import structlog
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
 from headrace.errors import StartupError
+
+_LOG = structlog.get_logger(__name__)
 
 SILENCE_TIMEOUT_S = 5.0
 """A client that sends nothing for so long is cut off."""
@@ -30,19 +33,28 @@ class HttpEndpoint:
         port: 0 takes a free one.
         is_ready: Answers /readyz.
         collector: Answers /metrics.
+        pages: What else there is, by path: each returns (content type, body). One that raises is
+            answered with 503.
 
     Raises:
         StartupError: the address cannot be listened on.
     """
 
     def __init__(
-        self, host: str, port: int, is_ready: Callable[[], bool], collector: Collector
+        self,
+        host: str,
+        port: int,
+        is_ready: Callable[[], bool],
+        collector: Collector,
+        pages: Mapping[str, Callable[[], tuple[str, bytes]]] | None = None,
     ) -> None:
+        own_pages = pages
         registry = CollectorRegistry()
         registry.register(collector)
 
         class Handler(_Handler):
             pages = {  # noqa: RUF012 set once
+                **{path: _found(page) for path, page in (own_pages or {}).items()},
                 "/healthz": lambda: (HTTPStatus.OK, "text/plain", b"ok\n"),
                 "/readyz": lambda: (
                     (HTTPStatus.OK, "text/plain", b"ready\n")
@@ -121,12 +133,25 @@ class _Handler(BaseHTTPRequestHandler):
         if page is None:
             self.send_error(HTTPStatus.NOT_FOUND)
             return
-        status, content_type, body = page()
+        try:
+            status, content_type, body = page()
+        except Exception:  # noqa: BLE001 the port stays open
+            _LOG.exception("page_failed", page=self.path)
+            self.send_error(HTTPStatus.SERVICE_UNAVAILABLE)
+            return
         self.send_response(status)
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'")
+        self.send_header("X-Content-Type-Options", "nosniff")
         self.end_headers()
         self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
         """Probes are no news."""
+
+
+def _found(
+    page: Callable[[], tuple[str, bytes]],
+) -> Callable[[], tuple[HTTPStatus, str, bytes]]:
+    return lambda: (HTTPStatus.OK, *page())

@@ -9,6 +9,7 @@ import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +42,9 @@ METRICS: dict[str, str] = {
     "headrace_model_loads_total": "Attempts to load a model version, by result.",
     "headrace_rpc_errors_total": "Hot calls refused or failed, by gRPC code.",
     "headrace_rpc_open_calls": "Hot calls received and not yet finished.",
+    "headrace_stream_rows_total": "Rows handed over to the monitor's stream, or dropped.",
+    "headrace_stream_queue_bytes": "Bytes of finished batches that wait for the monitor.",
+    "headrace_stream_connected": "Whether the monitor takes predictions, as far as is known.",
 }
 """Name and help of every metric; durations in seconds. `docs/operations.md` lists the same."""
 
@@ -132,6 +136,18 @@ class ModelMetrics:
             self.requests_failed += requests
 
 
+class PredictionStreamNumbers(Protocol):
+    """What the prediction stream says of itself."""
+
+    rows_sent: int
+    rows_dropped: int
+    is_connected: bool
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes that wait."""
+
+
 class Metrics(Collector):
     """All numbers of the process, as Prometheus collects them."""
 
@@ -141,6 +157,7 @@ class Metrics(Collector):
         self._rpc_errors: dict[tuple[str, str], int] = {}
         self._model_loads: dict[tuple[str, str], int] = {}
         self.open_calls: Callable[[], int] = int
+        self.stream: PredictionStreamNumbers | None = None
 
     def model(self, name: str, version: str) -> ModelMetrics:
         """Return the numbers of one model version, the same object each time."""
@@ -181,6 +198,8 @@ class Metrics(Collector):
         yield loads
         open_calls = "headrace_rpc_open_calls"
         yield GaugeMetricFamily(open_calls, METRICS[open_calls], value=self.open_calls())
+        if self.stream is not None:
+            yield from _stream_metrics(self.stream)
 
 
 _LABELS = ["model", "version"]
@@ -188,6 +207,18 @@ _LABELS = ["model", "version"]
 
 def _counter(name: str, labels: Sequence[str] = _LABELS) -> CounterMetricFamily:
     return CounterMetricFamily(name.removesuffix("_total"), METRICS[name], labels=labels)
+
+
+def _stream_metrics(stream: PredictionStreamNumbers) -> Iterable[Metric]:
+    rows = _counter("headrace_stream_rows_total", ["result"])
+    rows.add_metric(["sent"], stream.rows_sent)
+    rows.add_metric(["dropped"], stream.rows_dropped)
+    yield rows
+    for name, value in (
+        ("headrace_stream_queue_bytes", stream.queued_bytes),
+        ("headrace_stream_connected", int(stream.is_connected)),
+    ):
+        yield GaugeMetricFamily(name, METRICS[name], value=value)
 
 
 def _model_counters(models: Sequence[ModelMetrics]) -> Iterable[Metric]:

@@ -17,6 +17,7 @@ from hypothesis.extra import numpy as arrays
 from tritonclient.grpc import model_config_pb2
 
 from headrace.errors import ModelLoadError, StartupError
+from headrace.monitoring.profile import ReferenceProfile
 from headrace.repository.config import parse_config
 from headrace.repository.validate import check_manifest
 
@@ -84,7 +85,7 @@ class TestVersion:
         folder, _ = trained
         check_manifest(folder)
         listed = json.loads((folder / "manifest.json").read_text())["files"]
-        assert set(listed) == {"model.onnx", "golden.npz", "card.md"}
+        assert set(listed) == {"model.onnx", "golden.npz", "card.md", "profile.json"}
 
     def test_golden_answers_are_those_of_the_model_in_the_folder(self, trained):
         folder, _ = trained
@@ -97,6 +98,14 @@ class TestVersion:
         assert price.shape == (len(features), 1)
         # Each column is missing once, so that the branch of a missing value is checked too.
         assert np.isnan(features[train.GOLDEN_ROWS :]).sum(axis=0).min() >= 1
+
+    def test_the_profile_has_the_columns_that_the_monitor_will_see(self, trained):
+        folder, report = trained
+        profile = ReferenceProfile.from_json((folder / "profile.json").read_text())
+        assert tuple(profile.features) == train.FEATURES
+        assert profile.prediction == "price"
+        assert profile.features["waterfront"].rows < report.training_sales
+        assert 0.05 < profile.error < 0.2
 
     def test_the_config_agrees_with_the_model(self, trained):
         folder, _ = trained

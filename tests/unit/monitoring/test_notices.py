@@ -1,0 +1,140 @@
+"""Alarms going out: delivered once they can be, in order, to the one address that was named."""
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from headrace.errors import StartupError
+from headrace.monitoring import notices
+from headrace.monitoring.detectors import Signal
+from headrace.monitoring.notices import Webhook, cloud_event
+from headrace.monitoring.watched import Change
+
+
+class Receiver:
+    """A real web server that answers as it is told."""
+
+    def __init__(self):
+        self.answers, self.got = [], []
+        receiver = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                receiver.got.append((self.headers["Content-Type"], json.loads(body)))
+                self.send_response(receiver.answers.pop(0) if receiver.answers else 204)
+                self.send_header("Location", "/elsewhere")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+        self.thread.start()
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/alarms"
+
+    def close(self):
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+
+@pytest.fixture
+def receiver():
+    receiver = Receiver()
+    yield receiver
+    receiver.close()
+
+
+@pytest.fixture
+def done():
+    return []
+
+
+@pytest.fixture
+def webhook(receiver, done, monkeypatch):
+    monkeypatch.setattr(notices, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    webhook = Webhook(receiver.url, done.append)
+    webhook.start()
+    yield webhook
+    webhook.stop(5)
+
+
+def soon(condition):
+    deadline_s = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+EVENT = cloud_event("homes", 2, Change(Signal.DRIFT, "age", True, 0.31, 0.1), 7, 1_700_000_000.0)
+
+
+def test_an_alarm_is_a_cloud_event():
+    event = json.loads(EVENT)
+    assert {"specversion", "id", "source", "type"} <= event.keys()
+    assert event["type"] == "io.headrace.drift.detected"
+    assert event["time"] == "2023-11-14T22:13:20+00:00"
+    assert event["data"]["column"] == "age"
+    assert event["data"]["statistic"] == 0.31
+
+
+@pytest.mark.parametrize("signal", list(Signal))
+def test_every_signal_has_a_type_and_ends_in_a_recovery(signal):
+    opened = json.loads(cloud_event("m", 1, Change(signal, "x", True, 1.0, 1.0), 1, 0.0))
+    resolved = json.loads(cloud_event("m", 1, Change(signal, "x", False, 1.0, 1.0), 1, 0.0))
+    assert opened["type"] != resolved["type"] == "io.headrace.recovered"
+    assert opened["id"] != resolved["id"]
+
+
+def test_notices_are_delivered_in_order(webhook, receiver, done):
+    for notice in (1, 2, 3):
+        webhook.put(notice, json.dumps({"n": notice}))
+    soon(lambda: len(done) == 3)
+    assert [body["n"] for _, body in receiver.got] == [1, 2, 3]
+    assert receiver.got[0][0] == "application/cloudevents+json; charset=utf-8"
+
+
+def test_a_failure_is_tried_again(webhook, receiver, done):
+    receiver.answers = [500, 503]
+    webhook.put(1, EVENT)
+    soon(lambda: done == [1])
+    assert len(receiver.got) == 3
+    assert (webhook.delivered, webhook.failed) == (1, 0)
+
+
+def test_a_receiver_that_never_takes_it_is_given_up(webhook, receiver, done):
+    receiver.answers = [500] * 100
+    webhook.put(1, EVENT)
+    soon(lambda: done == [1])
+    assert len(receiver.got) == notices.ATTEMPTS
+    assert webhook.failed == 1
+
+
+def test_a_redirection_is_not_followed(webhook, receiver, done):
+    receiver.answers = [302]
+    webhook.put(1, EVENT)
+    soon(lambda: done == [1])
+    assert len(receiver.got) == 2  # refused, then taken at the same address
+
+
+def test_a_stop_leaves_what_was_not_delivered_for_the_next_start(receiver, done):
+    receiver.answers = [500] * 100
+    webhook = Webhook(receiver.url, done.append)
+    webhook.start()
+    webhook.put(1, EVENT)
+    soon(lambda: receiver.got)
+    webhook.stop(5)
+    assert done == []
+
+
+@pytest.mark.parametrize("url", ["ftp://host/", "file:///etc/passwd", "host:80", "http://", ""])
+def test_only_web_addresses_are_taken(url):
+    with pytest.raises(StartupError, match="--webhook-url"):
+        Webhook(url, lambda _: None)
