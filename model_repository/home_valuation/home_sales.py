@@ -236,11 +236,12 @@ def evaluation_requests(
 
 def write_feature_tables(sales: pd.DataFrame, folder: Path) -> None:
     """
-    Write what the Feast feature repository reads, and `evaluation.csv` for the demo's client.
+    Write what the Feast feature repository reads, and the sales that the demo's clients ask about.
 
     Args:
         sales: From `read_sales`.
-        folder: Gets `home_attributes.parquet`, `area_market.parquet` and `evaluation.csv`.
+        folder: Gets `home_attributes.parquet`, `area_market.parquet`, `evaluation.csv` (some sales
+            soon after the cutoff) and `replay.csv` (all sales from the cutoff on).
     """
     folder.mkdir(parents=True, exist_ok=True)
     home_attributes(sales).to_parquet(folder / "home_attributes.parquet", index=False)
@@ -248,6 +249,10 @@ def write_feature_tables(sales: pd.DataFrame, folder: Path) -> None:
     cutoff = pd.Timestamp(DEFAULT_CUTOFF, tz="UTC")
     evaluation_requests(sales, cutoff=cutoff, count=1000).to_csv(
         folder / "evaluation.csv", index=False, date_format="%Y-%m-%d"
+    )
+    later = sales[sales["sale_date"] >= cutoff].sort_values("sale_date", kind="stable")
+    later[["home_id", "area_id", "sale_date", "price_usd"]].to_csv(
+        folder / "replay.csv", index=False, date_format="%Y-%m-%d"
     )
 
 

@@ -53,7 +53,7 @@ VALIDATION_DAYS = 182
 """The last days before the cutoff, on which the settings are chosen."""
 
 PROFILE_DAYS = 365
-"""The last days before the cutoff, whose sales are the monitor's reference: a year has no season."""
+"""The last days before the cutoff, whose sales are the monitor's reference: every season."""
 
 PARITY_RTOL = 5e-5
 """

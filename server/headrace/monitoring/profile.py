@@ -246,12 +246,19 @@ def _describe_numbers(values: NDArray[np.float64]) -> NumericReference:
     edges = np.union1d(repeated, np.nextafter(frequent[frequent > repeated[0]], -np.inf))
     if repeated[0] in frequent:
         edges = np.concatenate([repeated[:1], edges])
-    bins = np.searchsorted(edges[1:-1], finite, side="left")
+    counts = _count(edges, finite)
+    # Between two frequent values there may be none: such a bin goes to the one above it.
+    edges = np.delete(edges, 1 + np.flatnonzero(counts[:-1] == 0))
     return NumericReference(
         edges=tuple(edges.tolist()),
-        counts=tuple(np.bincount(bins, minlength=len(edges) - 1).tolist()),
+        counts=tuple(_count(edges, finite).tolist()),
         missing=missing,
     )
+
+
+def _count(edges: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.int64]:
+    bins = np.searchsorted(edges[1:-1], values, side="left")
+    return np.bincount(bins, minlength=len(edges) - 1)
 
 
 def _describe_levels(values: NDArray[Any]) -> CategoricalReference:

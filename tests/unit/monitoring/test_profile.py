@@ -61,6 +61,11 @@ def test_a_frequent_value_in_the_middle_is_alone_in_its_bin():
     assert dict(zip(column.edges[1:], column.counts, strict=True))[5.0] == 400
 
 
+def test_whole_numbers_have_a_bin_each_and_none_between():
+    values = np.repeat([1.0, 2.0, 3.0, 4.0], [300, 300, 300, 100])
+    assert describe_column(values).counts == (300, 300, 300, 100)
+
+
 def test_a_constant_column_has_one_bin():
     assert describe_column(np.full(50, 3.0)).counts == (50,)
 
