@@ -1,6 +1,6 @@
 """Measure the gateway against its ceiling and against glue code, in interleaved rounds.
 
-    python loadtest/bench/run.py [--rounds 11] [--seconds 1.5] [--only tensor|features] [--json]
+    python loadtest/bench/run.py [--rounds 11] [--seconds 1.5] [--only tensor|features|costs]
 
 Writes a page under loadtest/results/ and exits with 1 when a target is missed. Needs two cores: the
 server has the first one for itself, the generator and the feature store share the second.
@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--seconds", type=float, default=1.5)
-    parser.add_argument("--only", choices=["tensor", "features"])
+    parser.add_argument("--only", choices=["tensor", "features", "costs"])
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--no-page", action="store_true", help="write no results page")
     options = parser.parse_args(arguments)
@@ -89,10 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         model = subjects.write_models(work / "models")
-        if options.only != "features":
+        if options.only in (None, "tensor"):
             contests += _tensor_contests(work, model, options, console)
-        if options.only != "tensor":
+        if options.only in (None, "features"):
             contests += _feature_contests(work, model, options, console)
+        if options.only in (None, "costs"):
+            contests += _cost_contests(work, options, console)
     if options.json:
         print(json.dumps([_as_json(contest) for contest in contests]))
     else:
@@ -162,6 +165,27 @@ def _feature_contests(
         loads = {contest.title: (bodies, CONNECTIONS, IN_FLIGHT)}
         _contend([contest], commands, subjects.entity_requests(), loads, options, console)
     return [contest]
+
+
+def _cost_contests(work: Path, options: argparse.Namespace, console: Console) -> list[Contest]:
+    """What each part that watches costs: the whole gateway against one without that part."""
+    contests = [
+        Contest(f"what {part} costs", ("gateway", f"without {part}"), "requests_per_s", target)
+        for part, target in (("the metrics", None), ("the stream", 0.97))
+    ]
+    bodies = work / "costs.bodies"
+    http2.write_bodies(bodies, subjects.tensor_requests())
+    port = subjects.free_port()
+    whole = partial(subjects.gateway, work / "models", None, monitor_port=port)
+    commands = {
+        "gateway": whole,
+        "without the metrics": partial(whole, with_metrics=False),
+        "without the stream": partial(whole, monitor_port=None),
+    }
+    loads = {contest.title: (bodies, CONNECTIONS, IN_FLIGHT) for contest in contests}
+    with subjects.running(subjects.monitor(port), subjects.GENERATOR_CORE):
+        _contend(contests, commands, subjects.tensor_requests(), loads, options, console)
+    return contests
 
 
 def _contend(

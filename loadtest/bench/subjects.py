@@ -121,13 +121,13 @@ def valkey() -> Iterator[ValkeyServer]:
 
 
 @contextmanager
-def running(command: Sequence[str]) -> Iterator[None]:
+def running(command: Sequence[str], core: int = SERVER_CORE) -> Iterator[None]:
     """Run a server on its core until the block ends; it serves when the block begins."""
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         text=True,
-        preexec_fn=_onto_server_core,  # noqa: PLW1509 no threads
+        preexec_fn=lambda: os.sched_setaffinity(0, {core}),  # noqa: PLW1509 no threads
     )
     try:
         assert process.stdout is not None
@@ -145,10 +145,6 @@ def running(command: Sequence[str]) -> Iterator[None]:
         process.stdout.close()  # type: ignore[union-attr]
 
 
-def _onto_server_core() -> None:
-    os.sched_setaffinity(0, {SERVER_CORE})
-
-
 def ceiling(model: Path, port: int) -> list[str]:
     """Return the command of the bare completion-queue server."""
     return [sys.executable, str(HERE / "ceiling.py"), str(model), str(port)]
@@ -161,13 +157,30 @@ def glue(model: Path, feature_repo: Path, port: int) -> list[str]:
     ]
 
 
-def gateway(repository: Path, feature_repo: Path | None, port: int) -> list[str]:
-    """Return the command of the gateway, with default settings."""
+def gateway(
+    repository: Path,
+    feature_repo: Path | None,
+    port: int,
+    *,
+    monitor_port: int | None = None,
+    with_metrics: bool = True,
+) -> list[str]:
+    """Return the command of the gateway: default settings, and a monitor if there is one."""
+    headrace = ["-m", "headrace"] if with_metrics else [str(HERE / "without_metrics.py")]
     return [
-        *(sys.executable, "-m", "headrace", "serve", "--model-repository", str(repository)),
+        *(sys.executable, *headrace, "serve", "--model-repository", str(repository)),
         *("--grpc-address", f"127.0.0.1:{port}", "--http-address", "127.0.0.1:0"),
         *("--drain-delay-s", "0", "--log-level", "error"),
         *(["--feature-repo", str(feature_repo)] if feature_repo else []),
+        *(["--monitor-address", f"127.0.0.1:{monitor_port}"] if monitor_port else []),
+    ]
+
+
+def monitor(port: int) -> list[str]:
+    """Return the command of a monitor that keeps one prediction in a hundred."""
+    return [
+        *(sys.executable, "-m", "headrace", "monitor", "--grpc-address", f"127.0.0.1:{port}"),
+        *("--http-address", "127.0.0.1:0", "--kept-share", "0.01", "--log-level", "error"),
     ]
 
 

@@ -223,29 +223,62 @@ def test_drift_is_reported_once_and_kept_over_a_restart(start, one_model, tmp_pa
         assert restarted[key] == version[key]
 
 
-def test_what_a_restart_of_the_monitor_costs_is_counted(start, one_model, tmp_path):
-    monitor = start(MonitorProcess, monitor_settings(one_model, tmp_path / "state"))
+def test_a_restart_of_the_monitor_loses_nothing(start, one_model, tmp_path):
+    settings = partial(monitor_settings, one_model, tmp_path / "state")
+    monitor = start(MonitorProcess, settings())
     gateway = start(Gateway, serve_settings(one_model, monitor))
-    row = np.ones((1, 2), np.float32)
     with triton.InferenceServerClient(gateway.grpc_address) as client:
-        call(client, "echo_fp32", x=row)
+        for _ in range(10):
+            call(client, "echo_fp32", x=np.ones((1, 2), np.float32))
         soon(lambda: version_of(monitor, "echo_fp32"))
         monitor.stop()
         for _ in range(10):
-            call(client, "echo_fp32", x=row)
-        restarted = start(
-            MonitorProcess,
-            monitor_settings(one_model, tmp_path / "state", grpc_address=monitor.grpc_address),
-        )
+            call(client, "echo_fp32", x=np.ones((1, 2), np.float32))
+    restarted = start(MonitorProcess, settings(grpc_address=monitor.grpc_address))
 
-        def accounted():
-            call(client, "echo_fp32", x=row)  # losses are noticed by what comes after them
-            sent = gateway.metrics.stream.rows_sent
-            counted = version_of(restarted, "echo_fp32")["open_window"]
-            lost = restarted.report()["rows_lost"]
-            return sent > 11 and counted and counted["rows"] + lost == sent
+    soon(lambda: version_of(restarted, "echo_fp32")["open_window"]["rows"] == 20)
+    assert restarted.report()["rows_lost"] == 0
+    soon(lambda: gateway.metrics.stream.rows_sent == 20)
 
-        soon(accounted)
+
+def message(source, rows_sent_before, *, rows=3, rows_dropped=0):
+    batch = pb.PredictionBatch(
+        model_name=source,
+        model_version=1,
+        id_prefix=source,
+        request_numbers=[rows_sent_before],
+        request_rows=[rows],
+    )
+    return pb.RecordPredictionsRequest(
+        source=source,
+        rows_sent_before=rows_sent_before,
+        rows_dropped=rows_dropped,
+        batches=[batch],
+    )
+
+
+def test_a_message_that_is_sent_again_is_counted_once(stub, monitor):
+    for _ in range(3):
+        stub.RecordPredictions(iter([message("again", 0), message("again", 3)]), timeout=10)
+    assert version_of(monitor, "again")["rows"] == 6
+
+
+def test_rows_that_never_came_are_counted(stub, monitor):
+    before = monitor.report()["rows_lost"]
+    stub.RecordPredictions(
+        iter([message("gaps", 0), message("gaps", 13), message("gaps", 16, rows_dropped=7)]),
+        timeout=10,
+    )
+    soon(lambda: version_of(monitor, "gaps")["rows"] == 9)
+    assert monitor.report()["rows_lost"] - before == 10 + 7
+    assert version_of(monitor, "gaps")["open_window"]["degraded"]
+
+
+def test_what_was_sent_to_another_monitor_before_is_not_lost_here(stub, monitor):
+    before = monitor.report()["rows_lost"]
+    stub.RecordPredictions(iter([message("moved", 1_000, rows_dropped=50)]), timeout=10)
+    soon(lambda: version_of(monitor, "moved"))
+    assert monitor.report()["rows_lost"] == before
 
 
 @pytest.mark.parametrize(

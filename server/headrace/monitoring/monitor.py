@@ -35,6 +35,7 @@ VERSIONS_MAX = 200
 WINDOWS_SHOWN = 120
 WINDOWS_KEPT = 1_500
 INCIDENTS_SHOWN = 50
+SOURCES_KEPT = 10_000
 PRUNE_PERIOD_S = 30.0
 DAY_S = 86_400.0
 
@@ -130,16 +131,24 @@ class Monitor:
             else:
                 notify(notice, body)
 
-    def source_seen(self, source: str, rows_sent_before: int, rows_dropped: int, rows: int) -> int:
+    def source_seen(
+        self, source: str, rows_sent_before: int, rows_dropped: int, rows: int
+    ) -> int | None:
         """
         Note how far a source has come.
 
         Returns:
-            How many of its rows were lost since its last message, on the way or before it.
+            How many of its rows were lost since its last message, on the way or before it; None
+            for a message that has been counted already, and was sent again.
         """
-        seen, dropped = self._state.source(source)
-        lost = max(0, rows_sent_before - seen) + max(0, rows_dropped - dropped)
-        self._state.put_source(source, max(seen, rows_sent_before) + rows, rows_dropped)
+        known = self._state.source(source)
+        if known is None:  # what it sent to others before, they have
+            known = (rows_sent_before, rows_dropped if rows_sent_before else 0)
+        seen, dropped = known
+        if rows_sent_before < seen:
+            return None
+        lost = rows_sent_before - seen + max(0, rows_dropped - dropped)
+        self._state.put_source(source, rows_sent_before + rows, rows_dropped)
         self.rows_lost += lost
         return lost
 
@@ -180,6 +189,7 @@ class Monitor:
             self._pruned_s = now_s
             oldest_s = now_s - self._kept_days * DAY_S
             self.kept = self._state.prune_predictions(self._kept_max, oldest_s)
+            self._state.prune_sources(SOURCES_KEPT)
         self._state.commit()
 
     def delivered(self, notice: int) -> None:

@@ -13,6 +13,7 @@ SPARK = (120, 28)
 _CAVEATS = {
     "no reference": "There is no usable profile.json beside this version's model: rows are "
     "counted, nothing is judged.",
+    "quiet": "No rows for an hour: out of service, most likely. Its alarms are not counted.",
     "waiting": "No window has ended yet: a window ends when it is old enough and has rows enough.",
 }
 

@@ -14,9 +14,11 @@ from headrace.monitoring.profile import (
     NumericReference,
     ReferenceProfile,
 )
-from headrace.monitoring.watched import Performance
+from headrace.monitoring.watched import Performance, Window
 
 FORMAT = 1
+QUIET_S = 3_600.0
+"""A version without rows for so long is shown as quiet, and its alarms are not."""
 
 
 def report(monitor: Monitor, now_s: float) -> dict[str, Any]:
@@ -33,15 +35,17 @@ def report(monitor: Monitor, now_s: float) -> dict[str, Any]:
         "rows_lost": monitor.rows_lost,
         "predictions_kept": monitor.kept,
         "outcomes": monitor.outcomes._asdict(),
-        "versions": [_version(monitor, record) for record in versions],
+        "versions": [_version(monitor, record, now_s) for record in versions],
     }
 
 
-def _version(monitor: Monitor, record: VersionRecord) -> dict[str, Any]:
+def _version(monitor: Monitor, record: VersionRecord, now_s: float) -> dict[str, Any]:
     watched = record.watched
     alarmed = sorted(key for key, state in watched.alarms.items() if state.is_alarmed)
     reference = watched.reference
-    if reference is None:
+    if now_s - record.last_rows_s > QUIET_S:
+        verdict, alarmed = "quiet", []  # out of service, most likely: nobody can act on it
+    elif reference is None:
         verdict = "no reference"
     elif alarmed:
         verdict = "alarm"
@@ -168,15 +172,21 @@ def _column(
             "labels": _labels(reference),
         }
         column["drift_history"] = [
-            _drift(reference, getattr(window.counts, group).get(name)) for window in record.windows
+            _drift(reference, window, group, name) for window in record.windows
         ]
     return column
 
 
-def _drift(reference: ColumnReference, counts: ColumnCounts | None) -> float | None:
-    if counts is None or len(counts.bins) != len(reference.counts):
-        return None  # counted against another reference
-    return psi_excess(reference, counts)
+def _drift(reference: ColumnReference, window: Window, group: str, name: str) -> float | None:
+    """Return a column's drift in an ended window; worked out once."""
+    key = (group, name)
+    if key not in window.drift:
+        counts: ColumnCounts | None = getattr(window.counts, group).get(name)
+        if counts is None or len(counts.bins) != len(reference.counts):
+            window.drift[key] = None  # counted against another reference
+        else:
+            window.drift[key] = psi_excess(reference, counts)
+    return window.drift[key]
 
 
 def _labels(reference: ColumnReference) -> list[str]:

@@ -301,18 +301,26 @@ class MonitorState:
         """Yield every message that was not delivered."""
         yield from self._db.execute("SELECT id, body FROM notice ORDER BY id").fetchall()
 
-    def source(self, name: str) -> tuple[int, int]:
-        """Return how many rows came from a source, and how many it had dropped by then."""
+    def source(self, name: str) -> tuple[int, int] | None:
+        """Return how many rows a source had sent when heard of last, and how many dropped."""
         found = self._db.execute(
             "SELECT rows_seen, rows_dropped FROM source WHERE name = ?", (name,)
         ).fetchone()
-        return (0, 0) if found is None else (int(found[0]), int(found[1]))
+        return None if found is None else (int(found[0]), int(found[1]))
 
     def put_source(self, name: str, rows_seen: int, rows_dropped: int) -> None:
         """Keep that."""
         self._db.execute(
             "INSERT OR REPLACE INTO source (name, rows_seen, rows_dropped) VALUES (?, ?, ?)",
             (name, rows_seen, rows_dropped),
+        )
+
+    def prune_sources(self, keep: int) -> None:
+        """Forget all but the sources heard of last."""
+        self._db.execute(
+            "DELETE FROM source WHERE rowid <="
+            " (SELECT rowid FROM source ORDER BY rowid DESC LIMIT 1 OFFSET ?)",
+            (keep,),
         )
 
     def _check_version(self) -> None:

@@ -103,10 +103,18 @@ class Performance:
 
 @dataclass(slots=True)
 class Window:
-    """A window that has ended, with what became known since."""
+    """
+    A window that has ended, with what became known since.
+
+    Args:
+        counts: Of its rows.
+        performance: Of its outcomes, once there are some.
+        drift: Each column's, by group and name, once it was asked for.
+    """
 
     counts: WindowCounts
     performance: Performance | None = None
+    drift: dict[tuple[str, str], float | None] = field(default_factory=dict)
 
 
 class WatchedVersion:

@@ -107,6 +107,13 @@ def test_a_monitor_that_has_seen_nothing_says_how_to_begin():
     assert "--monitor-address" in page(report(monitor, 0.0))
 
 
+def test_a_version_that_gets_no_more_rows_is_quiet_and_alarms_nobody():
+    monitor = Monitor(Rules(window_s=1), MonitorState(None), lambda *_: None)
+    monitor.fold(rows(np.random.default_rng(1)), 0.0)
+    (version,) = report(monitor, 3_700.0)["versions"]
+    assert (version["verdict"], version["alarms"]) == ("quiet", [])
+
+
 def test_a_version_without_a_profile_says_so():
     monitor = Monitor(Rules(window_s=1), MonitorState(None), lambda *_: None)
     monitor.fold(rows(np.random.default_rng(1)), 0.0)

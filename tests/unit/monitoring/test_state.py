@@ -113,3 +113,12 @@ def test_a_file_that_is_none_is_refused(tmp_path):
     (tmp_path / FILENAME).write_bytes(b"x" * 4_096)
     with pytest.raises(StartupError, match="not a database"):
         MonitorState(tmp_path)
+
+
+def test_only_the_sources_heard_of_last_are_kept(state):
+    for i in range(10):
+        state.put_source(f"s{i}", i, 0)
+    state.put_source("s0", 99, 0)
+    state.prune_sources(3)
+    assert state.source("s0") == (99, 0)
+    assert [state.source(f"s{i}") is None for i in (1, 7, 8, 9)] == [True, True, False, False]
