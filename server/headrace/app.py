@@ -18,8 +18,11 @@ from headrace.monitoring.stream import PredictionStream
 from headrace.repository.manager import RepositoryManager
 from headrace.rpc.server import GrpcServer, refuse_taken_port
 from headrace.settings import ServeSettings, join_address, split_address
+from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.http import HttpEndpoint
 from headrace.telemetry.metrics import Metrics
+from headrace.telemetry.trace_context import Sampler
+from headrace.telemetry.tracing import SpanExporter, tracing_rule
 
 _LOG = structlog.get_logger(__name__)
 
@@ -28,6 +31,9 @@ GC_THRESHOLD = 50_000
 
 STREAM_STOP_S = 2.0
 """How long the last predictions may take to the monitor when stopping."""
+
+CALLS_STOP_S = 2.0
+"""How long the last spans may take to their collector when stopping."""
 
 WATCH_PERIOD_S = 1.0
 """How often the threads that carry requests, and the feature store, are looked at."""
@@ -71,7 +77,10 @@ class Gateway:
             )
             self.metrics.stream = self._stream
         record = None if self._stream is None else self._stream.put
-        loader = VersionLoader(settings, self._feature_repo, self._store, self.metrics, record)
+        self.calls = _call_recorder(self.metrics)
+        loader = VersionLoader(
+            settings, self._feature_repo, self._store, self.metrics, record, self.calls
+        )
         self.repository = RepositoryManager(
             settings.model_repository,
             load=loader.load,
@@ -93,6 +102,7 @@ class Gateway:
             repository=self.repository,
             is_ready=self.is_ready,
             metrics=self.metrics,
+            calls=self.calls,
             max_message_bytes=settings.max_message_bytes,
             with_reflection=settings.reflection,
         )
@@ -125,6 +135,7 @@ class Gateway:
         self.http.start()
         self._is_started = True
         self._feature_watch.start()
+        self.calls.start()
         if self._stream is not None:
             self._stream.start()
         self.repository.start()
@@ -194,6 +205,7 @@ class Gateway:
         self.repository.stop(max(0.0, deadline_s - time.monotonic()))
         if self._feature_watch.ident is not None:
             self._feature_watch.join(max(0.0, deadline_s - time.monotonic()))
+        self.calls.stop(min(CALLS_STOP_S, max(0.0, deadline_s - time.monotonic())))
         if self._stream is not None:  # after the last batch
             self._stream.stop(min(STREAM_STOP_S, max(0.0, deadline_s - time.monotonic())))
         for served in models:
@@ -240,6 +252,17 @@ class Gateway:
                 self.metrics.forget(served.name, served.version)
         if self._is_started:
             self.grpc.update_health()
+
+
+def _call_recorder(metrics: Metrics) -> CallRecorder:
+    """Build what tells of single calls; it traces when OpenTelemetry's environment asks for it."""
+    rule = tracing_rule()
+    if rule is None:
+        calls = CallRecorder(metrics)
+    else:
+        calls = CallRecorder(metrics, Sampler(rule), SpanExporter())
+    metrics.calls = calls
+    return calls
 
 
 def _calm_the_collector() -> None:

@@ -22,6 +22,7 @@ from headrace.repository.config import ModelConfig, parse_config
 from headrace.repository.scan import VersionFolder, read_config
 from headrace.repository.validate import check_golden
 from headrace.settings import ServeSettings
+from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.metrics import Metrics
 from headrace.tensors import Signature
 
@@ -38,6 +39,7 @@ class VersionLoader:
         store: Where their features are read.
         metrics: Each version gets its own numbers.
         record: Is given every answered batch.
+        calls: Is told of sampled calls.
     """
 
     def __init__(
@@ -47,8 +49,10 @@ class VersionLoader:
         store: OnlineStore | None,
         metrics: Metrics,
         record: Callable[[BatchRecord], None] | None = None,
+        calls: CallRecorder | None = None,
     ) -> None:
         self._record = record
+        self._calls = calls
         self._settings = settings
         self._feature_repo = feature_repo
         self._store = store
@@ -114,6 +118,7 @@ class VersionLoader:
             max_entities=self._settings.max_entities,
             max_feature_age_s=config.max_feature_age_s,
             record=self._record,
+            calls=self._calls,
         )
         metrics.queue_size = lambda: served.waiting
         return config, served

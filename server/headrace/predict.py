@@ -35,7 +35,10 @@ from headrace.features.join import FeatureJoin
 from headrace.features.plan import FeatureStatus
 from headrace.features.store import FeatureRows, OnlineStore
 from headrace.monitoring.records import BatchRecord, Block, RecordSchema, column_names
+from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.metrics import ModelMetrics
+from headrace.telemetry.spans import TracedBatch, TracedCall
+from headrace.telemetry.trace_context import Trace, format_traceparent
 from headrace.tensors import CheckedInputs, Signature, TensorSpec, encode, join
 
 _LOG = structlog.get_logger(__name__)
@@ -63,9 +66,21 @@ class Request(ABC):
         byte_count: Size of its message.
     """
 
-    __slots__ = ("arrival_s", "batch_key", "byte_count", "deadline_s", "raws", "rows")
+    __slots__ = (
+        "arrival_s",
+        "batch_key",
+        "byte_count",
+        "deadline_s",
+        "raws",
+        "rows",
+        "served",
+        "trace",
+    )
 
     PREDICTION_ID_LENGTH = 26
+
+    method = ""
+    """As `package.Service/Method`."""
 
     def __init__(
         self, inputs: CheckedInputs, deadline_s: float, arrival_s: float, byte_count: int
@@ -74,6 +89,10 @@ class Request(ABC):
         self.deadline_s = deadline_s
         self.arrival_s = arrival_s
         self.byte_count = byte_count
+        self.served: ServedModel | None = None
+        """Whose queue it is in."""
+        self.trace: Trace | None = None
+        """Set for a sampled call, before it is queued."""
 
     @abstractmethod
     def expired(self, now_s: float) -> bool:
@@ -178,6 +197,7 @@ class ServedModel:
         max_entities: Most rows of one request to a model with features.
         max_feature_age_s: Older values are missing.
         record: Is given each answered batch. Must not block, raise or write to its arrays.
+        calls: Is told of batches with sampled calls in them.
     """
 
     def __init__(
@@ -196,6 +216,7 @@ class ServedModel:
         max_entities: int = 10_000,
         max_feature_age_s: float | None = None,
         record: Callable[[BatchRecord], None] | None = None,
+        calls: CallRecorder | None = None,
     ) -> None:
         if (join is None) != (store is None):
             raise ValueError("a feature join needs a store, and a store is for a join")
@@ -219,6 +240,7 @@ class ServedModel:
         self._prediction_prefix = secrets.token_hex(8)
         self._numbering = threading.Lock()
         self._next_number = 0
+        self._calls = calls
         self._record = record
         self._schema = self._make_schema() if record is not None else None
         self._threads = [
@@ -277,6 +299,7 @@ class ServedModel:
             Overloaded: the queue is full.
             Draining: the model is stopping.
         """
+        request.served = self
         self._batcher.put(request)
 
     @property
@@ -381,9 +404,17 @@ class ServedModel:
         timing: tuple[float, float, float],
     ) -> None:
         started_s, joined_s, now_s = timing
+        leader, infer_id = None, b""
         try:
-            timeout_s = _longest_wait_s(batch, now_s) if self._backend.is_remote else None
-            arrays = self._backend.infer(inputs, timeout_s)
+            if self._backend.is_remote:
+                leader, infer_id = self._leader(batch)
+                arrays = self._backend.infer(
+                    inputs,
+                    _longest_wait_s(batch, now_s),
+                    None if leader is None else format_traceparent(leader.trace_id, infer_id),
+                )
+            else:
+                arrays = self._backend.infer(inputs)
             inferred_s = time.perf_counter()
             outputs = self._blocks(arrays, rows)
         except (BackendError, InvalidTensor) as error:
@@ -422,15 +453,45 @@ class ServedModel:
             except Exception as error:
                 self._fail_unexpectedly([request], error)
             start += request.rows
+        finished_s = time.perf_counter()
         self._metrics.answered(
             arrivals_s=sorted([request.arrival_s for request in batch]),
             rows=rows,
             started_s=started_s,
             features_s=answered.features_s if features else None,
             infer_s=answered.infer_s,
-            finished_s=time.perf_counter(),
+            finished_s=finished_s,
             statuses=features.statuses if features else None,
         )
+        if self._calls is not None and self._calls.sample is not None:
+            traced = [
+                TracedCall(
+                    trace,
+                    request.method,
+                    request.arrival_s,
+                    request.rows,
+                    f"{prefix}{number:010x}",
+                    infer_id if trace is leader else b"",
+                )
+                for number, request in enumerate(batch, first_number)
+                if (trace := request.trace) is not None
+            ]
+            if traced:
+                self._calls.answered(
+                    TracedBatch(
+                        model=self.name,
+                        version=self.version,
+                        rows=rows,
+                        requests=len(batch),
+                        started_s=started_s,
+                        joined_s=joined_s,
+                        inferred_s=inferred_s,
+                        replied_s=finished_s,
+                        has_features=features is not None,
+                        is_remote=self._backend.is_remote,
+                        calls=traced,
+                    )
+                )
         if self._record is not None and self._schema is not None:
             self._record(
                 BatchRecord(
@@ -445,6 +506,14 @@ class ServedModel:
                     byte_count=_held_bytes(inputs, arrays),
                 )
             )
+
+    def _leader(self, batch: Sequence[Request]) -> tuple[Trace | None, bytes]:
+        """Choose whose trace goes on in the other server: one call there is for the whole batch."""
+        if self._calls is not None and self._calls.sample is not None:
+            for request in batch:
+                if request.trace is not None:
+                    return request.trace, self._calls.new_id()
+        return None, b""
 
     def _make_schema(self) -> RecordSchema | None:
         """Say what of a batch is recorded: tensors with a fixed, small number of values per row."""

@@ -30,7 +30,10 @@ class Backend(Protocol):
         """Whether the model runs on another server, so that time limits can be kept."""
 
     def infer(
-        self, inputs: Mapping[str, NDArray[np.generic]], timeout_s: float | None = None
+        self,
+        inputs: Mapping[str, NDArray[np.generic]],
+        timeout_s: float | None = None,
+        traceparent: str | None = None,
     ) -> Sequence[NDArray[np.generic]]:
         """
         Run the model once.
@@ -39,6 +42,8 @@ class Backend(Protocol):
             inputs: One array per input, by name, of the spec's dtype; BYTES as object arrays of
                 `bytes`. Not kept and not written to.
             timeout_s: How long anybody waits for the answer; kept by a remote model only.
+            traceparent: The span that this call is a part of, for a remote model; see W3C Trace
+                Context.
 
         Returns:
             One array per output, in `outputs` order; BYTES as object arrays of `bytes` or `str`.

@@ -112,7 +112,10 @@ class OipBackend:
         self._log_again_s = 0.0
 
     def infer(
-        self, inputs: Mapping[str, NDArray[np.generic]], timeout_s: float | None = None
+        self,
+        inputs: Mapping[str, NDArray[np.generic]],
+        timeout_s: float | None = None,
+        traceparent: str | None = None,
     ) -> Sequence[NDArray[np.generic]]:
         """
         Run the model once, there.
@@ -138,7 +141,9 @@ class OipBackend:
         limit_s = self._remote.timeout_s
         try:
             reply = self._infer(
-                request, timeout=limit_s if timeout_s is None else min(limit_s, timeout_s)
+                request,
+                timeout=limit_s if timeout_s is None else min(limit_s, timeout_s),
+                metadata=None if traceparent is None else (("traceparent", traceparent),),
             )
         except grpc.RpcError as error:
             raise self._as_error(error) from None

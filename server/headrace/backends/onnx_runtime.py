@@ -121,6 +121,7 @@ class OnnxRuntimeBackend:
         self,
         inputs: Mapping[str, NDArray[np.generic]],
         timeout_s: float | None = None,  # noqa: ARG002 a run cannot be ended
+        traceparent: str | None = None,  # noqa: ARG002 nothing is called
     ) -> Sequence[NDArray[np.generic]]:
         """
         Run the model once.

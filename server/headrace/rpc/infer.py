@@ -19,12 +19,14 @@ from headrace.errors import Draining, InvalidRequest, InvalidTensor, ServingErro
 from headrace.predict import AnsweredBatch, Request
 from headrace.rpc.ingress import HotCall
 from headrace.rpc.known_requests import KnownRequest, KnownRequests
-from headrace.rpc.status import status_of
+from headrace.rpc.refusal import refuse
 from headrace.rpc.wire import delimited, refuse_costly_parse, tag, varint
-from headrace.telemetry.metrics import Metrics
+from headrace.telemetry.calls import CallRecorder
+from headrace.telemetry.trace_context import Trace
 from headrace.tensors import NUMPY_DTYPES, CheckedInputs, GivenTensor, Signature, encode
 
-PATH = "/inference.GRPCInferenceService/ModelInfer"
+METHOD = "inference.GRPCInferenceService/ModelInfer"
+PATH = f"/{METHOD}"
 
 _ID = tag(3)
 _TYPED_BYTES = (5, 5, 8)  # inputs, contents, bytes_contents
@@ -55,18 +57,22 @@ class ModelInfer:
 
     Args:
         catalog: Returns the models as they are now.
-        metrics: Counts what is refused.
+        calls: Decides which calls are traced, and is told of those that fail.
     """
 
     path = PATH
 
-    def __init__(self, catalog: Callable[[], Catalog], metrics: Metrics) -> None:
+    def __init__(self, catalog: Callable[[], Catalog], calls: CallRecorder) -> None:
         self._catalog = catalog
-        self._metrics = metrics
+        self._calls = calls
+        self._sample = calls.sample
         self._known = KnownRequests(catalog())
 
     def accept(self, call: HotCall, message: bytes) -> None:
         """Parse, check and queue one request; refuse it when it cannot be served."""
+        self._accept(call, message, None if self._sample is None else self._sample(call.metadata))
+
+    def _accept(self, call: HotCall, message: bytes, trace: Trace | None) -> None:
         catalog = self._catalog()
         try:
             requests = self._known
@@ -74,20 +80,25 @@ class ModelInfer:
                 requests = self._known = KnownRequests(catalog)
             known = requests.find(message)
             if known is not None:
-                known.model.submit(_again(call, self._metrics, message, known))
+                request = _again(call, self._calls, message, known)
+                request.trace = trace
+                known.model.submit(request)
             else:
-                self._accept_unknown(call, message, requests)
+                self._accept_unknown(call, message, requests, trace)
         except Draining as error:
             if self._catalog() is catalog:  # the server stops
-                self._refuse(call, error)
+                self._refuse(call, error, trace)
             else:  # a version on its way out; its successor serves already
-                self.accept(call, message)
+                self._accept(call, message, trace)
         except DecodeError:
-            self._refuse(call, InvalidRequest("the message is not a ModelInferRequest"))
+            no_message = InvalidRequest("the message is not a ModelInferRequest")
+            self._refuse(call, no_message, trace)
         except Exception as error:
-            self._refuse(call, error)
+            self._refuse(call, error, trace)
 
-    def _accept_unknown(self, call: HotCall, message: bytes, known: KnownRequests) -> None:
+    def _accept_unknown(
+        self, call: HotCall, message: bytes, known: KnownRequests, trace: Trace | None
+    ) -> None:
         refuse_costly_parse(
             message, _TYPED_BYTES, _MAX_TYPED_BYTES, "contents; send raw_input_contents"
         )
@@ -107,27 +118,27 @@ class ModelInfer:
             deadline_s = min(deadline_s, _queue_deadline_s(request.parameters))
         known.learn(message, request, model, given, checked, selection)
         request_id = request.id.encode()
-        model.submit(
-            _InferRequest(
-                call, self._metrics, checked, deadline_s, request_id, selection, len(message)
-            )
+        checked_request = _InferRequest(
+            call, self._calls, checked, deadline_s, request_id, selection, len(message)
         )
+        checked_request.trace = trace
+        model.submit(checked_request)
 
-    def _refuse(self, call: HotCall, error: Exception) -> None:
-        status = status_of(error)
-        self._metrics.rpc_error("ModelInfer", status.code.name)
-        call.refuse(status)
+    def _refuse(self, call: HotCall, error: Exception, trace: Trace | None) -> None:
+        refuse(call, error, self._calls, METHOD, trace)
 
 
 class _InferRequest(Request):
     """A `ModelInfer` call in the queue."""
 
-    __slots__ = ("_call", "_id", "_metrics", "_selection")
+    __slots__ = ("_call", "_calls", "_id", "_selection")
+
+    method = METHOD
 
     def __init__(
         self,
         call: HotCall,
-        metrics: Metrics,
+        calls: CallRecorder,
         inputs: CheckedInputs,
         deadline_s: float,
         request_id: bytes,
@@ -136,7 +147,7 @@ class _InferRequest(Request):
     ) -> None:
         super().__init__(inputs, deadline_s, call.arrival_s, byte_count)
         self._call = call
-        self._metrics = metrics
+        self._calls = calls
         self._id = request_id
         self._selection = selection
 
@@ -160,18 +171,18 @@ class _InferRequest(Request):
         self._call.reply(b"".join(parts))
 
     def fail(self, error: ServingError) -> None:
-        status = status_of(error)
-        self._metrics.rpc_error("ModelInfer", status.code.name)
-        self._call.refuse(status)
+        refuse(self._call, error, self._calls, METHOD, self.trace, self)
 
 
-def _again(call: HotCall, metrics: Metrics, message: bytes, known: KnownRequest) -> _InferRequest:
+def _again(
+    call: HotCall, calls: CallRecorder, message: bytes, known: KnownRequest
+) -> _InferRequest:
     """Make the request of a message that is known but for its id and its tensors' bytes."""
     raws = tuple([message[start:stop] for start, stop in known.raw_spans])
     span = known.id_span
     return _InferRequest(
         call,
-        metrics,
+        calls,
         CheckedInputs(known.rows, raws, known.trailing),
         call.deadline_s,
         b"" if span is None else message[span[0] : span[1]],

@@ -13,13 +13,15 @@ from headrace.errors import Draining, InvalidRequest, InvalidTensor, ServingErro
 from headrace.features.plan import FeatureStatus
 from headrace.predict import AnsweredBatch, OutputBlock, Request, ServedModel
 from headrace.rpc.ingress import HotCall
-from headrace.rpc.status import status_of
+from headrace.rpc.refusal import refuse
 from headrace.rpc.wire import delimited, refuse_costly_parse, tag
-from headrace.telemetry.metrics import Metrics
+from headrace.telemetry.calls import CallRecorder
+from headrace.telemetry.trace_context import Trace
 from headrace.tensors import CheckedInputs, GivenTensor, TensorSpec, encode
 from headrace.v1 import prediction_service_pb2 as pb
 
-PATH = "/headrace.v1.PredictionService/Predict"
+METHOD = "headrace.v1.PredictionService/Predict"
+PATH = f"/{METHOD}"
 
 _COLUMN_KINDS: dict[str, tuple[str, ...]] = {
     "INT64": ("int64s",),
@@ -45,61 +47,65 @@ class Predict:
 
     Args:
         catalog: Returns the models as they are now.
-        metrics: Counts what is refused.
+        calls: Decides which calls are traced, and is told of those that fail.
     """
 
     path = PATH
 
-    def __init__(self, catalog: Callable[[], Catalog], metrics: Metrics) -> None:
+    def __init__(self, catalog: Callable[[], Catalog], calls: CallRecorder) -> None:
         self._catalog = catalog
-        self._metrics = metrics
+        self._calls = calls
+        self._sample = calls.sample
 
     def accept(self, call: HotCall, message: bytes) -> None:
         """Parse, check and queue one request; refuse it when it cannot be served."""
+        self._accept(call, message, None if self._sample is None else self._sample(call.metadata))
+
+    def _accept(self, call: HotCall, message: bytes, trace: Trace | None) -> None:
         catalog = self._catalog()
         try:
             refuse_costly_parse(
                 message, _BYTES_VALUES, _MAX_TYPED_BYTES, "columns; send fewer rows in one request"
             )
-            request = pb.PredictRequest.FromString(message)
-            version = str(request.model_version) if request.HasField("model_version") else ""
-            model = catalog.find(request.model_name, version)
+            asked = pb.PredictRequest.FromString(message)
+            version = str(asked.model_version) if asked.HasField("model_version") else ""
+            model = catalog.find(asked.model_name, version)
             specs = {spec.name: spec for spec in model.signature.inputs}
-            given = [_given(column, specs, model) for column in request.columns]
+            given = [_given(column, specs, model) for column in asked.columns]
             checked = model.signature.check(given)
-            selection = model.signature.check_outputs(request.output_names)
-            model.submit(
-                _PredictRequest(
-                    *(call, self._metrics, checked, selection),
-                    include_features=request.include_features,
-                    byte_count=len(message),
-                )
+            selection = model.signature.check_outputs(asked.output_names)
+            request = _PredictRequest(
+                *(call, self._calls, checked, selection),
+                include_features=asked.include_features,
+                byte_count=len(message),
             )
+            request.trace = trace
+            model.submit(request)
         except Draining as error:
             if self._catalog() is catalog:  # the server stops
-                self._refuse(call, error)
+                self._refuse(call, error, trace)
             else:  # a version on its way out; its successor serves already
-                self.accept(call, message)
+                self._accept(call, message, trace)
         except DecodeError:
-            self._refuse(call, InvalidRequest("the message is not a PredictRequest"))
+            self._refuse(call, InvalidRequest("the message is not a PredictRequest"), trace)
         except Exception as error:
-            self._refuse(call, error)
+            self._refuse(call, error, trace)
 
-    def _refuse(self, call: HotCall, error: Exception) -> None:
-        status = status_of(error)
-        self._metrics.rpc_error("Predict", status.code.name)
-        call.refuse(status)
+    def _refuse(self, call: HotCall, error: Exception, trace: Trace | None) -> None:
+        refuse(call, error, self._calls, METHOD, trace)
 
 
 class _PredictRequest(Request):
     """A `Predict` call in the queue."""
 
-    __slots__ = ("_call", "_include_features", "_metrics", "_selection")
+    __slots__ = ("_call", "_calls", "_include_features", "_selection")
+
+    method = METHOD
 
     def __init__(
         self,
         call: HotCall,
-        metrics: Metrics,
+        calls: CallRecorder,
         inputs: CheckedInputs,
         selection: tuple[int, ...],
         *,
@@ -108,7 +114,7 @@ class _PredictRequest(Request):
     ) -> None:
         super().__init__(inputs, call.deadline_s, call.arrival_s, byte_count)
         self._call = call
-        self._metrics = metrics
+        self._calls = calls
         self._selection = selection
         self._include_features = include_features
 
@@ -136,9 +142,7 @@ class _PredictRequest(Request):
         self._call.reply(b"".join(parts))
 
     def fail(self, error: ServingError) -> None:
-        status = status_of(error)
-        self._metrics.rpc_error("Predict", status.code.name)
-        self._call.refuse(status)
+        refuse(self._call, error, self._calls, METHOD, self.trace, self)
 
     def _timings(self, batch: AnsweredBatch) -> pb.Timings:
         return pb.Timings(

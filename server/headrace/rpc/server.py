@@ -19,6 +19,7 @@ from headrace.rpc.ingress import HotMethod, Ingress
 from headrace.rpc.status import status_of
 from headrace.rpc.threads import ThreadIngress
 from headrace.settings import join_address
+from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.metrics import Metrics
 
 _LOG = structlog.get_logger(__name__)
@@ -59,6 +60,7 @@ class GrpcServer:
         repository: Loads and unloads them on request.
         is_ready: Whether the server as a whole is ready.
         metrics: Counts.
+        calls: Is told of calls that fail, and decides which are traced.
         max_message_bytes: In and out.
         with_reflection: Whether to serve reflection.
 
@@ -76,6 +78,7 @@ class GrpcServer:
         repository: oip.Repository,
         is_ready: Callable[[], bool],
         metrics: Metrics,
+        calls: CallRecorder,
         max_message_bytes: int,
         with_reflection: bool,
     ) -> None:
@@ -100,7 +103,7 @@ class GrpcServer:
         )
         hot = [
             HotMethod(method.path, method.accept)
-            for method in (infer.ModelInfer(catalog, metrics), prediction.Predict(catalog, metrics))
+            for method in (infer.ModelInfer(catalog, calls), prediction.Predict(catalog, calls))
         ]
         self.ingress: Ingress = (
             ThreadIngress(self._server, hot)

@@ -8,6 +8,7 @@ import structlog
 from google.rpc import error_details_pb2, status_pb2
 
 from headrace import errors
+from headrace.telemetry.trace_context import Trace
 
 _LOG = structlog.get_logger(__name__)
 
@@ -50,17 +51,20 @@ class Status:
     trailing: tuple[tuple[str, str | bytes], ...] = ()
 
 
-def status_of(error: Exception) -> Status:
+def status_of(error: Exception, trace: Trace | None = None) -> Status:
     """
     Turn any error into what its caller may see.
 
-    A `ServingError` keeps its message; anything else is a bug: logged once with an incident number,
-    answered with that number and nothing more.
+    A `ServingError` keeps its message; anything else is a bug: logged once with the trace's id, or
+    an incident number where there is no trace, and answered with that and nothing more.
     """
     if not isinstance(error, errors.ServingError):
-        incident = secrets.token_hex(8)
+        if trace is not None:
+            incident = f"trace {trace.trace_id.hex()}"
+        else:
+            incident = f"incident {secrets.token_hex(8)}"
         _LOG.error("rpc_failed", incident=incident, exc_info=error)
-        return Status(grpc.StatusCode.INTERNAL, f"internal error, incident {incident}")
+        return Status(grpc.StatusCode.INTERNAL, f"internal error, {incident}")
     code = next(CODES[base] for base in type(error).__mro__ if base in CODES)
     details = _cut(str(error))
     trailing: tuple[tuple[str, str | bytes], ...] = (

@@ -42,6 +42,8 @@ METRICS: dict[str, str] = {
     "headrace_model_loads_total": "Attempts to load a model version, by result.",
     "headrace_rpc_errors_total": "Hot calls refused or failed, by gRPC code.",
     "headrace_rpc_open_calls": "Hot calls received and not yet finished.",
+    "headrace_spans_total": "Spans built, by what became of them.",
+    "headrace_call_records_dropped_total": "Sampled batches and failed calls not told of.",
     "headrace_stream_rows_total": "Rows handed over to the monitor's stream, or dropped.",
     "headrace_stream_queue_bytes": "Bytes of finished batches that wait for the monitor.",
     "headrace_stream_connected": "Whether the monitor takes predictions, as far as is known.",
@@ -136,6 +138,23 @@ class ModelMetrics:
             self.requests_failed += requests
 
 
+class SpanNumbers(Protocol):
+    """What the span exporter says of itself."""
+
+    exported: int
+    dropped: int
+
+
+class CallNumbers(Protocol):
+    """What the call recorder says of itself."""
+
+    dropped: int
+
+    @property
+    def exporter(self) -> SpanNumbers | None:
+        """Where spans go."""
+
+
 class PredictionStreamNumbers(Protocol):
     """What the prediction stream says of itself."""
 
@@ -157,6 +176,7 @@ class Metrics(Collector):
         self._rpc_errors: dict[tuple[str, str], int] = {}
         self._model_loads: dict[tuple[str, str], int] = {}
         self.open_calls: Callable[[], int] = int
+        self.calls: CallNumbers | None = None
         self.stream: PredictionStreamNumbers | None = None
 
     def model(self, name: str, version: str) -> ModelMetrics:
@@ -198,6 +218,8 @@ class Metrics(Collector):
         yield loads
         open_calls = "headrace_rpc_open_calls"
         yield GaugeMetricFamily(open_calls, METRICS[open_calls], value=self.open_calls())
+        if self.calls is not None:
+            yield from _call_metrics(self.calls)
         if self.stream is not None:
             yield from _stream_metrics(self.stream)
 
@@ -207,6 +229,17 @@ _LABELS = ["model", "version"]
 
 def _counter(name: str, labels: Sequence[str] = _LABELS) -> CounterMetricFamily:
     return CounterMetricFamily(name.removesuffix("_total"), METRICS[name], labels=labels)
+
+
+def _call_metrics(calls: CallNumbers) -> Iterable[Metric]:
+    dropped = _counter("headrace_call_records_dropped_total", [])
+    dropped.add_metric([], calls.dropped)
+    yield dropped
+    spans = _counter("headrace_spans_total", ["result"])
+    if calls.exporter is not None:
+        spans.add_metric(["exported"], calls.exporter.exported)
+        spans.add_metric(["dropped"], calls.exporter.dropped)
+    yield spans
 
 
 def _stream_metrics(stream: PredictionStreamNumbers) -> Iterable[Metric]:

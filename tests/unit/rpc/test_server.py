@@ -9,6 +9,7 @@ import structlog
 from headrace.catalog import Catalog
 from headrace.rpc import completion_queue
 from headrace.rpc.server import GrpcServer
+from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.metrics import Metrics
 
 
@@ -24,6 +25,7 @@ def server(ingress):
         catalog=lambda: catalog,
         repository=None,
         is_ready=lambda: True,
+        calls=CallRecorder(Metrics()),
         metrics=Metrics(),
         max_message_bytes=10_000,
         with_reflection=False,

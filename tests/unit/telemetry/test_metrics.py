@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from headrace.monitoring.stream import PredictionStream
+from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.metrics import METRICS, SECONDS_BOUNDS, Metrics, _Histogram
 
 
@@ -114,6 +115,7 @@ def test_every_metric_that_is_listed_is_exported_and_none_besides():
     answered(metrics)
     metrics.rpc_error("ModelInfer", "NOT_FOUND")
     metrics.stream = PredictionStream("127.0.0.1:1", max_queue_bytes=1)
+    metrics.calls = CallRecorder(metrics)
     registry = CollectorRegistry()
     registry.register(metrics)
 

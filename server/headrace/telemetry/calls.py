@@ -1,0 +1,222 @@
+"""What is told of single calls: one line for each that failed or was sampled, and its spans.
+
+Callers hand over what happened and go on; a thread of its own writes lines and spans, a few times a
+second.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import structlog
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+from headrace.telemetry.metrics import Metrics
+from headrace.telemetry.spans import (
+    FailedCall,
+    TracedBatch,
+    batch_spans,
+    failed_span,
+)
+from headrace.telemetry.trace_context import Sampler, Trace
+from headrace.telemetry.tracing import SpanExporter
+
+_LOG = structlog.get_logger("headrace.calls")
+
+RECORDS_MAX = 4_096
+"""Batches and failed calls that wait to be told of; newer ones are dropped and counted."""
+
+PERIOD_S = 0.2
+SPANS_PER_EXPORT = 2_048
+LINES_PER_S = 10.0
+"""Of each status code, lest a flood fill a disk. The next line says how many were held back."""
+
+
+class CallRecorder:
+    """
+    Tells of single calls. `failed` and `answered` never block and may be called by any thread.
+
+    Args:
+        metrics: Counts every failed call.
+        sampler: Decides which calls are traced; None traces none.
+        exporter: Gets the spans; required with a sampler.
+    """
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        sampler: Sampler | None = None,
+        exporter: SpanExporter | None = None,
+    ) -> None:
+        self._metrics = metrics
+        self._sampler = sampler
+        self._exporter = exporter
+        self.sample = None if sampler is None else sampler.sample
+        """Decides about a call by its metadata; None while no call is ever traced."""
+        self._records: deque[TracedBatch | FailedCall] = deque()
+        self.dropped = 0
+        """Records that came while too many waited."""
+        self._allowances: dict[str, _Allowance] = {}
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="call-records", daemon=True)
+
+    @property
+    def exporter(self) -> SpanExporter | None:
+        """Where spans go."""
+        return self._exporter
+
+    def failed(self, call: FailedCall) -> None:
+        """Note a call that was refused or failed."""
+        self._metrics.rpc_error(call.method.rpartition("/")[2], call.code)
+        self._put(call)
+
+    def answered(self, batch: TracedBatch) -> None:
+        """Note a batch with sampled calls in it."""
+        self._put(batch)
+
+    def new_id(self) -> bytes:
+        """Draw a span id."""
+        assert self._sampler is not None
+        return self._sampler.new_id(8)
+
+    def start(self) -> None:
+        """Begin to tell."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """Tell of what waits, if it can be done in time; end."""
+        self._stopping.set()
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+
+    def _put(self, record: TracedBatch | FailedCall) -> None:
+        if len(self._records) >= RECORDS_MAX:
+            self.dropped += 1
+        else:
+            self._records.append(record)
+
+    def _run(self) -> None:
+        while True:
+            is_last = self._stopping.wait(PERIOD_S)
+            try:
+                self._tell()
+            except Exception:  # noqa: BLE001 one bad record must not silence the others
+                _LOG.exception("call_records_failed")
+            if is_last:
+                if self._exporter is not None:
+                    self._exporter.close()
+                return
+
+    def _tell(self) -> None:
+        offset_s = time.time() - time.perf_counter()
+        spans: list[Span] = []
+        while self._records:
+            record = self._records.popleft()
+            if isinstance(record, FailedCall):
+                self._tell_failed(record)
+                span = failed_span(record, offset_s)
+                if span is not None:
+                    spans.append(span)
+            else:
+                self._tell_answered(record)
+                assert self._sampler is not None
+                run = self._sampler.new_id(16)
+                spans += batch_spans(record, run, self._ids(), offset_s)
+            if len(spans) >= SPANS_PER_EXPORT:
+                self._export(spans)
+                spans = []
+        self._export(spans)
+
+    def _export(self, spans: list[Span]) -> None:
+        if spans and self._exporter is not None:
+            self._exporter.export(spans)
+
+    def _ids(self) -> Iterator[bytes]:
+        while True:
+            yield self.new_id()
+
+    def _tell_failed(self, call: FailedCall) -> None:
+        suppressed = self._allowance(call.code)
+        if suppressed is None:
+            return
+        fields: dict[str, Any] = {"code": call.code, "message": call.message}
+        if call.model:
+            fields |= {"model": call.model, "version": call.version, "rows": call.rows}
+        if call.trace is not None:
+            fields["trace_id"] = call.trace.trace_id.hex()
+        if suppressed:
+            fields["suppressed"] = suppressed
+        _LOG.info(
+            "request", method=call.method, duration_s=_s(call.failed_s - call.arrival_s), **fields
+        )
+
+    def _tell_answered(self, batch: TracedBatch) -> None:
+        for call in batch.calls:
+            suppressed = self._allowance("OK")
+            if suppressed is None:
+                continue
+            _LOG.info(
+                "request",
+                method=call.method,
+                code="OK",
+                model=batch.model,
+                version=batch.version,
+                rows=call.rows,
+                batch_rows=batch.rows,
+                duration_s=_s(batch.replied_s - call.arrival_s),
+                queue_s=_s(batch.started_s - call.arrival_s),
+                features_s=_s(batch.joined_s - batch.started_s) if batch.has_features else None,
+                infer_s=_s(batch.inferred_s - batch.joined_s),
+                prediction_id=call.prediction_id,
+                trace_id=call.trace.trace_id.hex(),
+                **({"suppressed": suppressed} if suppressed else {}),
+            )
+
+    def _allowance(self, code: str) -> int | None:
+        """Return how many lines were held back before this one; None to hold this one back."""
+        allowance = self._allowances.get(code)
+        if allowance is None:
+            allowance = self._allowances[code] = _Allowance()
+        return allowance.take(time.monotonic())
+
+
+class _Allowance:
+    """A bucket of `LINES_PER_S` lines that fills at that rate."""
+
+    def __init__(self) -> None:
+        self._lines = LINES_PER_S
+        self._at_s = 0.0
+        self._suppressed = 0
+
+    def take(self, now_s: float) -> int | None:
+        if self._at_s:
+            self._lines = min(LINES_PER_S, self._lines + (now_s - self._at_s) * LINES_PER_S)
+        self._at_s = now_s
+        if self._lines < 1:
+            self._suppressed += 1
+            return None
+        self._lines -= 1
+        suppressed, self._suppressed = self._suppressed, 0
+        return suppressed
+
+
+def failed_call(
+    method: str,
+    code: str,
+    message: str,
+    arrival_s: float,
+    *,
+    model: str = "",
+    version: str = "",
+    rows: int = 0,
+    trace: Trace | None = None,
+) -> FailedCall:
+    """Put together what is known of a call that fails now."""
+    now_s = time.perf_counter()
+    return FailedCall(method, code, message, arrival_s, now_s, model, version, rows, trace)
+
+
+def _s(seconds: float) -> float:
+    return round(seconds, 6)
