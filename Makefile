@@ -15,9 +15,10 @@ PROTOS := $(shell find protos -name '*.proto')
 STUBS := server/headrace/v1/prediction_service_pb2.py
 INSTALLED := $(VENV)/.installed
 TRITON := .venv-triton/.installed
+TRACING := .venv-traces/.installed
 MODEL := model_repository/home_valuation/1/manifest.json
 
-.PHONY: help setup triton protos model demo up test test-all lint fmt bench loadtest lock clean
+.PHONY: help setup triton protos model demo up traces test test-all lint fmt bench loadtest lock clean
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,8 +50,18 @@ $(MODEL): model_repository/home_valuation/train.py model_repository/home_valuati
 demo: setup model  ## real home sales through the whole path, on this machine; exits by itself
 	$(BIN)/headrace demo
 
-up: setup model  ## the same stack, serving until Ctrl-C
-	$(BIN)/headrace up
+up: setup model  ## the same stack, serving until Ctrl-C; TRACES=1 sends every call's trace to `make traces`
+	$(if $(TRACES),OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4317 OTEL_TRACES_SAMPLER_ARG=1) $(BIN)/headrace up
+
+traces: $(TRACING)  ## a trace viewer on http://127.0.0.1:6006, until Ctrl-C
+	PHOENIX_HOST=127.0.0.1 PHOENIX_PORT=6006 PHOENIX_GRPC_PORT=4317 PHOENIX_TELEMETRY_ENABLED=false \
+	  PHOENIX_WORKING_DIR=$(CURDIR)/.venv-traces/data .venv-traces/bin/phoenix serve
+
+# An environment of its own, of half a gigabyte: nothing else needs it.
+$(TRACING): requirements-traces.lock
+	test -x .venv-traces/bin/python || $(PYTHON) -m venv .venv-traces
+	$(subst $(BIN),.venv-traces/bin,$(INSTALL)) --no-deps --require-hashes -r requirements-traces.lock
+	touch $@
 
 triton: $(TRITON)  ## put a real Triton server beside, for the tests of models that run elsewhere
 
@@ -89,5 +100,5 @@ lock:  ## renew requirements.lock (needs uv); requirements-data.lock pins one wh
 	  --generate-hashes --no-emit-index-url --no-annotate --no-header --quiet --output-file requirements.lock
 
 clean:  ## remove what was made, the environment too
-	rm -rf $(VENV) .venv-triton features/data model_repository/*/[0-9]* server/headrace/v1/*_pb2* \
+	rm -rf $(VENV) .venv-triton .venv-traces .monitor demo-report.html features/data model_repository/*/[0-9]* server/headrace/v1/*_pb2* \
 	  .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -169,21 +169,31 @@ def _feature_contests(
 
 def _cost_contests(work: Path, options: argparse.Namespace, console: Console) -> list[Contest]:
     """What each part that watches costs: the whole gateway against one without that part."""
+    parts = {"the metrics": None, "the stream": 0.97, "the traces": 0.97}
     contests = [
         Contest(f"what {part} costs", ("gateway", f"without {part}"), "requests_per_s", target)
-        for part, target in (("the metrics", None), ("the stream", 0.97))
+        for part, target in parts.items()
     ]
+    everything = "what tracing every call costs"
+    contests.append(
+        Contest(everything, ("every call traced", "without the traces"), "requests_per_s", 0.85)
+    )
     bodies = work / "costs.bodies"
     http2.write_bodies(bodies, subjects.tensor_requests())
-    port = subjects.free_port()
-    whole = partial(subjects.gateway, work / "models", None, monitor_port=port)
+    ports = {"monitor_port": subjects.free_port(), "collector_port": subjects.free_port()}
+    whole = partial(subjects.gateway, work / "models", None, **ports)
     commands = {
         "gateway": whole,
         "without the metrics": partial(whole, with_metrics=False),
         "without the stream": partial(whole, monitor_port=None),
+        "without the traces": partial(whole, collector_port=None),
+        "every call traced": partial(whole, traced_share=1.0),
     }
     loads = {contest.title: (bodies, CONNECTIONS, IN_FLIGHT) for contest in contests}
-    with subjects.running(subjects.monitor(port), subjects.GENERATOR_CORE):
+    with (
+        subjects.running(subjects.monitor(ports["monitor_port"]), subjects.GENERATOR_CORE),
+        subjects.running(subjects.collector(ports["collector_port"]), subjects.GENERATOR_CORE),
+    ):
         _contend(contests, commands, subjects.tensor_requests(), loads, options, console)
     return contests
 

@@ -125,6 +125,7 @@ def running(command: Sequence[str], core: int = SERVER_CORE) -> Iterator[None]:
     """Run a server on its core until the block ends; it serves when the block begins."""
     process = subprocess.Popen(
         command,
+        env={k: v for k, v in os.environ.items() if not k.startswith("OTEL_")},
         stdout=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: os.sched_setaffinity(0, {core}),  # noqa: PLW1509 no threads
@@ -163,17 +164,30 @@ def gateway(
     port: int,
     *,
     monitor_port: int | None = None,
+    collector_port: int | None = None,
+    traced_share: float = 0.01,
     with_metrics: bool = True,
 ) -> list[str]:
-    """Return the command of the gateway: default settings, and a monitor if there is one."""
+    """Return the command of the gateway: default settings, monitor and collector if there are."""
     headrace = ["-m", "headrace"] if with_metrics else [str(HERE / "without_metrics.py")]
+    tracing = [
+        "env",
+        f"OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:{collector_port}",
+        f"OTEL_TRACES_SAMPLER_ARG={traced_share}",
+    ]
     return [
+        *(tracing if collector_port else ()),
         *(sys.executable, *headrace, "serve", "--model-repository", str(repository)),
         *("--grpc-address", f"127.0.0.1:{port}", "--http-address", "127.0.0.1:0"),
         *("--drain-delay-s", "0", "--log-level", "error"),
         *(["--feature-repo", str(feature_repo)] if feature_repo else []),
         *(["--monitor-address", f"127.0.0.1:{monitor_port}"] if monitor_port else []),
     ]
+
+
+def collector(port: int) -> list[str]:
+    """Return the command of a collector that forgets what it gets."""
+    return [sys.executable, str(HERE / "collector.py"), str(port)]
 
 
 def monitor(port: int) -> list[str]:

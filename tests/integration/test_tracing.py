@@ -40,7 +40,7 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
 
     def wait_for(self, condition):
         deadline_s = time.monotonic() + 15
-        while not (found := condition([span for span in list(self.spans)])):
+        while not (found := condition(list(self.spans))):
             assert time.monotonic() < deadline_s, [span.name for span in self.spans]
             time.sleep(0.02)
         return found
@@ -158,9 +158,9 @@ def test_members_of_one_batch_share_its_span(collector, serve, channels):
         call.result()
 
     members = collector.wait_for(
-        lambda spans: (m := [of_trace(spans, t).get("headrace.request") for t in traces])
-        and all(m)
-        and m
+        lambda spans: (
+            (m := [of_trace(spans, t).get("headrace.request") for t in traces]) and all(m) and m
+        )
     )
     runs = [span for span in collector.spans if span.name == "batch.run"]
     linked = {link.span_id for run in runs for link in run.links}

@@ -25,10 +25,13 @@ from headrace.telemetry.tracing import SpanExporter
 
 _LOG = structlog.get_logger("headrace.calls")
 
-RECORDS_MAX = 4_096
-"""Batches and failed calls that wait to be told of; newer ones are dropped and counted."""
+CALLS_MAX = 4_096
+"""Sampled and failed calls that wait to be told of; newer ones are dropped and counted."""
 
 PERIOD_S = 0.2
+EXPORT_PERIOD_S = 1.0
+"""Rarely: a thread that waits for a collector polls the server's own epoll set (decision 0009)."""
+
 SPANS_PER_EXPORT = 2_048
 LINES_PER_S = 10.0
 """Of each status code, lest a flood fill a disk. The next line says how many were held back."""
@@ -55,9 +58,13 @@ class CallRecorder:
         self._exporter = exporter
         self.sample = None if sampler is None else sampler.sample
         """Decides about a call by its metadata; None while no call is ever traced."""
+        self._lock = threading.Lock()
         self._records: deque[TracedBatch | FailedCall] = deque()
+        self._waiting = 0
         self.dropped = 0
-        """Records that came while too many waited."""
+        """Calls that came while too many waited."""
+        self._spans: list[Span] = []
+        self._export_s = 0.0
         self._allowances: dict[str, _Allowance] = {}
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="call-records", daemon=True)
@@ -70,11 +77,11 @@ class CallRecorder:
     def failed(self, call: FailedCall) -> None:
         """Note a call that was refused or failed."""
         self._metrics.rpc_error(call.method.rpartition("/")[2], call.code)
-        self._put(call)
+        self._put(call, 1)
 
     def answered(self, batch: TracedBatch) -> None:
         """Note a batch with sampled calls in it."""
-        self._put(batch)
+        self._put(batch, len(batch.calls))
 
     def new_id(self) -> bytes:
         """Draw a span id."""
@@ -91,17 +98,20 @@ class CallRecorder:
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
 
-    def _put(self, record: TracedBatch | FailedCall) -> None:
-        if len(self._records) >= RECORDS_MAX:
-            self.dropped += 1
-        else:
-            self._records.append(record)
+    def _put(self, record: TracedBatch | FailedCall, calls: int) -> None:
+        with self._lock:
+            if self._waiting + calls > CALLS_MAX:
+                self.dropped += calls
+            else:
+                self._waiting += calls
+                self._records.append(record)
 
     def _run(self) -> None:
         while True:
             is_last = self._stopping.wait(PERIOD_S)
             try:
                 self._tell()
+                self._export(now=is_last)
             except Exception:  # noqa: BLE001 one bad record must not silence the others
                 _LOG.exception("call_records_failed")
             if is_last:
@@ -111,26 +121,29 @@ class CallRecorder:
 
     def _tell(self) -> None:
         offset_s = time.time() - time.perf_counter()
-        spans: list[Span] = []
-        while self._records:
-            record = self._records.popleft()
+        with self._lock:
+            records, self._records = self._records, deque()
+            self._waiting = 0
+        for record in records:
             if isinstance(record, FailedCall):
                 self._tell_failed(record)
                 span = failed_span(record, offset_s)
                 if span is not None:
-                    spans.append(span)
+                    self._spans.append(span)
             else:
                 self._tell_answered(record)
                 assert self._sampler is not None
                 run = self._sampler.new_id(16)
-                spans += batch_spans(record, run, self._ids(), offset_s)
-            if len(spans) >= SPANS_PER_EXPORT:
-                self._export(spans)
-                spans = []
-        self._export(spans)
+                self._spans += batch_spans(record, run, self._ids(), offset_s)
+            if len(self._spans) >= SPANS_PER_EXPORT:
+                self._export(now=True)
 
-    def _export(self, spans: list[Span]) -> None:
-        if spans and self._exporter is not None:
+    def _export(self, *, now: bool) -> None:
+        if not self._spans or self._exporter is None:
+            return
+        if now or time.monotonic() >= self._export_s:
+            spans, self._spans = self._spans, []
+            self._export_s = time.monotonic() + EXPORT_PERIOD_S
             self._exporter.export(spans)
 
     def _ids(self) -> Iterator[bytes]:

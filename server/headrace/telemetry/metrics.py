@@ -43,7 +43,7 @@ METRICS: dict[str, str] = {
     "headrace_rpc_errors_total": "Hot calls refused or failed, by gRPC code.",
     "headrace_rpc_open_calls": "Hot calls received and not yet finished.",
     "headrace_spans_total": "Spans built, by what became of them.",
-    "headrace_call_records_dropped_total": "Sampled batches and failed calls not told of.",
+    "headrace_call_records_dropped_total": "Sampled and failed calls not told of.",
     "headrace_stream_rows_total": "Rows handed over to the monitor's stream, or dropped.",
     "headrace_stream_queue_bytes": "Bytes of finished batches that wait for the monitor.",
     "headrace_stream_connected": "Whether the monitor takes predictions, as far as is known.",

@@ -53,7 +53,7 @@ def test_a_flood_of_failures_is_held_back_by_code_and_counted(recorder, monkeypa
 
 
 def test_what_comes_while_too_much_waits_is_dropped_and_counted(recorder):
-    for _ in range(calls.RECORDS_MAX + 7):
+    for _ in range(calls.CALLS_MAX + 7):
         recorder.failed(failed_call("p.S/M", "INTERNAL", "", 0.0))
     assert recorder.dropped == 7
 
@@ -61,10 +61,10 @@ def test_what_comes_while_too_much_waits_is_dropped_and_counted(recorder):
 def test_every_failure_counts_in_the_metrics_whatever_is_told():
     metrics = Metrics()
     recorder = CallRecorder(metrics)
-    for _ in range(calls.RECORDS_MAX + 7):
+    for _ in range(calls.CALLS_MAX + 7):
         recorder.failed(failed_call("p.S/M", "INTERNAL", "", 0.0))
     errors = next(f for f in metrics.collect() if f.name == "headrace_rpc_errors")
-    assert errors.samples[0].value == calls.RECORDS_MAX + 7
+    assert errors.samples[0].value == calls.CALLS_MAX + 7
 
 
 def test_without_a_sampler_no_call_is_looked_at(recorder):

@@ -96,7 +96,12 @@ def test_a_rule_that_does_not_follow_keeps_the_trace_all_the_same():
 
 def test_a_call_is_a_child_of_its_callers_span():
     trace = Sampler(Rule(0.0)).sample(
-        [("user-agent", "x"), ("traceparent", SAMPLED), ("tracestate", "a=1"), ("tracestate", "b=2")]
+        [
+            ("user-agent", "x"),
+            ("traceparent", SAMPLED),
+            ("tracestate", "a=1"),
+            ("tracestate", "b=2"),
+        ]
     )
     assert (trace.trace_id.hex(), trace.parent_id.hex(), trace.state) == (TRACE, SPAN, "a=1,b=2")
     assert any(trace.span_id)
