@@ -18,7 +18,7 @@ TRITON := .venv-triton/.installed
 TRACING := .venv-traces/.installed
 MODEL := model_repository/home_valuation/1/manifest.json
 
-.PHONY: help setup triton protos model demo up traces test test-all lint fmt bench loadtest lock clean
+.PHONY: help setup triton protos model demo up traces test test-all lint fmt bench loadtest loadtest-ui lock clean
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -92,8 +92,11 @@ fmt: setup  ## format, and fix what can be fixed
 bench: setup model  ## measure the gateway against its ceiling and against glue code
 	$(BIN)/python loadtest/bench/run.py
 
-loadtest: setup model  ## Locust against `headrace up`
+loadtest: setup model  ## Locust against `headrace up`: fails when a target of loadtest/slo.yaml is missed
 	$(BIN)/python loadtest/run.py
+
+loadtest-ui: setup model  ## the same by hand, on Locust's page, until Ctrl-C
+	$(BIN)/python loadtest/run.py --ui
 
 lock:  ## renew requirements.lock (needs uv); requirements-data.lock pins one wheel by hand
 	uv pip compile pyproject.toml --universal --python-version 3.11 --extra cpu --group dev \
