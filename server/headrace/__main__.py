@@ -111,7 +111,29 @@ def _models(options: dict[str, Any]) -> int:
     )
 
 
-_COMMANDS = {"serve": _serve, "monitor": _monitor, "models": _models, "demo": _demo, "up": _up}
+def _predict(options: dict[str, Any]) -> int:
+    set_up_logs("error")
+    from headrace import predict_command  # noqa: PLC0415 it takes seconds
+
+    return predict_command.predict(
+        options["address"],
+        options["model"],
+        options["pairs"],
+        version=str(options["version"] or ""),
+        with_features=options["features"],
+        timeout_s=options["timeout_s"],
+        as_json=options["json"],
+    )
+
+
+_COMMANDS = {
+    "serve": _serve,
+    "monitor": _monitor,
+    "predict": _predict,
+    "models": _models,
+    "demo": _demo,
+    "up": _up,
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -128,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         description="watch what gateways predict for drift",
     )
     _add_settings(monitor, MonitorSettings)
+    _add_predict(commands)
     _add_models(commands.add_parser("models", help="what serves, and whether a folder could"))
     for name, text in {
         "demo": "real home sales through the whole path, from a checkout; exits by itself",
@@ -152,6 +175,23 @@ def _add_settings(parser: argparse.ArgumentParser, kind: type[Settings]) -> None
             )
         else:
             parser.add_argument(flag, help=text, metavar=name.rpartition("_")[2].upper())
+
+
+def _add_predict(commands: Any) -> None:
+    text = "one prediction, or a few, from a running server"
+    command = commands.add_parser("predict", help=text, description=text)
+    command.add_argument("model", metavar="MODEL")
+    command.add_argument(
+        "pairs",
+        nargs="*",
+        metavar="COLUMN=VALUE",
+        help="a value for each column; several rows as a,b,c; a row of several values as [1,2]",
+    )
+    command.add_argument("--address", default="127.0.0.1:8500", metavar="HOST:PORT")
+    command.add_argument("--version", type=int, metavar="N", help="the server's choice by default")
+    command.add_argument("--features", action="store_true", help="show what the model saw")
+    command.add_argument("--timeout-s", type=float, default=10.0, metavar="S")
+    command.add_argument("--json", action="store_true", help="for machines")
 
 
 def _add_models(models: argparse.ArgumentParser) -> None:

@@ -18,6 +18,7 @@ from headrace.repository.scan import VersionFolder, scan
 from headrace.repository.validate import check_manifest
 from headrace.settings import load_settings
 from headrace.telemetry.metrics import Metrics
+from headrace.terminal import printable
 
 CALL_TIMEOUT_S = 10.0
 
@@ -50,7 +51,8 @@ def list_models(address: str, *, as_json: bool) -> int:
     Raises:
         StartupError: nobody answers at that address.
     """
-    with grpc.insecure_channel(address) as channel:
+    # Operators' proxies have no business between them and their own server.
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         try:
             reply = stub.RepositoryIndex(
@@ -112,14 +114,14 @@ def _problem(
 
 
 def _show(states: Sequence[VersionState], as_json: bool) -> None:  # noqa: FBT001 one caller's choice
-    console = Console(highlight=False, soft_wrap=as_json)
+    console = Console(highlight=False, markup=False, soft_wrap=as_json)
     if as_json:
-        console.print(json.dumps([asdict(state) for state in states]), markup=False)
+        console.print(json.dumps([asdict(state) for state in states]))
         return
     if not states:
         console.print("no models")
         return
     table = Table("model", "version", "state", "reason")
     for state in states:
-        table.add_row(state.model, state.version, state.state, state.reason)
+        table.add_row(*map(printable, (state.model, state.version, state.state, state.reason)))
     console.print(table)

@@ -1,0 +1,416 @@
+"""`headrace predict`: rows from the command line, predictions from a running server."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from headrace.errors import StartupError
+from headrace.tensors import NUMPY_DTYPES, encode, iterate_bytes
+from headrace.terminal import printable
+from headrace.v1 import prediction_service_pb2 as pb
+from headrace.v1 import prediction_service_pb2_grpc as pb_grpc
+
+ROWS_SHOWN = 50
+VALUES_SHOWN = 8
+_TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+_COLUMN_KINDS = {
+    "INT64": "int64s",
+    "INT32": "int32s",
+    "INT16": "int32s",
+    "INT8": "int32s",
+    "UINT64": "int64s",
+    "UINT32": "int64s",
+    "UINT16": "int32s",
+    "UINT8": "int32s",
+    "FP16": "floats",
+    "FP32": "floats",
+    "FP64": "doubles",
+    "BOOL": "bools",
+    "BYTES": "strings",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """
+    What a model takes under one name.
+
+    Args:
+        name: Of the column.
+        datatype: Open Inference Protocol's.
+        shape: Of one row; empty or (1,) for one value.
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+    @property
+    def has_one_value(self) -> bool:
+        """Whether a row has one value."""
+        return self.shape in ((), (1,), (-1,))
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """
+    What the server said.
+
+    Args:
+        model: Who answered.
+        version: Its version.
+        prediction_id: Row i is `id/i`.
+        rows: How many.
+        inputs: What was asked, by column.
+        outputs: What was predicted, by column.
+        features: What the model saw, by feature: value, status, age in seconds; when asked for.
+        timings_ms: Where the time went in the server, when it says.
+    """
+
+    model: str
+    version: str
+    prediction_id: str
+    rows: int
+    inputs: dict[str, list[Any]]
+    outputs: dict[str, list[Any]]
+    features: dict[str, list[dict[str, Any]]]
+    timings_ms: dict[str, float]
+
+
+def predict(
+    address: str,
+    model: str,
+    pairs: Sequence[str],
+    *,
+    version: str,
+    with_features: bool,
+    timeout_s: float,
+    as_json: bool,
+) -> int:
+    """
+    Ask a running server for predictions and show them.
+
+    Args:
+        address: host:port of the gateway.
+        model: Its name.
+        pairs: `column=value`, or `column=value,value,…` for several rows; a single value is for
+            every row. A row of several values is a JSON list.
+        version: A number; empty for the server's choice.
+        with_features: Whether to show what the model saw.
+        timeout_s: How long to wait.
+        as_json: For machines.
+
+    Returns:
+        0 predicted, 1 the server refused or failed.
+
+    Raises:
+        StartupError: the request cannot be made: nobody answers, no such model, a column is
+            missing, unknown or not of its type.
+    """
+    console = Console(highlight=False, markup=False, soft_wrap=as_json)
+    # Operators' proxies have no business between them and their own server.
+    options = [("grpc.enable_http_proxy", 0)]
+    with grpc.insecure_channel(address, options=options) as channel:
+        inputs = _inputs(channel, address, model, version, timeout_s)
+        columns = _columns(model, inputs, pairs)
+        try:
+            if all(of.has_one_value for of in inputs):
+                answer = _ask(channel, model, version, inputs, columns, with_features, timeout_s)
+            elif with_features:
+                raise StartupError("--features is for models with one value per row and column")
+            else:
+                answer = _ask_tensors(channel, model, version, inputs, columns, timeout_s)
+        except grpc.RpcError as error:
+            text = f"{error.code().name}: {printable(error.details())}"
+            print(f"headrace predict: {text}", file=sys.stderr)
+            return 1
+    if as_json:
+        console.print(json.dumps(_as_json(answer)))
+    else:
+        _show(console, answer)
+    return 0
+
+
+def read_pairs(pairs: Sequence[str]) -> dict[str, list[Any]]:
+    """
+    Read `column=value` pairs; texts stay texts, JSON lists become lists.
+
+    Raises:
+        StartupError: one is no pair, is there twice, or has another number of rows.
+    """
+    columns: dict[str, list[Any]] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise StartupError(f"expected column=value, got {shown(pair)}")
+        if name in columns:
+            raise StartupError(f"column {shown(name)} is there twice; give rows as a,b,c")
+        columns[name] = _read_values(name, text)
+    rows = {len(values) for values in columns.values() if len(values) != 1}
+    if len(rows) > 1:
+        counts = ", ".join(f"{name} {len(values)}" for name, values in columns.items())
+        raise StartupError(f"columns differ in their number of rows: {counts}")
+    most = max(rows, default=1)
+    return {name: values * (most if len(values) == 1 else 1) for name, values in columns.items()}
+
+
+def shown(text: str) -> str:
+    """Quote for a message, cut to 60 characters."""
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def _read_values(name: str, text: str) -> list[Any]:
+    if not text.startswith("["):
+        return list(text.split(","))
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise StartupError(f"column {shown(name)}: not a JSON list: {error}") from None
+    if value and all(isinstance(row, list) for row in value):
+        return list(value)
+    return [value]
+
+
+def _inputs(
+    channel: grpc.Channel, address: str, model: str, version: str, timeout_s: float
+) -> list[Input]:
+    """Ask what the model takes."""
+    stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+    try:
+        metadata = stub.ModelMetadata(
+            service_pb2.ModelMetadataRequest(name=model, version=version), timeout=timeout_s
+        )
+        config = stub.ModelConfig(
+            service_pb2.ModelConfigRequest(name=model, version=version), timeout=timeout_s
+        ).config
+    except grpc.RpcError as error:
+        if error.code() is grpc.StatusCode.NOT_FOUND:
+            raise StartupError(
+                f"{printable(error.details())}; it serves {_served(stub, timeout_s)}"
+            ) from None
+        if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            details = printable(error.details())
+            raise StartupError(
+                f"--address {address}: {error.code().name}; is `headrace serve` running there? "
+                f"({details})"
+            ) from None
+        raise StartupError(f"{error.code().name}: {printable(error.details())}") from None
+    batched = 1 if config.max_batch_size else 0
+    return [Input(t.name, t.datatype, tuple(t.shape)[batched:]) for t in metadata.inputs]
+
+
+def _served(stub: Any, timeout_s: float) -> str:
+    try:
+        index = stub.RepositoryIndex(
+            service_pb2.RepositoryIndexRequest(ready=True), timeout=timeout_s
+        )
+    except grpc.RpcError:
+        return "nobody knows what"
+    names = sorted({f"{m.name} {m.version}" for m in index.models if m.state == "READY"})
+    return printable(", ".join(names[:20])) or "no model at all"
+
+
+def _columns(model: str, inputs: Sequence[Input], pairs: Sequence[str]) -> dict[str, list[Any]]:
+    """Read the rows as the model takes them."""
+    columns = read_pairs(pairs)
+    takes = ", ".join(f"{of.name} ({_described(of)})" for of in inputs)
+    names = {of.name for of in inputs}
+    if unknown := sorted(set(columns) - names):
+        raise StartupError(f"{model} has no column {shown(unknown[0])}; it takes {takes}")
+    if missing := sorted(names - set(columns)):
+        raise StartupError(f"{model} also needs {', '.join(missing)}; it takes {takes}")
+    return {of.name: [_typed(of, value) for value in columns[of.name]] for of in inputs}
+
+
+def _described(of: Input) -> str:
+    return of.datatype if of.has_one_value else f"{of.datatype} {list(of.shape)}"
+
+
+def _typed(of: Input, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_typed(of, one) for one in value]
+    text = value if isinstance(value, str) else json.dumps(value)
+    try:
+        if of.datatype == "BYTES":
+            return value if isinstance(value, str) else text
+        if of.datatype == "BOOL":
+            return _TRUTH[text.strip().lower()]
+        if of.datatype.startswith("FP"):
+            return float(text)
+        return int(np.array(int(text), NUMPY_DTYPES[of.datatype]))
+    except (ValueError, KeyError, OverflowError):
+        raise StartupError(f"column '{of.name}': {shown(text)} is no {of.datatype}") from None
+
+
+def _ask(
+    channel: grpc.Channel,
+    model: str,
+    version: str,
+    inputs: Sequence[Input],
+    columns: Mapping[str, list[Any]],
+    with_features: bool,  # noqa: FBT001 one caller's choice
+    timeout_s: float,
+) -> Answer:
+    request = pb.PredictRequest(model_name=model, include_features=with_features)
+    if version:
+        request.model_version = int(version)
+    for of in inputs:
+        column = request.columns.add(name=of.name).values
+        values = getattr(column, _COLUMN_KINDS[of.datatype]).values
+        values.extend(columns[of.name])
+    reply = pb_grpc.PredictionServiceStub(channel).Predict(request, timeout=timeout_s)
+    rows = len(next(iter(columns.values())))
+    return Answer(
+        model=reply.model_name,
+        version=str(reply.model_version),
+        prediction_id=reply.prediction_id,
+        rows=rows,
+        inputs=dict(columns),
+        outputs={
+            of.name: _by_row(_values(of.values), list(of.shape), rows) for of in reply.outputs
+        },
+        features={of.name: _feature(of) for of in reply.features},
+        timings_ms={
+            name: getattr(reply.timings, name).ToMicroseconds() / 1e3
+            for name in ("queue", "features", "infer", "total")
+        },
+    )
+
+
+def _ask_tensors(
+    channel: grpc.Channel,
+    model: str,
+    version: str,
+    inputs: Sequence[Input],
+    columns: Mapping[str, list[Any]],
+    timeout_s: float,
+) -> Answer:
+    request = service_pb2.ModelInferRequest(model_name=model, model_version=version)
+    for of in inputs:
+        try:
+            array = np.array(columns[of.name], NUMPY_DTYPES[of.datatype])
+        except ValueError:
+            raise StartupError(f"column '{of.name}': rows of different lengths") from None
+        request.inputs.add(name=of.name, datatype=of.datatype, shape=array.shape)
+        request.raw_input_contents.append(encode(array))
+    stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+    reply = stub.ModelInfer(request, timeout=timeout_s)
+    rows = len(next(iter(columns.values())))
+    outputs = {}
+    for of, raw in zip(reply.outputs, reply.raw_output_contents, strict=True):
+        if of.datatype == "BYTES":
+            values = [value.decode(errors="replace") for value in iterate_bytes(raw)]
+        else:
+            values = np.frombuffer(raw, NUMPY_DTYPES[of.datatype]).tolist()
+        outputs[of.name] = _by_row(values, list(of.shape), rows)
+    return Answer(
+        model=reply.model_name,
+        version=reply.model_version,
+        prediction_id=reply.parameters["prediction_id"].string_param,
+        rows=rows,
+        inputs=dict(columns),
+        outputs=outputs,
+        features={},
+        timings_ms={},
+    )
+
+
+def _values(column: pb.Column) -> list[Any]:
+    kind = column.WhichOneof("kind")
+    values = list(getattr(column, kind).values) if kind else []
+    return [v.decode(errors="replace") if isinstance(v, bytes) else v for v in values]
+
+
+def _by_row(values: list[Any], shape: Sequence[int], rows: int) -> list[Any]:
+    """Cut row-major values into rows; a row of one value is that value."""
+    if not shape or shape[0] != rows or not rows:
+        return [values]
+    width = len(values) // rows
+    if width == 1:
+        return values
+    return [values[i * width : (i + 1) * width] for i in range(rows)]
+
+
+def _feature(of: pb.FeatureColumn) -> list[dict[str, Any]]:
+    values = _values(of.values) or [None] * len(of.statuses)
+    return [
+        {
+            "value": value if name in ("PRESENT", "OUTSIDE_MAX_AGE") else None,
+            "status": name,
+            "age_s": None if age != age else round(age, 3),  # noqa: PLR0124 not-a-number
+        }
+        for value, status, age in zip(values, of.statuses, of.ages_s, strict=True)
+        for name in [pb.FeatureStatus.Name(status).removeprefix("FEATURE_STATUS_")]
+    ]
+
+
+def _as_json(answer: Answer) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "model": answer.model,
+        "version": answer.version,
+        "prediction_id": answer.prediction_id,
+        "outputs": answer.outputs,
+    }
+    if answer.features:
+        document["features"] = answer.features
+    if answer.timings_ms:
+        document["timings_ms"] = answer.timings_ms
+    return document
+
+
+def _show(console: Console, answer: Answer) -> None:
+    title = f"{answer.model} version {answer.version}, prediction {answer.prediction_id}"
+    table = Table(title=printable(title))
+    for name in answer.inputs:
+        table.add_column(printable(name))
+    for name in answer.outputs:
+        table.add_column(printable(name), justify="right", style="bold")
+    columns = [*answer.inputs.values(), *answer.outputs.values()]
+    for row in range(min(answer.rows, ROWS_SHOWN)):
+        table.add_row(*(_cell(values[row]) if row < len(values) else "" for values in columns))
+    console.print(table)
+    if answer.rows > ROWS_SHOWN:
+        console.print(f"… and {answer.rows - ROWS_SHOWN} more rows; --json shows all")
+    if answer.features:
+        _show_features(console, answer)
+    if answer.timings_ms:
+        parts = ", ".join(f"{name} {ms:.2f} ms" for name, ms in answer.timings_ms.items())
+        console.print(f"in the server: {parts}")
+
+
+def _show_features(console: Console, answer: Answer) -> None:
+    table = Table(title="what the model saw")
+    for heading in ("row", "feature", "value", "status", "age"):
+        table.add_column(heading, justify="right" if heading in ("row", "value", "age") else "left")
+    for row in range(min(answer.rows, ROWS_SHOWN)):
+        for name, values in answer.features.items():
+            of = values[row]
+            age = "" if of["age_s"] is None else _duration(of["age_s"])
+            value = "" if of["value"] is None else _cell(of["value"])
+            table.add_row(str(row), printable(name), value, of["status"], age)
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        shown_values = ", ".join(_cell(one) for one in value[:VALUES_SHOWN])
+        return f"[{shown_values}{', …' if len(value) > VALUES_SHOWN else ''}]"
+    if isinstance(value, float):
+        return f"{value:,.2f}" if abs(value) >= 1_000 else f"{value:.6g}"
+    return printable(str(value))
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.0f} {unit}"
+    return f"{seconds:.0f} s"
