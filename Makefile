@@ -16,9 +16,10 @@ STUBS := server/headrace/v1/prediction_service_pb2.py
 INSTALLED := $(VENV)/.installed
 TRITON := .venv-triton/.installed
 TRACING := .venv-traces/.installed
+GPU := .venv-gpu/.installed
 MODEL := model_repository/home_valuation/1/manifest.json
 
-.PHONY: help setup triton protos model demo up traces test test-all lint fmt bench loadtest loadtest-ui lock clean
+.PHONY: help setup triton protos model demo up traces test test-all test-gpu lint fmt bench loadtest loadtest-ui lock clean
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -75,8 +76,19 @@ $(TRITON): requirements-triton.lock
 test: setup model triton  ## all tests but the slow ones
 	$(BIN)/python -m pytest
 
-test-all: setup model triton  ## all tests
-	$(BIN)/python -m pytest -m ""
+test-all: setup model triton  ## all tests but those for a GPU
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: $(GPU)  ## the tests that need an NVIDIA GPU, with CUDA from wheels; skipped, with the reason, without one
+	.venv-gpu/bin/python -m pytest -m gpu -v -s tests/gpu tests/contracts/test_backend.py
+
+# An environment of its own: the two builds of ONNX Runtime exclude each other.
+$(GPU): requirements-gpu.lock $(PROTOS) pyproject.toml
+	test -x .venv-gpu/bin/python || $(PYTHON) -m venv .venv-gpu
+	$(subst $(BIN),.venv-gpu/bin,$(INSTALL)) --no-deps --require-hashes -r requirements-gpu.lock
+	$(subst $(BIN),.venv-gpu/bin,$(INSTALL)) --no-deps --no-build-isolation --editable .
+	.venv-gpu/bin/python -m grpc_tools.protoc -I protos --python_out=server --pyi_out=server --grpc_python_out=server $(PROTOS)
+	touch $@
 
 lint: setup  ## check everything, change nothing
 	$(BIN)/ruff check .
@@ -98,10 +110,12 @@ loadtest: setup model  ## Locust against `headrace up`: fails when a target of l
 loadtest-ui: setup model  ## the same by hand, on Locust's page, until Ctrl-C
 	$(BIN)/python loadtest/run.py --ui
 
-lock:  ## renew requirements.lock (needs uv); requirements-data.lock pins one wheel by hand
+lock:  ## renew requirements.lock and requirements-gpu.lock (needs uv); requirements-data.lock pins one wheel by hand
 	uv pip compile pyproject.toml --universal --python-version 3.11 --extra cpu --group dev \
 	  --generate-hashes --no-emit-index-url --no-annotate --no-header --quiet --output-file requirements.lock
+	uv pip compile pyproject.toml --universal --python-version 3.11 --extra gpu --group build --group test \
+	  --generate-hashes --no-emit-index-url --no-annotate --no-header --quiet --output-file requirements-gpu.lock
 
 clean:  ## remove what was made, the environment too
-	rm -rf $(VENV) .venv-triton .venv-traces .monitor demo-report.html features/data model_repository/*/[0-9]* server/headrace/v1/*_pb2* \
+	rm -rf $(VENV) .venv-triton .venv-traces .venv-gpu .monitor demo-report.html features/data model_repository/*/[0-9]* server/headrace/v1/*_pb2* \
 	  .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -9,6 +9,7 @@ from types import FrameType
 
 import structlog
 
+from headrace.backends.cuda import refuse_two_builds
 from headrace.catalog import Catalog, ModelEntry
 from headrace.errors import FeatureStoreUnavailable, StartupError
 from headrace.features.repo import FeatureRepo, open_feature_repo
@@ -56,6 +57,7 @@ class Gateway:
     def __init__(self, settings: ServeSettings) -> None:
         self._settings = settings
         self._stopping = threading.Event()
+        refuse_two_builds()
         for flag, address in (
             ("--grpc-address", settings.grpc_address),
             ("--http-address", settings.http_address),

@@ -113,7 +113,7 @@ class VersionLoader:
             metrics=metrics,
             join=join,
             store=self._store if join is not None else None,
-            executor_count=config.instance_count,
+            executor_count=_executor_count(config),
             feature_timeout_s=self._settings.feature_timeout_s,
             max_entities=self._settings.max_entities,
             max_feature_age_s=config.max_feature_age_s,
@@ -139,3 +139,8 @@ class VersionLoader:
             missing_features=config.missing_features,
             max_batch_size=config.max_batch_size,
         )
+
+
+def _executor_count(config: ModelConfig) -> int:
+    """Two for an instance on a GPU: one batch is copied and assembled while the other computes."""
+    return config.instance_count * (1 if config.gpu_device is None else 2)

@@ -40,7 +40,7 @@ def value_info(spec):
     return helper.make_tensor_value_info(spec.name, ONNX_TYPES[spec.datatype], shape)
 
 
-def onnx_backend(folder, inputs, outputs, nodes, weights=()):
+def onnx_backend(folder, inputs, outputs, nodes, weights=(), gpu_device=None):
     graph = helper.make_graph(
         nodes, "g", [value_info(spec) for spec in inputs], [value_info(spec) for spec in outputs]
     )
@@ -48,14 +48,15 @@ def onnx_backend(folder, inputs, outputs, nodes, weights=()):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     path = folder / "model.onnx"
     path.write_bytes(model.SerializeToString())
-    return load_onnx(path, ModelConfig("m"))
+    return load_onnx(path, ModelConfig("m", gpu_device=gpu_device))
 
 
 class OnnxRuntime:
     """Makes ONNX Runtime backends."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, gpu_device=None):
         self.folder = folder
+        self.gpu_device = gpu_device
 
     def scorer(self):
         nodes = [
@@ -64,11 +65,13 @@ class OnnxRuntime:
             helper.make_node("ReduceSum", ["features", "axes"], ["total"], keepdims=1),
         ]
         weights = [("w", WEIGHTS), ("axes", np.array([1], np.int64))]
-        return onnx_backend(self.folder, [FEATURES], [SCORES, TOTAL], nodes, weights)
+        outputs = [SCORES, TOTAL]
+        return onnx_backend(self.folder, [FEATURES], outputs, nodes, weights, self.gpu_device)
 
     def identity(self, datatype, shape):
         x, y = TensorSpec("x", datatype, shape), TensorSpec("y", datatype, shape)
-        return onnx_backend(self.folder, [x], [y], [helper.make_node("Identity", ["x"], ["y"])])
+        nodes = [helper.make_node("Identity", ["x"], ["y"])]
+        return onnx_backend(self.folder, [x], [y], nodes, gpu_device=self.gpu_device)
 
 
 class Stub:
@@ -192,9 +195,13 @@ class OnTriton:
             self.server.unload(name)
 
 
-@pytest.fixture(params=["onnx_runtime", "stub", "oip", "triton"])
+@pytest.fixture(
+    params=["onnx_runtime", "stub", "oip", "triton", pytest.param("cuda", marks=pytest.mark.gpu)]
+)
 def maker(request, tmp_path):
-    if request.param == "triton":
+    if request.param == "cuda":
+        yield OnnxRuntime(tmp_path, gpu_device=request.getfixturevalue("gpu_device"))
+    elif request.param == "triton":
         on_triton = OnTriton(request.getfixturevalue("triton_server"), tmp_path)
         yield on_triton
         on_triton.close()

@@ -1,4 +1,4 @@
-"""ONNX Runtime in process, on the CPU.
+"""ONNX Runtime in process, on the CPU or a GPU.
 
 One session serves all executors of a model version: `run` is thread-safe and releases the
 interpreter lock. What was measured, for a one-row batch of a small model: `run` with prepared
@@ -9,14 +9,16 @@ than a microsecond more than ONNX Runtime's own binding underneath.
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import onnxruntime
 import structlog
 from numpy.typing import NDArray
 
+from headrace.backends import cuda
 from headrace.errors import BackendError, InvalidTensor, ModelLoadError
 from headrace.tensors import TensorSpec
 
@@ -66,6 +68,10 @@ class SessionConfig(Protocol):
     @property
     def outputs(self) -> Sequence[TensorSpec]:
         """What callers may get; empty for everything that the model returns."""
+
+    @property
+    def gpu_device(self) -> int | None:
+        """Which GPU; None for the CPU."""
 
     @property
     def intra_op_thread_count(self) -> int: ...
@@ -166,7 +172,7 @@ class OnnxRuntimeBackend:
 
 def load_onnx(path: Path, config: SessionConfig) -> OnnxRuntimeBackend:
     """
-    Load an ONNX model for the CPU.
+    Load an ONNX model for the CPU, or for the GPU that it asks for and nothing else.
 
     Weights kept in files beside the model are read from its own folder or below; ONNX Runtime
     refuses every path and symbolic link that leads out of it. Custom operators are never loaded.
@@ -177,15 +183,21 @@ def load_onnx(path: Path, config: SessionConfig) -> OnnxRuntimeBackend:
             and the others may be of any type.
 
     Raises:
-        ModelLoadError: not a model, one for which ONNX Runtime lacks something, or one with an
-            input or output that no request can carry (sequence, map, sparse tensor, bfloat16, …).
+        ModelLoadError: the GPU cannot be had; not a model, one for which ONNX Runtime lacks
+            something, or one with an input or output that no request can carry (sequence, map,
+            sparse tensor, bfloat16, …).
     """
+    providers: list[Any] = ["CPUExecutionProvider"]
     with _LOADING:
+        if config.gpu_device is not None:
+            _preload_cuda()
+            available = onnxruntime.get_available_providers()
+            providers = cuda.providers(config.gpu_device, available)
         try:
             session = onnxruntime.InferenceSession(
                 path,
                 _session_options(config),
-                providers=["CPUExecutionProvider"],
+                providers=providers,
                 enable_fallback=0,
             )
         except Exception as error:  # its exceptions share no other base
@@ -193,6 +205,9 @@ def load_onnx(path: Path, config: SessionConfig) -> OnnxRuntimeBackend:
             _LOG.warning("onnx_runtime_load_failed", model=config.name, error=str(error))
             reason = type(error).__name__
             raise ModelLoadError(f"{path.name}: ONNX Runtime cannot load it ({reason})") from error
+    if config.gpu_device is not None:
+        cuda.check_session(session.get_providers())
+        session.disable_fallback()
     listed = {spec.name for spec in config.outputs}
     return OnnxRuntimeBackend(
         config.name,
@@ -204,6 +219,11 @@ def load_onnx(path: Path, config: SessionConfig) -> OnnxRuntimeBackend:
             if not listed or node.name in listed
         ],
     )
+
+
+@cache
+def _preload_cuda() -> None:
+    cuda.preload(onnxruntime.preload_dlls)
 
 
 def _session_options(config: SessionConfig) -> onnxruntime.SessionOptions:

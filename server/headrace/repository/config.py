@@ -137,7 +137,7 @@ class ModelConfig:
         instance_count: Executors that run the model side by side.
         version_policy: Which versions serve.
         remote: Where the model runs, when it is elsewhere.
-        device_kind: Where it runs.
+        gpu_device: Which GPU it runs on; None for the CPU.
         feature_service: Feast feature service joined to each row.
         feature_order: Names of the input's columns; None for the service's own order.
         missing_features: What the model gets for a missing feature.
@@ -166,7 +166,7 @@ class ModelConfig:
     instance_count: int = 1
     version_policy: VersionPolicy = field(default_factory=VersionPolicy)
     remote: RemoteModel | None = None
-    device_kind: Literal["cpu"] = "cpu"
+    gpu_device: int | None = None
     feature_service: str | None = None
     feature_order: tuple[str, ...] | None = None
     missing_features: MissingFeaturePolicy = "nan"
@@ -219,6 +219,7 @@ def parse_config(text: str, model_name: str) -> ModelConfig:
         preferred_batch_sizes=_preferred_batch_sizes(message.dynamic_batching),
         max_queue_size=message.dynamic_batching.default_queue_policy.max_queue_size,
         instance_count=_instance_count(message.instance_group),
+        gpu_device=_gpu_device(message.instance_group),
         version_policy=_version_policy(message.version_policy),
         remote=_remote(message, parameters, model_name),
         feature_service=feature_service,
@@ -394,9 +395,6 @@ def _preferred_batch_sizes(dynamic_batching: Any) -> tuple[int, ...]:
 def _instance_count(groups: Sequence[Any]) -> int:
     count = 0
     for group in groups:
-        kind = model_config_pb2.ModelInstanceGroup.Kind.Name(group.kind)
-        if kind == "KIND_GPU" or group.gpus:
-            raise wrong("instance_group asks for a GPU, which comes later; expected KIND_CPU")
         if group.passive:
             raise wrong("instance_group.passive is not supported by this server")
         if group.count < 0:
@@ -405,6 +403,27 @@ def _instance_count(groups: Sequence[Any]) -> int:
     if count > MAX_INSTANCES:
         raise wrong(f"instance_group asks for {count} instances; at most {MAX_INSTANCES}")
     return count or 1
+
+
+def _gpu_device(groups: Sequence[Any]) -> int | None:
+    """Return the GPU that the groups ask for; KIND_AUTO means the CPU."""
+    kinds, devices = set(), set()
+    for group in groups:
+        kind = model_config_pb2.ModelInstanceGroup.Kind.Name(group.kind)
+        kinds.add("GPU" if kind == "KIND_GPU" else "CPU")
+        devices.update(group.gpus)
+        if group.gpus and kind != "KIND_GPU":
+            raise wrong(f"instance_group has gpus and {kind}; expected KIND_GPU")
+    if "GPU" not in kinds:
+        return None
+    if len(kinds) > 1:
+        raise wrong("instance_group asks for CPU and GPU; expected one of them")
+    if len(devices) > 1:
+        raise wrong(f"instance_group asks for GPUs {sorted(devices)}; expected one")
+    (device,) = devices or {0}
+    if device < 0:
+        raise wrong(f"instance_group asks for GPU {device}; expected 0 or more")
+    return int(device)
 
 
 def _feature_order(text: str | None) -> tuple[str, ...] | None:

@@ -58,7 +58,7 @@ def tensor(data_type="TYPE_FP32", more="", kind="input"):
 
 def test_every_setting_is_read():
     config = parse_config(FULL, "m")
-    assert (config.name, config.max_batch_size, config.device_kind) == ("m", 64, "cpu")
+    assert (config.name, config.max_batch_size, config.gpu_device) == ("m", 64, None)
     assert (config.inputs, config.outputs) == ((X,), (Y,))
     assert config.preferred_batch_sizes == (8, 32)
     assert (config.max_queue_delay_s, config.max_queue_size) == (0.0015, 100)
@@ -211,8 +211,10 @@ UNSUPPORTED = "is not supported by this server"
             f"optimization.execution_accelerators {UNSUPPORTED}",
         ),
         ("optimization { graph { level: 3 } }", "level is 3; expected -1, 0, 1 or 2"),
-        ("instance_group [ { kind: KIND_GPU } ]", "asks for a GPU, which comes later"),
-        ("instance_group [ { gpus: [ 0 ] } ]", "asks for a GPU, which comes later"),
+        ("instance_group [ { gpus: [ 0 ] } ]", "has gpus and KIND_AUTO; expected KIND_GPU"),
+        ("instance_group [ { kind: KIND_GPU gpus: [ 0, 1 ] } ]", "asks for GPUs [0, 1]; expected"),
+        ("instance_group [ { kind: KIND_GPU }, { kind: KIND_CPU } ]", "asks for CPU and GPU"),
+        ("instance_group [ { kind: KIND_GPU gpus: [ -1 ] } ]", "asks for GPU -1"),
         ("instance_group [ { count: -1 } ]", "instance_group count is -1; expected 1 or more"),
         ("instance_group [ { count: 999 } ]", "asks for 999 instances; at most 256"),
         (

@@ -1,0 +1,22 @@
+"""What tests of all kinds share: whether there is a GPU."""
+
+import ctypes
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def gpu_device():
+    """The GPU to run on; tests that need one are skipped, with the reason, where there is none."""
+    import onnxruntime
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has no CUDA; `make test-gpu` installs one that has")
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        pytest.skip("no NVIDIA driver here")
+    count = ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        pytest.skip("no NVIDIA GPU here")
+    return 0
