@@ -38,6 +38,9 @@ RETRY_S = 5.0
 
 _NO_FILES = ""  # no fingerprint: whatever files are there are not those that failed
 
+CHECKER_IDLE_S = 60.0
+"""How long the ONNX checker's process waits for another model: versions often come in a row."""
+
 WATCH_DEBOUNCE_MS = 200
 """Events are collected for so long; copying one file makes hundreds."""
 
@@ -92,6 +95,7 @@ class RepositoryManager(Generic[ServedT]):
         self._watcher = threading.Thread(target=self._watch, name="repository-watch", daemon=True)
         self._retiring: list[threading.Thread] = []
         self._is_readable = True
+        self._checker = OnnxChecker()
 
     def load_all(self) -> None:
         """
@@ -101,6 +105,8 @@ class RepositoryManager(Generic[ServedT]):
             StartupError: the repository is not a folder that can be read.
         """
         self._bring_in_step(scan(self._root), is_settled=True)
+        if self._mode == "none":
+            self._checker.close()
 
     def start(self) -> None:
         """Begin to follow the repository."""
@@ -118,6 +124,8 @@ class RepositoryManager(Generic[ServedT]):
         for thread in (self._thread, self._watcher, *self._retiring):
             if thread.ident is not None:
                 thread.join(max(0.0, deadline_s - time.monotonic()))
+        if not self._thread.is_alive():
+            self._checker.close()
 
     def load(self, name: str, timeout_s: float) -> None:
         """
@@ -166,6 +174,8 @@ class RepositoryManager(Generic[ServedT]):
                     self._look()
             except Exception:  # the next look may do better; what serves goes on
                 _LOG.exception("repository_look_failed")
+            self._checker.close_when_idle(CHECKER_IDLE_S)
+        self._checker.close()
         while not self._commands.empty():
             _, done = self._commands.get()
             done.set_exception(ModelLoadError("this server is stopping"))
@@ -255,10 +265,9 @@ class RepositoryManager(Generic[ServedT]):
             self._models[name] = Model(name)
         for model in self._models.values():
             self._see(model, present.get(model.name), is_settled=is_settled)
-        with OnnxChecker() as checker:
-            for model in sorted(self._models.values(), key=lambda model: model.name):
-                while not self._stopping.is_set() and self._act(model, checker):
-                    pass
+        for model in sorted(self._models.values(), key=lambda model: model.name):
+            while not self._stopping.is_set() and self._act(model):
+                pass
         for model in list(self._models.values()):
             if model.folder is None and not model.builds:
                 del self._models[model.name]
@@ -296,7 +305,7 @@ class RepositoryManager(Generic[ServedT]):
         if model.reason is not None and model.reason != before:
             self._report(model.name, None, model.reason)
 
-    def _act(self, model: Model[ServedT], checker: OnnxChecker) -> bool:
+    def _act(self, model: Model[ServedT]) -> bool:
         """Carry out one action; say whether there was one."""
         action = next_action(model.policy, model.views())
         if action is None:
@@ -316,7 +325,7 @@ class RepositoryManager(Generic[ServedT]):
         model.loading = action.number
         self._publish()
         try:
-            build = self._build(model, seen.folder, seen.fingerprint, checker)
+            build = self._build(model, seen.folder, seen.fingerprint)
         except ChangedMeanwhileError:
             if self._mode == "poll":
                 seen.since_s, seen.is_settled = time.monotonic(), False
@@ -360,9 +369,7 @@ class RepositoryManager(Generic[ServedT]):
             self._retire(model.name, number, old.served)
         return True
 
-    def _build(
-        self, model: Model[ServedT], version: VersionFolder, seen: str, checker: OnnxChecker
-    ) -> Build[ServedT]:
+    def _build(self, model: Model[ServedT], version: VersionFolder, seen: str) -> Build[ServedT]:
         if version.reason is not None:
             raise ModelLoadError(version.reason)
         check_manifest(version.path)  # links are refused where they lie, not copied
@@ -372,7 +379,7 @@ class RepositoryManager(Generic[ServedT]):
                 raise ChangedMeanwhileError
             copied = VersionFolder(version.number, path, has_model=version.has_model)
             if version.has_model:
-                checker.check(copied.model_path)
+                self._checker.check(copied.model_path)
             config, served = self._load(model.name, copied)
         return Build(seen, config, served)
 
