@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,20 +34,14 @@ from headrace.errors import (
 from headrace.features.join import FeatureJoin
 from headrace.features.plan import FeatureStatus
 from headrace.features.store import FeatureRows, OnlineStore
-from headrace.monitoring.records import BatchRecord, Block, RecordSchema, column_names
+from headrace.monitoring.records import BatchRecord
+from headrace.observation import BatchObserver, Carried
 from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.metrics import ModelMetrics
-from headrace.telemetry.spans import TracedBatch, TracedCall
-from headrace.telemetry.trace_context import Trace, format_traceparent
+from headrace.telemetry.trace_context import Trace
 from headrace.tensors import CheckedInputs, Signature, TensorSpec, encode, join
 
 _LOG = structlog.get_logger(__name__)
-
-_RECORD_BYTES = 2_048
-"""What a record holds besides its arrays' contents, about."""
-
-_TEXT_BYTES = 128
-"""What an element of text holds, about."""
 
 _STORE_UNAVAILABLE = "the online feature store does not answer"
 
@@ -238,11 +232,17 @@ class ServedModel:
         """What the edge serialized once for this version; bounded by the edge."""
         self._is_stopping = False
         self._prediction_prefix = secrets.token_hex(8)
-        self._numbering = threading.Lock()
-        self._next_number = 0
-        self._calls = calls
-        self._record = record
-        self._schema = self._make_schema() if record is not None else None
+        self._observer = BatchObserver(
+            name=name,
+            version=version,
+            id_prefix=self._prediction_prefix,
+            backend=backend,
+            join=join,
+            is_batched=bool(signature.max_batch_size),
+            metrics=metrics,
+            calls=calls,
+            record=record,
+        )
         self._threads = [
             threading.Thread(
                 target=self._execute, name=f"executor-{name}-{version}-{i}", daemon=True
@@ -404,14 +404,14 @@ class ServedModel:
         timing: tuple[float, float, float],
     ) -> None:
         started_s, joined_s, now_s = timing
-        leader, infer_id = None, b""
+        announced = None
         try:
             if self._backend.is_remote:
-                leader, infer_id = self._leader(batch)
+                announced = self._observer.announce(batch)
                 arrays = self._backend.infer(
                     inputs,
                     _longest_wait_s(batch, now_s),
-                    None if leader is None else format_traceparent(leader.trace_id, infer_id),
+                    None if announced is None else announced.traceparent,
                 )
             else:
                 arrays = self._backend.infer(inputs)
@@ -444,101 +444,28 @@ class ServedModel:
         )
         start = 0
         prefix = self._prediction_prefix
-        with self._numbering:  # a batch's numbers follow each other
-            first_number = self._next_number
-            self._next_number += len(batch)
+        first_number = self._observer.take_numbers(len(batch))
         for number, request in enumerate(batch, first_number):
             try:
                 request.answer(answered, start, f"{prefix}{number:010x}")
             except Exception as error:
                 self._fail_unexpectedly([request], error)
             start += request.rows
-        finished_s = time.perf_counter()
-        self._metrics.answered(
-            arrivals_s=sorted([request.arrival_s for request in batch]),
-            rows=rows,
-            started_s=started_s,
-            features_s=answered.features_s if features else None,
-            infer_s=answered.infer_s,
-            finished_s=finished_s,
-            statuses=features.statuses if features else None,
-        )
-        if self._calls is not None and self._calls.sample is not None:
-            traced = [
-                TracedCall(
-                    trace,
-                    request.method,
-                    request.arrival_s,
-                    request.rows,
-                    f"{prefix}{number:010x}",
-                    infer_id if trace is leader else b"",
-                )
-                for number, request in enumerate(batch, first_number)
-                if (trace := request.trace) is not None
-            ]
-            if traced:
-                self._calls.answered(
-                    TracedBatch(
-                        model=self.name,
-                        version=self.version,
-                        rows=rows,
-                        requests=len(batch),
-                        started_s=started_s,
-                        joined_s=joined_s,
-                        inferred_s=inferred_s,
-                        replied_s=finished_s,
-                        has_features=features is not None,
-                        is_remote=self._backend.is_remote,
-                        calls=traced,
-                    )
-                )
-        if self._record is not None and self._schema is not None:
-            self._record(
-                BatchRecord(
-                    schema=self._schema,
-                    first_number=first_number,
-                    request_rows=[request.rows for request in batch],
-                    rows=rows,
-                    inputs=inputs,
-                    statuses=features.statuses if features else None,
-                    outputs=arrays,
-                    time_s=now_s,
-                    byte_count=_held_bytes(inputs, arrays),
-                )
-            )
-
-    def _leader(self, batch: Sequence[Request]) -> tuple[Trace | None, bytes]:
-        """Choose whose trace goes on in the other server: one call there is for the whole batch."""
-        if self._calls is not None and self._calls.sample is not None:
-            for request in batch:
-                if request.trace is not None:
-                    return request.trace, self._calls.new_id()
-        return None, b""
-
-    def _make_schema(self) -> RecordSchema | None:
-        """Say what of a batch is recorded: tensors with a fixed, small number of values per row."""
-        if not self.signature.max_batch_size:
-            return None
-        inputs = []
-        for spec in self._backend.inputs:
-            columns = column_names(spec.name, spec.shape[1:])
-            if columns is None:
-                continue
-            features: tuple[int | None, ...] = ()
-            if self.join is not None:
-                sources = self.join.column_sources(spec.name)
-                columns = tuple(
-                    source if isinstance(source, str) else self.join.plan.features[source].name
-                    for source in sources
-                )
-                features = tuple(None if isinstance(at, str) else at for at in sources)
-            inputs.append(Block(spec.name, columns, spec.datatype, features))
-        outputs = []
-        for spec in self._backend.outputs:
-            columns = column_names(spec.name, spec.shape[1:])
-            outputs.append(None if columns is None else Block(spec.name, columns, spec.datatype))
-        return RecordSchema(
-            self.name, int(self.version), self._prediction_prefix, tuple(inputs), tuple(outputs)
+        self._observer.answered(
+            batch,
+            Carried(
+                first_number=first_number,
+                rows=rows,
+                inputs=inputs,
+                features=features,
+                arrays=arrays,
+                started_s=started_s,
+                joined_s=joined_s,
+                inferred_s=inferred_s,
+                replied_s=time.perf_counter(),
+                now_s=now_s,
+                announced=announced,
+            ),
         )
 
     def _carry_one_by_one(self, batch: Sequence[Request]) -> None:
@@ -567,16 +494,6 @@ class ServedModel:
                 raise BackendError(f"model '{self.name}' did not return a row for each row")
             blocks.append(OutputBlock(spec, array))
         return tuple(blocks)
-
-
-def _held_bytes(
-    inputs: Mapping[str, NDArray[np.generic]], outputs: Sequence[NDArray[np.generic]]
-) -> int:
-    """Return about how much a record of these arrays keeps in memory."""
-    held = _RECORD_BYTES
-    for array in (*inputs.values(), *outputs):
-        held += array.nbytes if array.dtype.kind != "O" else array.size * _TEXT_BYTES
-    return held
 
 
 def _longest_wait_s(batch: Sequence[Request], now_s: float) -> float | None:

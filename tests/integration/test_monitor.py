@@ -5,9 +5,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import grpc
 import numpy as np
@@ -199,12 +201,36 @@ def test_outcomes_find_their_predictions(infer, monitor, stub):
     assert performance["error"] == pytest.approx(0.5)
 
 
-def test_drift_is_reported_once_and_kept_over_a_restart(start, one_model, tmp_path):
+@pytest.fixture
+def webhook():
+    """A web server that keeps what it is sent: (url, events)."""
+    events = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            events.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/", events
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_drift_is_reported_once_and_kept_over_a_restart(start, one_model, tmp_path, webhook):
+    url, events = webhook
     rng = np.random.default_rng(0)
     training = rng.normal(0, 1, (5_000, 2)).astype(np.float32)
     profile = build_profile({f"x[{i}]": training[:, i] for i in range(2)}, {"y[0]": training[:, 0]})
     (one_model / "echo_fp32" / "1" / "profile.json").write_text(profile.to_json())
-    settings = monitor_settings(one_model, tmp_path / "state", window_rows=600)
+    settings = monitor_settings(one_model, tmp_path / "state", window_rows=600, webhook_url=url)
     monitor = start(MonitorProcess, settings)
     gateway = start(Gateway, serve_settings(one_model, monitor))
     with triton.InferenceServerClient(gateway.grpc_address) as client:
@@ -216,11 +242,15 @@ def test_drift_is_reported_once_and_kept_over_a_restart(start, one_model, tmp_pa
     alarms = {(a["signal"], a["column"]) for a in version["alarms"]}
     assert alarms == {("drift", "x[0]"), ("drift", "x[1]"), ("prediction_drift", "y[0]")}
     assert len(version["incidents"]) == 3
+    soon(lambda: len(events) == 3)
+    assert {event["type"] for event in events} == {"io.headrace.drift.detected"}
+    assert {event["data"]["column"] for event in events} == {"x[0]", "x[1]", "y[0]"}
 
     monitor.stop()
     restarted = version_of(start(MonitorProcess, settings), "echo_fp32")
     for key in ("verdict", "alarms", "windows", "incidents"):
         assert restarted[key] == version[key]
+    assert len(events) == 3, "told once"
 
 
 def test_a_restart_of_the_monitor_loses_nothing(start, one_model, tmp_path):

@@ -1,0 +1,249 @@
+"""What is told of an answered batch: numbers, the spans of sampled calls, a record for the monitor.
+
+All of it once per batch, after the last reply.
+"""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.backends.base import Backend
+from headrace.features.join import FeatureJoin
+from headrace.features.store import FeatureRows
+from headrace.monitoring.records import BatchRecord, Block, RecordSchema, column_names
+from headrace.telemetry.calls import CallRecorder
+from headrace.telemetry.metrics import ModelMetrics
+from headrace.telemetry.spans import TracedBatch, TracedCall
+from headrace.telemetry.trace_context import Trace, format_traceparent
+from headrace.tensors import TensorSpec
+
+_RECORD_BYTES = 2_048
+"""What a record holds besides its arrays' contents, about."""
+
+_TEXT_BYTES = 128
+"""What an element of text holds, about."""
+
+
+class ObservedRequest(Protocol):
+    """What is told of one request; see `predict.Request`."""
+
+    rows: int
+    arrival_s: float
+    trace: Trace | None
+
+    @property
+    def method(self) -> str:
+        """As `package.Service/Method`."""
+
+
+class Announced(NamedTuple):
+    """
+    A span that another server was told of as its parent.
+
+    Args:
+        trace: Whose.
+        span_id: Its id.
+    """
+
+    trace: Trace
+    span_id: bytes
+
+    @property
+    def traceparent(self) -> str:
+        """As it travels."""
+        return format_traceparent(self.trace.trace_id, self.span_id)
+
+
+class Carried(NamedTuple):
+    """
+    An answered batch.
+
+    Args:
+        first_number: Of its first request.
+        rows: Of all requests.
+        inputs: What the model saw.
+        features: What was read for it, row for row.
+        arrays: What the model said, as it returned it.
+        started_s: When the batch was taken, on `time.perf_counter`'s clock.
+        joined_s: When the model's inputs were there.
+        inferred_s: When the model had answered.
+        replied_s: When the last reply was sent.
+        now_s: When it was taken, Unix seconds.
+        announced: The span that another server goes on with.
+    """
+
+    first_number: int
+    rows: int
+    inputs: dict[str, NDArray[np.generic]]
+    features: FeatureRows | None
+    arrays: Sequence[NDArray[np.generic]]
+    started_s: float
+    joined_s: float
+    inferred_s: float
+    replied_s: float
+    now_s: float
+    announced: Announced | None
+
+
+class BatchObserver:
+    """
+    Tells of the batches of one model version. Any executor may call it.
+
+    Args:
+        name: The model's name.
+        version: Its version.
+        id_prefix: What its prediction ids begin with.
+        backend: Runs it.
+        join: Its feature join.
+        is_batched: Whether the first dimension of its tensors is the row.
+        metrics: Folded into.
+        calls: Is told of batches with sampled calls in them.
+        record: Is given each batch. Must not block, raise or write to its arrays.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        version: str,
+        id_prefix: str,
+        backend: Backend,
+        join: FeatureJoin | None,
+        is_batched: bool,
+        metrics: ModelMetrics,
+        calls: CallRecorder | None,
+        record: Callable[[BatchRecord], None] | None,
+    ) -> None:
+        self._name = name
+        self._version = version
+        self._id_prefix = id_prefix
+        self._is_remote = backend.is_remote
+        self._metrics = metrics
+        # None while nothing is ever sampled, so that a batch pays one comparison.
+        self._calls = None if calls is None or calls.sample is None else calls
+        self._record = record
+        self._schema: RecordSchema | None = None
+        if record is not None and is_batched:
+            self._schema = RecordSchema(
+                *(name, int(version), id_prefix),
+                tuple(_input_blocks(backend.inputs, join)),
+                tuple([_block(spec) for spec in backend.outputs]),
+            )
+        self._numbering = threading.Lock()
+        self._next_number = 0
+
+    def take_numbers(self, count: int) -> int:
+        """Return the first of `count` request numbers that follow each other."""
+        with self._numbering:
+            first = self._next_number
+            self._next_number += count
+        return first
+
+    def announce(self, batch: Sequence[ObservedRequest]) -> Announced | None:
+        """Choose whose trace goes on in another server: one call there is for the whole batch."""
+        if self._calls is not None:
+            for request in batch:
+                if request.trace is not None:
+                    return Announced(request.trace, self._calls.new_id())
+        return None
+
+    def answered(self, batch: Sequence[ObservedRequest], carried: Carried) -> None:
+        """Tell of an answered batch."""
+        statuses = carried.features.statuses if carried.features else None
+        self._metrics.answered(
+            arrivals_s=sorted([request.arrival_s for request in batch]),
+            rows=carried.rows,
+            started_s=carried.started_s,
+            features_s=carried.joined_s - carried.started_s if carried.features else None,
+            infer_s=carried.inferred_s - carried.joined_s,
+            finished_s=carried.replied_s,
+            statuses=statuses,
+        )
+        if self._calls is not None:
+            traced = self._traced(batch, carried)
+            if traced is not None:
+                self._calls.answered(traced)
+        if self._record is not None and self._schema is not None:
+            self._record(
+                BatchRecord(
+                    schema=self._schema,
+                    first_number=carried.first_number,
+                    request_rows=[request.rows for request in batch],
+                    rows=carried.rows,
+                    inputs=carried.inputs,
+                    statuses=statuses,
+                    outputs=carried.arrays,
+                    time_s=carried.now_s,
+                    byte_count=_held_bytes(carried.inputs, carried.arrays),
+                )
+            )
+
+    def _traced(self, batch: Sequence[ObservedRequest], carried: Carried) -> TracedBatch | None:
+        announced = carried.announced
+        calls = [
+            TracedCall(
+                trace,
+                request.method,
+                request.arrival_s,
+                request.rows,
+                f"{self._id_prefix}{number:010x}",
+                announced.span_id if announced and trace is announced.trace else b"",
+            )
+            for number, request in enumerate(batch, carried.first_number)
+            if (trace := request.trace) is not None
+        ]
+        if not calls:
+            return None
+        return TracedBatch(
+            model=self._name,
+            version=self._version,
+            rows=carried.rows,
+            requests=len(batch),
+            started_s=carried.started_s,
+            joined_s=carried.joined_s,
+            inferred_s=carried.inferred_s,
+            replied_s=carried.replied_s,
+            has_features=carried.features is not None,
+            is_remote=self._is_remote,
+            calls=calls,
+        )
+
+
+def _input_blocks(inputs: Sequence[TensorSpec], join: FeatureJoin | None) -> list[Block]:
+    """Name what is recorded: tensors with a fixed, small number of values per row."""
+    blocks = []
+    for spec in inputs:
+        block = _block(spec)
+        if block is None:
+            continue
+        if join is not None:
+            sources = join.column_sources(spec.name)
+            block = block._replace(
+                columns=tuple(
+                    [
+                        source if isinstance(source, str) else join.plan.features[source].name
+                        for source in sources
+                    ]
+                ),
+                features=tuple([None if isinstance(at, str) else at for at in sources]),
+            )
+        blocks.append(block)
+    return blocks
+
+
+def _block(spec: TensorSpec) -> Block | None:
+    columns = column_names(spec.name, spec.shape[1:])
+    return None if columns is None else Block(spec.name, columns, spec.datatype)
+
+
+def _held_bytes(
+    inputs: Mapping[str, NDArray[np.generic]], outputs: Sequence[NDArray[np.generic]]
+) -> int:
+    """Return about how much a record of these arrays keeps in memory."""
+    held = _RECORD_BYTES
+    for array in (*inputs.values(), *outputs):
+        held += array.nbytes if array.dtype.kind != "O" else array.size * _TEXT_BYTES
+    return held
