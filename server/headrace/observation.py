@@ -16,7 +16,7 @@ from headrace.features.store import FeatureRows
 from headrace.monitoring.records import BatchRecord, Block, RecordSchema, column_names
 from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.metrics import ModelMetrics
-from headrace.telemetry.spans import TracedBatch, TracedCall
+from headrace.telemetry.spans import INFER, TracedBatch, TracedCall
 from headrace.telemetry.trace_context import Trace, format_traceparent
 from headrace.tensors import TensorSpec
 
@@ -39,24 +39,6 @@ class ObservedRequest(Protocol):
         """As `package.Service/Method`."""
 
 
-class Announced(NamedTuple):
-    """
-    A span that another server was told of as its parent.
-
-    Args:
-        trace: Whose.
-        span_id: Its id.
-    """
-
-    trace: Trace
-    span_id: bytes
-
-    @property
-    def traceparent(self) -> str:
-        """As it travels."""
-        return format_traceparent(self.trace.trace_id, self.span_id)
-
-
 class Carried(NamedTuple):
     """
     An answered batch.
@@ -72,7 +54,6 @@ class Carried(NamedTuple):
         inferred_s: When the model had answered.
         replied_s: When the last reply was sent.
         now_s: When it was taken, Unix seconds.
-        announced: The span that another server goes on with.
     """
 
     first_number: int
@@ -85,7 +66,6 @@ class Carried(NamedTuple):
     inferred_s: float
     replied_s: float
     now_s: float
-    announced: Announced | None
 
 
 class BatchObserver:
@@ -142,14 +122,6 @@ class BatchObserver:
             self._next_number += count
         return first
 
-    def announce(self, batch: Sequence[ObservedRequest]) -> Announced | None:
-        """Choose whose trace goes on in another server: one call there is for the whole batch."""
-        if self._calls is not None:
-            for request in batch:
-                if request.trace is not None:
-                    return Announced(request.trace, self._calls.new_id())
-        return None
-
     def answered(self, batch: Sequence[ObservedRequest], carried: Carried) -> None:
         """Tell of an answered batch."""
         statuses = carried.features.statuses if carried.features else None
@@ -182,7 +154,6 @@ class BatchObserver:
             )
 
     def _traced(self, batch: Sequence[ObservedRequest], carried: Carried) -> TracedBatch | None:
-        announced = carried.announced
         calls = [
             TracedCall(
                 trace,
@@ -190,7 +161,6 @@ class BatchObserver:
                 request.arrival_s,
                 request.rows,
                 f"{self._id_prefix}{number:010x}",
-                announced.span_id if announced and trace is announced.trace else b"",
             )
             for number, request in enumerate(batch, carried.first_number)
             if (trace := request.trace) is not None
@@ -210,6 +180,21 @@ class BatchObserver:
             is_remote=self._is_remote,
             calls=calls,
         )
+
+
+def traceparent_of(batch: Sequence[ObservedRequest], called_s: float) -> str | None:
+    """
+    Let the first sampled trace go on in another server: one call there is for the whole batch.
+
+    Args:
+        batch: Whose model is called.
+        called_s: When, on `time.perf_counter`'s clock.
+    """
+    for request in batch:
+        if (trace := request.trace) is not None:
+            trace.called_s = called_s
+            return format_traceparent(trace.trace_id, trace.id_of(INFER))
+    return None
 
 
 def _input_blocks(inputs: Sequence[TensorSpec], join: FeatureJoin | None) -> list[Block]:

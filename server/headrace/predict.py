@@ -35,7 +35,7 @@ from headrace.features.join import FeatureJoin
 from headrace.features.plan import FeatureStatus
 from headrace.features.store import FeatureRows, OnlineStore
 from headrace.monitoring.records import BatchRecord
-from headrace.observation import BatchObserver, Carried
+from headrace.observation import BatchObserver, Carried, traceparent_of
 from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.metrics import ModelMetrics
 from headrace.telemetry.trace_context import Trace
@@ -404,14 +404,10 @@ class ServedModel:
         timing: tuple[float, float, float],
     ) -> None:
         started_s, joined_s, now_s = timing
-        announced = None
         try:
             if self._backend.is_remote:
-                announced = self._observer.announce(batch)
                 arrays = self._backend.infer(
-                    inputs,
-                    _longest_wait_s(batch, now_s),
-                    None if announced is None else announced.traceparent,
+                    inputs, _longest_wait_s(batch, now_s), traceparent_of(batch, joined_s)
                 )
             else:
                 arrays = self._backend.infer(inputs)
@@ -464,7 +460,6 @@ class ServedModel:
                 inferred_s=inferred_s,
                 replied_s=time.perf_counter(),
                 now_s=now_s,
-                announced=announced,
             ),
         )
 

@@ -20,10 +20,10 @@ from headrace.predict import AnsweredBatch, Request
 from headrace.rpc.ingress import HotCall
 from headrace.rpc.known_requests import KnownRequest, KnownRequests
 from headrace.rpc.refusal import refuse
-from headrace.rpc.wire import delimited, refuse_costly_parse, tag, varint
 from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.trace_context import Trace
 from headrace.tensors import NUMPY_DTYPES, CheckedInputs, GivenTensor, Signature, encode
+from headrace.wire import delimited, refuse_costly_parse, tag, varint
 
 METHOD = "inference.GRPCInferenceService/ModelInfer"
 PATH = f"/{METHOD}"

@@ -16,8 +16,8 @@ from tritonclient.grpc import service_pb2
 
 from headrace.catalog import Catalog
 from headrace.predict import ServedModel
-from headrace.rpc.wire import delimited, tag
 from headrace.tensors import CheckedInputs, GivenTensor
+from headrace.wire import delimited, tag
 
 LEARNED_BYTES_MAX = 16_384
 """In a larger message the tensors outweigh what could be saved."""

@@ -14,11 +14,11 @@ from headrace.features.plan import FeatureStatus
 from headrace.predict import AnsweredBatch, OutputBlock, Request, ServedModel
 from headrace.rpc.ingress import HotCall
 from headrace.rpc.refusal import refuse
-from headrace.rpc.wire import delimited, refuse_costly_parse, tag
 from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.trace_context import Trace
 from headrace.tensors import CheckedInputs, GivenTensor, TensorSpec, encode
 from headrace.v1 import prediction_service_pb2 as pb
+from headrace.wire import delimited, refuse_costly_parse, tag
 
 METHOD = "headrace.v1.PredictionService/Predict"
 PATH = f"/{METHOD}"

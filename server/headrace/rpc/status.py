@@ -56,7 +56,8 @@ def status_of(error: Exception, trace: Trace | None = None) -> Status:
     Turn any error into what its caller may see.
 
     A `ServingError` keeps its message; anything else is a bug: logged once with the trace's id, or
-    an incident number where there is no trace, and answered with that and nothing more.
+    an incident number where there is no trace, and answered with that and nothing more. Whatever is
+    INTERNAL names its trace.
     """
     if not isinstance(error, errors.ServingError):
         if trace is not None:
@@ -66,7 +67,10 @@ def status_of(error: Exception, trace: Trace | None = None) -> Status:
         _LOG.error("rpc_failed", incident=incident, exc_info=error)
         return Status(grpc.StatusCode.INTERNAL, f"internal error, {incident}")
     code = next(CODES[base] for base in type(error).__mro__ if base in CODES)
-    details = _cut(str(error))
+    message = str(error)
+    if code is grpc.StatusCode.INTERNAL and trace is not None:
+        message += f", trace {trace.trace_id.hex()}"
+    details = _cut(message)
     trailing: tuple[tuple[str, str | bytes], ...] = (
         ("grpc-status-details-bin", _rich(code, details, type(error).__name__)),
     )

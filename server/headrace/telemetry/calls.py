@@ -7,18 +7,17 @@ second.
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
 from typing import Any
 
 import structlog
-from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from headrace.telemetry.metrics import Metrics
 from headrace.telemetry.spans import (
     FailedCall,
+    Spans,
     TracedBatch,
     batch_spans,
-    failed_span,
+    failed_spans,
 )
 from headrace.telemetry.trace_context import Sampler, Trace
 from headrace.telemetry.tracing import SpanExporter
@@ -29,10 +28,16 @@ CALLS_MAX = 4_096
 """Sampled and failed calls that wait to be told of; newer ones are dropped and counted."""
 
 PERIOD_S = 0.2
+SLICE_CALLS = 256
+"""Told of at a stretch: half a millisecond, then others have their turn at the interpreter."""
+
+PAUSE_S = 0.001
 EXPORT_PERIOD_S = 1.0
 """Rarely: a thread that waits for a collector polls the server's own epoll set (decision 0009)."""
 
-SPANS_PER_EXPORT = 2_048
+EXPORT_BYTES = 2 << 20
+"""Spans of one export, about; collectors take 4 MiB unless told otherwise."""
+
 LINES_PER_S = 10.0
 """Of each status code, lest a flood fill a disk. The next line says how many were held back."""
 
@@ -63,7 +68,8 @@ class CallRecorder:
         self._waiting = 0
         self.dropped = 0
         """Calls that came while too many waited."""
-        self._spans: list[Span] = []
+        self._spans: list[Spans] = []
+        self._span_bytes = 0
         self._export_s = 0.0
         self._allowances: dict[str, _Allowance] = {}
         self._stopping = threading.Event()
@@ -82,11 +88,6 @@ class CallRecorder:
     def answered(self, batch: TracedBatch) -> None:
         """Note a batch with sampled calls in it."""
         self._put(batch, len(batch.calls))
-
-    def new_id(self) -> bytes:
-        """Draw a span id."""
-        assert self._sampler is not None
-        return self._sampler.new_id(8)
 
     def start(self) -> None:
         """Begin to tell."""
@@ -112,7 +113,7 @@ class CallRecorder:
             try:
                 self._tell()
                 self._export(now=is_last)
-            except Exception:  # noqa: BLE001 one bad record must not silence the others
+            except Exception:  # noqa: BLE001 the next ones may fare better
                 _LOG.exception("call_records_failed")
             if is_last:
                 if self._exporter is not None:
@@ -124,34 +125,45 @@ class CallRecorder:
         with self._lock:
             records, self._records = self._records, deque()
             self._waiting = 0
+        told = 0
         for record in records:
-            if isinstance(record, FailedCall):
-                self._tell_failed(record)
-                span = failed_span(record, offset_s)
-                if span is not None:
-                    self._spans.append(span)
-            else:
-                self._tell_answered(record)
-                assert self._sampler is not None
-                run = self._sampler.new_id(16)
-                self._spans += batch_spans(record, run, self._ids(), offset_s)
-            if len(self._spans) >= SPANS_PER_EXPORT:
-                self._export(now=True)
+            try:
+                told += self._tell_of(record, offset_s)
+            except Exception:  # noqa: BLE001 one bad record must not silence the others
+                _LOG.exception("call_record_failed")
+            if told >= SLICE_CALLS:
+                told = 0
+                time.sleep(PAUSE_S)
+
+    def _tell_of(self, record: TracedBatch | FailedCall, offset_s: float) -> int:
+        """Tell of one record; return how many calls that were."""
+        if isinstance(record, FailedCall):
+            self._tell_failed(record)
+            self._keep(failed_spans(record, offset_s))
+            return 1
+        self._tell_answered(record)
+        assert self._sampler is not None
+        self._keep(batch_spans(record, self._sampler.begin(), offset_s))
+        return len(record.calls)
+
+    def _keep(self, spans: Spans) -> None:
+        if not spans.span_count:
+            return
+        self._spans.append(spans)
+        self._span_bytes += len(spans.data)
+        if self._span_bytes >= EXPORT_BYTES:
+            self._export(now=True)
 
     def _export(self, *, now: bool) -> None:
         if not self._spans or self._exporter is None:
             return
         if now or time.monotonic() >= self._export_s:
-            spans, self._spans = self._spans, []
+            spans, self._spans, self._span_bytes = self._spans, [], 0
             self._export_s = time.monotonic() + EXPORT_PERIOD_S
             self._exporter.export(spans)
 
-    def _ids(self) -> Iterator[bytes]:
-        while True:
-            yield self.new_id()
-
     def _tell_failed(self, call: FailedCall) -> None:
-        suppressed = self._allowance(call.code)
+        suppressed = self._allowance(call.code, 1)
         if suppressed is None:
             return
         fields: dict[str, Any] = {"code": call.code, "message": call.message}
@@ -166,10 +178,10 @@ class CallRecorder:
         )
 
     def _tell_answered(self, batch: TracedBatch) -> None:
-        for call in batch.calls:
-            suppressed = self._allowance("OK")
+        for i, call in enumerate(batch.calls):
+            suppressed = self._allowance("OK", len(batch.calls) - i)
             if suppressed is None:
-                continue
+                return
             _LOG.info(
                 "request",
                 method=call.method,
@@ -187,12 +199,12 @@ class CallRecorder:
                 **({"suppressed": suppressed} if suppressed else {}),
             )
 
-    def _allowance(self, code: str) -> int | None:
-        """Return how many lines were held back before this one; None to hold this one back."""
+    def _allowance(self, code: str, wanted: int) -> int | None:
+        """Return how many lines were held back before; None to hold back the `wanted` ones."""
         allowance = self._allowances.get(code)
         if allowance is None:
             allowance = self._allowances[code] = _Allowance()
-        return allowance.take(time.monotonic())
+        return allowance.take(time.monotonic(), wanted)
 
 
 class _Allowance:
@@ -203,12 +215,12 @@ class _Allowance:
         self._at_s = 0.0
         self._suppressed = 0
 
-    def take(self, now_s: float) -> int | None:
+    def take(self, now_s: float, wanted: int) -> int | None:
         if self._at_s:
             self._lines = min(LINES_PER_S, self._lines + (now_s - self._at_s) * LINES_PER_S)
         self._at_s = now_s
         if self._lines < 1:
-            self._suppressed += 1
+            self._suppressed += wanted
             return None
         self._lines -= 1
         suppressed, self._suppressed = self._suppressed, 0

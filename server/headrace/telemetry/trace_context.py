@@ -37,22 +37,36 @@ class Parent(NamedTuple):
 
 class Trace:
     """
-    One sampled call.
+    One sampled call, and the ids of its spans: one stem, and a number for each.
 
     Args:
         trace_id: 16 bytes.
         parent_id: The caller's span; empty at the root.
-        span_id: This call's span, 8 bytes.
+        stem: The first 7 bytes of every id.
         state: The caller's `tracestate`, to be kept.
+
+    Attributes:
+        called_s: When another server was called and told that it continues this trace, on
+            `time.perf_counter`'s clock.
     """
 
-    __slots__ = ("parent_id", "span_id", "state", "trace_id")
+    __slots__ = ("called_s", "parent_id", "state", "stem", "trace_id")
 
-    def __init__(self, trace_id: bytes, parent_id: bytes, span_id: bytes, state: str) -> None:
+    def __init__(self, trace_id: bytes, parent_id: bytes, stem: bytes, state: str = "") -> None:
         self.trace_id = trace_id
         self.parent_id = parent_id
-        self.span_id = span_id
+        self.stem = stem
         self.state = state
+        self.called_s: float | None = None
+
+    def id_of(self, number: int) -> bytes:
+        """Return the id of the call's span of that number, from 1 to 255."""
+        return self.stem + bytes((number,))
+
+    @property
+    def span_id(self) -> bytes:
+        """The id of the call's own span."""
+        return self.stem + b"\x01"
 
 
 class Rule(NamedTuple):
@@ -155,12 +169,14 @@ class Sampler:
         else:
             self._skips = self._next_skips()
         if parent is None:
-            return Trace(self.new_id(16), b"", self.new_id(8), "")
-        return Trace(parent.trace_id, parent.span_id, self.new_id(8), _state(metadata))
+            return self.begin()
+        stem = self._random_bits(56).to_bytes(7, "big")
+        return Trace(parent.trace_id, parent.span_id, stem, _state(metadata))
 
-    def new_id(self, size: int) -> bytes:
-        """Draw an id that is not all zero."""
-        return (self._random_bits(8 * size) or 1).to_bytes(size, "big")
+    def begin(self) -> Trace:
+        """Begin a trace."""
+        ids = (self._random_bits(184) or 1).to_bytes(23, "little")
+        return Trace(ids[:16], b"", ids[16:])
 
     def _next_skips(self) -> float:
         """

@@ -5,20 +5,29 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from opentelemetry.proto.trace.v1.trace_pb2 import Status
+from opentelemetry.proto.trace.v1.trace_pb2 import ScopeSpans, Span, Status
 
-from headrace.telemetry.spans import FailedCall, TracedBatch, TracedCall, batch_spans, failed_span
+from headrace.telemetry import spans
+from headrace.telemetry.spans import FailedCall, TracedBatch, TracedCall
 from headrace.telemetry.trace_context import Trace
 
-RUN = b"r" * 16
+RUN = Trace(b"r" * 16, b"", b"run_run")
 
 
-def ids():
-    return (number.to_bytes(8, "big") for number in itertools.count(1))
+def trace(number, state="a=1"):
+    return Trace(bytes([number]) * 16, b"caller_p", bytes([number]) * 7, state)
 
 
-def trace(number):
-    return Trace(bytes([number]) * 16, b"caller_p", bytes([number]) * 8, "a=1")
+def batch_spans(batch, offset_s=0.0):
+    return read(spans.batch_spans(batch, RUN, offset_s))
+
+
+def read(written):
+    """Return what a collector reads, and see that there is nothing in it but spans."""
+    of_scope = ScopeSpans.FromString(written.data)
+    assert len(of_scope.spans) == written.span_count
+    assert of_scope == ScopeSpans(spans=of_scope.spans)
+    return list(of_scope.spans)
 
 
 def batch(calls=1, *, has_features=True, **times):
@@ -35,8 +44,8 @@ def batch(calls=1, *, has_features=True, **times):
     )
 
 
-def by_name(spans, trace_id):
-    return {span.name: span for span in spans if span.trace_id == trace_id}
+def by_name(found, trace_id):
+    return {span.name: span for span in found if span.trace_id == trace_id}
 
 
 @pytest.mark.parametrize("has_features", [True, False])
@@ -47,10 +56,10 @@ def test_the_stages_of_a_call_add_up_to_it(has_features, durations_s):
         has_features=has_features,
         **dict(zip(("started_s", "joined_s", "inferred_s", "replied_s"), at, strict=True)),
     )
-    spans = by_name(batch_spans(one, RUN, ids(), 1_700_000_000.0), b"\1" * 16)
-    request = spans.pop("headrace.request")
-    assert ("features.fetch" in spans) is has_features
-    stages = sorted(spans.values(), key=lambda span: span.start_time_unix_nano)
+    found = by_name(batch_spans(one, 1_700_000_000.0), b"\1" * 16)
+    request = found.pop("headrace.request")
+    assert ("features.fetch" in found) is has_features
+    stages = sorted(found.values(), key=lambda span: span.start_time_unix_nano)
     for earlier, later in itertools.pairwise(stages):
         assert earlier.end_time_unix_nano == later.start_time_unix_nano
     assert stages[0].start_time_unix_nano == request.start_time_unix_nano
@@ -59,27 +68,29 @@ def test_the_stages_of_a_call_add_up_to_it(has_features, durations_s):
 
 
 def test_a_batch_and_its_members_are_linked_both_ways():
-    spans = batch_spans(batch(calls=3), RUN, ids(), 0.0)
-    run = by_name(spans, RUN)["batch.run"]
-    members = [span for span in spans if span.name == "headrace.request"]
+    found = batch_spans(batch(calls=3))
+    run = by_name(found, RUN.trace_id)["batch.run"]
+    members = [span for span in found if span.name == "headrace.request"]
     assert [(at.trace_id, at.span_id) for at in run.links] == [
         (span.trace_id, span.span_id) for span in members
     ]
     for span in members:
-        assert [(at.trace_id, at.span_id) for at in span.links] == [(RUN, run.span_id)]
+        assert [(at.trace_id, at.span_id) for at in span.links] == [(RUN.trace_id, run.span_id)]
+
+
+def test_a_batch_of_many_links_with_the_first():
+    run = by_name(batch_spans(batch(calls=200)), RUN.trace_id)["batch.run"]
+    assert len(run.links) == spans.LINKS_MAX
 
 
 def test_a_call_is_under_its_caller_and_says_what_it_was():
-    span = by_name(batch_spans(batch(), RUN, ids(), 0.0), b"\1" * 16)["headrace.request"]
+    span = by_name(batch_spans(batch()), b"\1" * 16)["headrace.request"]
     assert (span.parent_span_id, span.trace_state) == (b"caller_p", "a=1")
-    attributes = {
-        pair.key: pair.value.string_value or pair.value.int_value for pair in span.attributes
-    }
-    assert attributes == {
-        "rpc.system": "grpc",
-        "rpc.service": "p.S",
-        "rpc.method": "M",
-        "rpc.grpc.status_code": 0,
+    assert span.kind == Span.SPAN_KIND_SERVER
+    assert attributes_of(span) == {
+        "rpc.system.name": "grpc",
+        "rpc.method": "p.S/M",
+        "rpc.response.status_code": "OK",
         "headrace.model": "homes",
         "headrace.version": "3",
         "headrace.rows": 2,
@@ -87,24 +98,60 @@ def test_a_call_is_under_its_caller_and_says_what_it_was():
     }
 
 
+@given(st.text(max_size=600), st.text(max_size=300), st.text(max_size=40))
+def test_whatever_callers_and_models_are_called_is_read_back(state, model, prediction_id):
+    call = TracedCall(trace(1, state), "p.S/M", 1.0, 10**9, prediction_id)
+    found = batch_spans(batch()._replace(model=model, calls=[call]))
+    assert {span.trace_state for span in found if span.name != "batch.run"} == {state}
+    request = attributes_of(by_name(found, b"\1" * 16)["headrace.request"])
+    assert (request["headrace.model"], request["headrace.rows"]) == (model, 10**9)
+    assert request["headrace.prediction_id"] == prediction_id
+
+
+def test_a_call_that_began_its_trace_is_under_nobody():
+    call = TracedCall(Trace(b"t" * 16, b"", b"stem_st"), "p.S/M", 1.0, 1, "id")
+    span = by_name(batch_spans(batch()._replace(calls=[call])), b"t" * 16)["headrace.request"]
+    assert span.parent_span_id == b""
+
+
 def test_every_span_has_an_id_of_its_own():
-    spans = batch_spans(batch(calls=5), RUN, ids(), 0.0)
-    assert len({(span.trace_id, span.span_id) for span in spans}) == len(spans) == 1 + 5 * 5
+    found = batch_spans(batch(calls=5))
+    assert len({(span.trace_id, span.span_id) for span in found}) == len(found) == 1 + 5 * 5
 
 
-def test_an_announced_span_keeps_the_id_it_was_announced_with():
-    call = TracedCall(trace(1), "p.S/M", 1.0, 1, "id", infer_id=b"announce")
-    spans = batch_spans(batch()._replace(calls=[call]), RUN, ids(), 0.0)
-    assert by_name(spans, b"\1" * 16)["backend.infer"].span_id == b"announce"
+def test_the_model_runs_under_the_id_that_another_server_was_told():
+    found = by_name(batch_spans(batch()._replace(is_remote=True)), b"\1" * 16)
+    assert found["backend.infer"].span_id == trace(1).id_of(spans.INFER)
+    assert found["backend.infer"].kind == Span.SPAN_KIND_CLIENT
+
+
+def failed(of=None):
+    call = FailedCall("p.S/M", "NOT_FOUND", "no such model", 1.0, 1.5, "", "", 0, of)
+    return read(spans.failed_spans(call, 10.0))
 
 
 def test_a_failed_call_has_one_span_that_says_why():
-    call = FailedCall("p.S/M", "NOT_FOUND", "no such model", 1.0, 1.5, "", "", 0, trace(1))
-    span = failed_span(call, 10.0)
+    (span,) = failed(trace(1))
     assert span.status.code == Status.STATUS_CODE_ERROR
     assert span.status.message == "no such model"
+    assert attributes_of(span)["rpc.response.status_code"] == "NOT_FOUND"
     assert span.end_time_unix_nano - span.start_time_unix_nano == 500_000_000
 
 
+def test_a_call_that_failed_in_another_server_has_a_span_for_its_part():
+    of = trace(1)
+    of.called_s = 1.25
+    request, infer = failed(of)
+    assert (infer.name, infer.span_id) == ("backend.infer", of.id_of(spans.INFER))
+    assert infer.parent_span_id == request.span_id
+    assert infer.end_time_unix_nano - infer.start_time_unix_nano == 250_000_000
+
+
 def test_a_failed_call_that_was_not_sampled_has_no_span():
-    assert failed_span(FailedCall("p.S/M", "INTERNAL", "", 1.0, 1.5, "m", "1", 1, None), 0) is None
+    assert failed() == []
+
+
+def attributes_of(span):
+    return {
+        pair.key: getattr(pair.value, pair.value.WhichOneof("value")) for pair in span.attributes
+    }

@@ -121,7 +121,19 @@ def test_a_tracestate_that_is_too_long_is_left_out():
 
 def test_an_id_is_never_all_zero():
     sampler = Sampler(Rule(1.0), random_bits=lambda _: 0)
-    assert any(sampler.new_id(8))
+    for trace in (sampler.begin(), sampler.sample([("traceparent", SAMPLED)])):
+        assert any(trace.trace_id)
+        assert any(trace.span_id)
+
+
+def test_ids_have_the_size_they_must_have():
+    for trace in (
+        Sampler(Rule(1.0)).begin(),
+        Sampler(Rule(1.0)).sample([("traceparent", SAMPLED)]),
+    ):
+        assert len(trace.trace_id) == 16
+        assert len({trace.span_id, trace.id_of(2), trace.id_of(255)}) == 3
+        assert {len(trace.span_id), len(trace.id_of(2))} == {8}
 
 
 @pytest.mark.parametrize(

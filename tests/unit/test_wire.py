@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2
 
 from headrace.errors import InvalidRequest
-from headrace.rpc.wire import delimited, refuse_costly_parse, tag, varint
 from headrace.v1 import prediction_service_pb2 as pb
+from headrace.wire import delimited, refuse_costly_parse, tag, varint
 
 
 @given(st.integers(0, 2**63 - 1))
