@@ -8,6 +8,7 @@ import grpc
 import numpy as np
 import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+from opentelemetry.proto.trace.v1.trace_pb2 import Status
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from headrace.app import Gateway
@@ -197,31 +198,51 @@ def test_a_refused_call_has_a_span_with_the_reason(collector, serve, channels, s
     assert span.status.message
 
 
-def test_a_failed_batch_has_a_span_that_names_its_model(collector, serve, channels):
-    stub = service_pb2_grpc.GRPCInferenceServiceStub(channels(serve()))
-    message = service_pb2.ModelInferRequest(model_name="gather")
+def gather(model="gather"):
+    """Ask for a row that the model does not have: it fails while it runs."""
+    message = service_pb2.ModelInferRequest(model_name=model)
     message.inputs.add(name="x", datatype="INT64", shape=[1, 1])
     message.raw_input_contents.append(np.array([99], np.int64).tobytes())
+    return message
+
+
+def test_a_failed_batch_has_a_span_that_names_its_model(collector, serve, channels):
+    stub = service_pb2_grpc.GRPCInferenceServiceStub(channels(serve()))
     with pytest.raises(grpc.RpcError):
-        stub.ModelInfer(message, metadata=TRACEPARENT, timeout=10)
+        stub.ModelInfer(gather(), metadata=TRACEPARENT, timeout=10)
     span = collector.wait_for(of_trace)["headrace.request"]
     attributes = {pair.key: pair.value.string_value for pair in span.attributes}
     assert attributes["headrace.model"] == "gather"
     assert attributes["rpc.response.status_code"] == "INTERNAL"
 
 
-def test_a_trace_goes_on_in_the_server_that_runs_the_model(collector, serve, channels, tmp_path):
-    behind = serve()
-    folder = tmp_path / "models" / "front" / "1"
-    folder.mkdir(parents=True)
-    (folder.parent / "config.pbtxt").write_text(
-        'backend: "oip"\n'
-        f'parameters {{ key: "oip_address" value {{ string_value: "{behind.grpc_address}" }} }}\n'
-        'parameters { key: "oip_model" value { string_value: "scores" } }\n'
-    )
-    front = serve(model_repository=tmp_path / "models", feature_repo=None)
-    stub = service_pb2_grpc.GRPCInferenceServiceStub(channels(front))
-    stub.ModelInfer(scores(model="front"), metadata=TRACEPARENT, timeout=10)
+def test_a_model_that_fails_names_the_trace(collector, serve, channels):
+    stub = service_pb2_grpc.GRPCInferenceServiceStub(channels(serve()))
+    with pytest.raises(grpc.RpcError) as failed:
+        stub.ModelInfer(gather(), metadata=TRACEPARENT, timeout=10)
+    assert failed.value.details().endswith(f", trace {TRACE}")
+
+
+@pytest.fixture
+def relay(serve, tmp_path):
+    """Return a function that starts a gateway for a model of another one."""
+
+    def start(behind, model):
+        folder = tmp_path / "models" / "front" / "1"
+        folder.mkdir(parents=True)
+        (folder.parent / "config.pbtxt").write_text(
+            'backend: "oip"\n'
+            'parameters { key: "oip_address" value { string_value: '
+            f'"{behind.grpc_address}" }} }}\n'
+            f'parameters {{ key: "oip_model" value {{ string_value: "{model}" }} }}\n'
+        )
+        return serve(model_repository=tmp_path / "models", feature_repo=None)
+
+    return start
+
+
+def ours_and_theirs(collector):
+    """Return the call's spans in the first gateway and in the second."""
 
     def both(spans):
         requests = [s for s in spans if s.name == "headrace.request" and s.trace_id.hex() == TRACE]
@@ -229,10 +250,29 @@ def test_a_trace_goes_on_in_the_server_that_runs_the_model(collector, serve, cha
 
     requests = collector.wait_for(both)
     ours = next(span for span in requests if span.parent_span_id.hex() == SPAN)
-    theirs = next(span for span in requests if span is not ours)
-    infers = [s for s in collector.spans if s.name == "backend.infer" and s.trace_id.hex() == TRACE]
+    return ours, next(span for span in requests if span is not ours)
+
+
+def test_a_trace_goes_on_in_the_server_that_runs_the_model(collector, serve, channels, relay):
+    stub = service_pb2_grpc.GRPCInferenceServiceStub(channels(relay(serve(), "scores")))
+    stub.ModelInfer(scores(model="front"), metadata=TRACEPARENT, timeout=10)
+    ours, theirs = ours_and_theirs(collector)
+    infers = [span for span in collector.spans if span.name == "backend.infer"]
     called = next(span for span in infers if span.parent_span_id == ours.span_id)
     assert theirs.parent_span_id == called.span_id
+
+
+def test_a_failure_in_the_server_that_runs_the_model_is_under_the_call(
+    collector, serve, channels, relay
+):
+    stub = service_pb2_grpc.GRPCInferenceServiceStub(channels(relay(serve(), "gather")))
+    with pytest.raises(grpc.RpcError):
+        stub.ModelInfer(gather("front"), metadata=TRACEPARENT, timeout=10)
+    ours, theirs = ours_and_theirs(collector)
+    (called,) = [span for span in collector.spans if span.name == "backend.infer"]
+    assert called.parent_span_id == ours.span_id
+    assert theirs.parent_span_id == called.span_id
+    assert {ours.status.code, called.status.code, theirs.status.code} == {Status.STATUS_CODE_ERROR}
 
 
 def test_a_collector_that_is_away_or_hangs_costs_no_answer(collector, serve, channels):

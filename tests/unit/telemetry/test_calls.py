@@ -6,6 +6,7 @@ import structlog
 from headrace.telemetry import calls
 from headrace.telemetry.calls import CallRecorder, failed_call
 from headrace.telemetry.metrics import Metrics
+from headrace.telemetry.spans import TracedBatch, TracedCall
 from headrace.telemetry.trace_context import Rule, Sampler
 
 
@@ -70,3 +71,26 @@ def test_every_failure_counts_in_the_metrics_whatever_is_told():
 def test_without_a_sampler_no_call_is_looked_at(recorder):
     assert recorder.sample is None
     assert CallRecorder(Metrics(), Sampler(Rule(1.0))).sample is not None
+
+
+def test_a_call_that_cannot_be_told_of_does_not_silence_the_next(recorder):
+    recorder.failed(failed_call("p.S/M", "INTERNAL", "first", "no number"))
+    recorder.failed(failed_call("p.S/M", "INTERNAL", "second", 0.0))
+    messages = [line.get("message") for line in lines_of(recorder)]
+    assert messages[-1] == "second"
+    assert "first" not in messages
+
+
+def test_many_calls_of_one_batch_leave_as_many_lines_as_are_allowed():
+    recorder = CallRecorder(Metrics(), Sampler(Rule(1.0)))
+    traced = [
+        TracedCall(Sampler(Rule(1.0)).begin(), "p.S/M", 0.0, 1, f"id{number}")
+        for number in range(100)
+    ]
+    for _ in range(2):
+        recorder.answered(TracedBatch("m", "1", 100, 100, 1.0, 2.0, 3.0, 4.0, False, False, traced))
+    lines = lines_of(recorder)
+    assert {line["code"] for line in lines} == {"OK"}
+    assert 10 <= len(lines) <= 12
+    assert lines[0]["trace_id"] == traced[0].trace.trace_id.hex()
+    assert (lines[0]["duration_s"], lines[0]["infer_s"]) == (4.0, 1.0)
