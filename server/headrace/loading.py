@@ -84,7 +84,7 @@ class VersionLoader:
                 _LOG.warning(
                     "config_without_effect", model=config.name, settings=config.without_effect
                 )
-            check_golden(version.path, backend)
+            check_golden(version.path, backend, is_coarse=config.uses_tf32)
             join = self._join(config)
             warm_up(backend, config.max_batch_size, config.preferred_batch_sizes)
         except BaseException:
@@ -113,7 +113,7 @@ class VersionLoader:
             metrics=metrics,
             join=join,
             store=self._store if join is not None else None,
-            executor_count=_executor_count(config),
+            executor_count=executor_count(config),
             feature_timeout_s=self._settings.feature_timeout_s,
             max_entities=self._settings.max_entities,
             max_feature_age_s=config.max_feature_age_s,
@@ -141,6 +141,6 @@ class VersionLoader:
         )
 
 
-def _executor_count(config: ModelConfig) -> int:
+def executor_count(config: ModelConfig) -> int:
     """Two for an instance on a GPU: one batch is copied and assembled while the other computes."""
     return config.instance_count * (1 if config.gpu_device is None else 2)

@@ -1,10 +1,10 @@
 """CUDA under ONNX Runtime: its libraries, whether it can be had, and what to do when it cannot."""
 
 import contextlib
+import ctypes
 import io
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.metadata import distributions
-from typing import Any
 
 import structlog
 
@@ -13,6 +13,9 @@ from headrace.errors import ModelLoadError, StartupError
 _LOG = structlog.get_logger(__name__)
 
 PROVIDER = "CUDAExecutionProvider"
+
+MIN_DRIVER = 13_000
+"""CUDA 13.0, as the driver numbers it: 1000 * major + 10 * minor."""
 
 _INSTALL = "install headrace[gpu] instead of headrace[cpu]"
 _BUILDS = ("onnxruntime", "onnxruntime-gpu")
@@ -54,12 +57,15 @@ def preload(preload_dlls: Callable[[], None]) -> None:
         _LOG.warning("cuda_preload", printed=printed.getvalue()[:2_000])
 
 
-def providers(device: int, available: Sequence[str]) -> list[Any]:
+def providers(
+    device: int, options: Mapping[str, str], available: Collection[str]
+) -> list[str | tuple[str, dict[str, str]]]:
     """
     Return the providers of a session on a GPU, in order; what CUDA lacks runs on the CPU.
 
     Args:
         device: Which GPU.
+        options: What the model sets, in ONNX Runtime's names.
         available: What this build of ONNX Runtime has.
 
     Raises:
@@ -69,12 +75,49 @@ def providers(device: int, available: Sequence[str]) -> list[Any]:
         raise ModelLoadError(
             f"instance_group asks for a GPU, and this ONNX Runtime has no CUDA: {_INSTALL}"
         )
-    options = {
-        "device_id": str(device),
-        # The default tries every algorithm on the first run of each shape, for seconds.
+    defaults = {
+        # ONNX Runtime's own tries every algorithm on the first run of each shape, for seconds.
         "cudnn_conv_algo_search": "HEURISTIC",
+        # Its own keeps three digits of FP32: answers would differ from the CPU's, and from golden.
+        "use_tf32": "0",
     }
-    return [(PROVIDER, options), "CPUExecutionProvider"]
+    return [(PROVIDER, {**defaults, **options, "device_id": str(device)}), "CPUExecutionProvider"]
+
+
+def check_device(device: int, driver_library: str = "libcuda.so.1") -> None:
+    """
+    Make sure that this machine has a GPU: ONNX Runtime takes the CPU, or blames the model.
+
+    Source: CUDA Driver API, "Initialization", "Version Management" and "Device Management".
+
+    Args:
+        device: Which GPU, as CUDA_VISIBLE_DEVICES numbers them.
+        driver_library: The NVIDIA driver's.
+
+    Raises:
+        ModelLoadError: there is no driver, it is too old, or it has no such GPU.
+    """
+    try:
+        driver = ctypes.CDLL(driver_library)
+    except OSError:
+        raise ModelLoadError(
+            "instance_group asks for a GPU, and there is no NVIDIA driver here; check nvidia-smi"
+        ) from None
+    version, count = ctypes.c_int(), ctypes.c_int()
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    if version.value < MIN_DRIVER:
+        raise ModelLoadError(
+            "instance_group asks for a GPU, and the NVIDIA driver is for CUDA "
+            f"{version.value // 1000}.{version.value % 1000 // 10}; expected 13.0 or newer"
+        )
+    if status := driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        _LOG.warning("cuda_driver_failed", status=status)
+        count.value = 0
+    if device >= count.value:
+        raise ModelLoadError(
+            f"instance_group asks for GPU {device}, and this machine shows {count.value}; check "
+            "nvidia-smi and CUDA_VISIBLE_DEVICES"
+        )
 
 
 def check_session(active: Sequence[str]) -> None:
@@ -89,6 +132,6 @@ def check_session(active: Sequence[str]) -> None:
     """
     if not active or active[0] != PROVIDER:
         raise ModelLoadError(
-            "instance_group asks for a GPU, and CUDA did not start: there is no such GPU, no "
-            f"NVIDIA driver, or CUDA 13 and cuDNN 9 are missing; check nvidia-smi, and {_INSTALL}"
+            "instance_group asks for a GPU, and CUDA did not start: CUDA 13 or cuDNN 9 is missing; "
+            f"{_INSTALL}"
         )

@@ -74,6 +74,10 @@ class SessionConfig(Protocol):
         """Which GPU; None for the CPU."""
 
     @property
+    def gpu_options(self) -> Sequence[tuple[str, str]]:
+        """What it sets there, in ONNX Runtime's names."""
+
+    @property
     def intra_op_thread_count(self) -> int: ...
 
     @property
@@ -190,9 +194,10 @@ def load_onnx(path: Path, config: SessionConfig) -> OnnxRuntimeBackend:
     providers: list[Any] = ["CPUExecutionProvider"]
     with _LOADING:
         if config.gpu_device is not None:
-            _preload_cuda()
             available = onnxruntime.get_available_providers()
-            providers = cuda.providers(config.gpu_device, available)
+            providers = cuda.providers(config.gpu_device, dict(config.gpu_options), available)
+            cuda.check_device(config.gpu_device)
+            _preload_cuda()
         try:
             session = onnxruntime.InferenceSession(
                 path,

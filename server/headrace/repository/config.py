@@ -21,6 +21,7 @@ from headrace.repository.parameters import (
     shown,
     wrong,
 )
+from headrace.repository.placement import gpu_device, gpu_options, instance_count
 from headrace.repository.policy import VersionPolicy
 from headrace.tensors import TensorSpec
 
@@ -32,7 +33,6 @@ REMOTE_BACKEND = "oip"
 MODEL_FILENAME = "model.onnx"
 
 MAX_QUEUE_DELAY_S = 60.0
-MAX_INSTANCES = 256
 MAX_THREADS = 1024
 MAX_FEATURES = 10_000
 
@@ -70,6 +70,7 @@ _READ = {
     "instance_group.name",
     "instance_group.kind",
     "instance_group.count",
+    "instance_group.gpus",
     "dynamic_batching.preferred_batch_size",
     "dynamic_batching.max_queue_delay_microseconds",
     "dynamic_batching.default_queue_policy.max_queue_size",
@@ -138,6 +139,7 @@ class ModelConfig:
         version_policy: Which versions serve.
         remote: Where the model runs, when it is elsewhere.
         gpu_device: Which GPU it runs on; None for the CPU.
+        gpu_options: What it sets there, in the names and values of ONNX Runtime's CUDA provider.
         feature_service: Feast feature service joined to each row.
         feature_order: Names of the input's columns; None for the service's own order.
         missing_features: What the model gets for a missing feature.
@@ -167,6 +169,7 @@ class ModelConfig:
     version_policy: VersionPolicy = field(default_factory=VersionPolicy)
     remote: RemoteModel | None = None
     gpu_device: int | None = None
+    gpu_options: tuple[tuple[str, str], ...] = ()
     feature_service: str | None = None
     feature_order: tuple[str, ...] | None = None
     missing_features: MissingFeaturePolicy = "nan"
@@ -180,6 +183,11 @@ class ModelConfig:
     enable_mem_pattern: bool = True
     without_effect: tuple[str, ...] = ()
     message: Any = field(default_factory=model_config_pb2.ModelConfig, compare=False, repr=False)
+
+    @property
+    def uses_tf32(self) -> bool:
+        """Whether FP32 products keep ten bits of their factors, as many as FP16 has."""
+        return ("use_tf32", "1") in self.gpu_options
 
 
 def parse_config(text: str, model_name: str) -> ModelConfig:
@@ -210,6 +218,8 @@ def parse_config(text: str, model_name: str) -> ModelConfig:
             if parameters.text(key) is not None:
                 raise wrong(f"parameter '{key}' needs the parameter 'feature_service'")
     latency_slo_ms = parameters.positive("latency_slo_ms")
+    device = gpu_device(message.instance_group)
+    tuning = gpu_options(parameters)
     config = ModelConfig(
         name=model_name,
         max_batch_size=message.max_batch_size,
@@ -218,8 +228,9 @@ def parse_config(text: str, model_name: str) -> ModelConfig:
         max_queue_delay_s=_queue_delay_s(message.dynamic_batching),
         preferred_batch_sizes=_preferred_batch_sizes(message.dynamic_batching),
         max_queue_size=message.dynamic_batching.default_queue_policy.max_queue_size,
-        instance_count=_instance_count(message.instance_group),
-        gpu_device=_gpu_device(message.instance_group),
+        instance_count=instance_count(message.instance_group),
+        gpu_device=device,
+        gpu_options=() if device is None else tuning,
         version_policy=_version_policy(message.version_policy),
         remote=_remote(message, parameters, model_name),
         feature_service=feature_service,
@@ -241,6 +252,7 @@ def parse_config(text: str, model_name: str) -> ModelConfig:
                     *_unread(message),
                     *parameters.unknown(),
                     *(["parameters.latency_slo_ms"] if latency_slo_ms else []),
+                    *(f"parameters.{key}" for key, _ in tuning if device is None),
                 }
             )
         ),
@@ -390,40 +402,6 @@ def _preferred_batch_sizes(dynamic_batching: Any) -> tuple[int, ...]:
         if size < 1:
             raise wrong(f"preferred_batch_size has {size}; expected sizes above 0")
     return tuple(sorted(set(dynamic_batching.preferred_batch_size)))
-
-
-def _instance_count(groups: Sequence[Any]) -> int:
-    count = 0
-    for group in groups:
-        if group.passive:
-            raise wrong("instance_group.passive is not supported by this server")
-        if group.count < 0:
-            raise wrong(f"instance_group count is {group.count}; expected 1 or more")
-        count += group.count or 1
-    if count > MAX_INSTANCES:
-        raise wrong(f"instance_group asks for {count} instances; at most {MAX_INSTANCES}")
-    return count or 1
-
-
-def _gpu_device(groups: Sequence[Any]) -> int | None:
-    """Return the GPU that the groups ask for; KIND_AUTO means the CPU."""
-    kinds, devices = set(), set()
-    for group in groups:
-        kind = model_config_pb2.ModelInstanceGroup.Kind.Name(group.kind)
-        kinds.add("GPU" if kind == "KIND_GPU" else "CPU")
-        devices.update(group.gpus)
-        if group.gpus and kind != "KIND_GPU":
-            raise wrong(f"instance_group has gpus and {kind}; expected KIND_GPU")
-    if "GPU" not in kinds:
-        return None
-    if len(kinds) > 1:
-        raise wrong("instance_group asks for CPU and GPU; expected one of them")
-    if len(devices) > 1:
-        raise wrong(f"instance_group asks for GPUs {sorted(devices)}; expected one")
-    (device,) = devices or {0}
-    if device < 0:
-        raise wrong(f"instance_group asks for GPU {device}; expected 0 or more")
-    return int(device)
 
 
 def _feature_order(text: str | None) -> tuple[str, ...] | None:

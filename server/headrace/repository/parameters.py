@@ -30,6 +30,10 @@ _KNOWN = {
     "execution_mode",
     "enable_mem_arena",
     "enable_mem_pattern",
+    "arena_extend_strategy",
+    "cudnn_conv_algo_search",
+    "gpu_mem_limit",
+    "use_tf32",
     "share_session_between_instances",  # it is, always
 }
 
@@ -67,7 +71,7 @@ class Parameters:
         value = self.text(key)
         if value is None:
             return default
-        if not re.fullmatch(r"[0-9]{1,9}", value) or int(value) > most:
+        if not re.fullmatch(r"[0-9]{1,20}", value) or int(value) > most:
             raise _not(key, value, f"a whole number from 0 to {most}")
         return int(value)
 

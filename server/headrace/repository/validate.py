@@ -100,7 +100,7 @@ def check_manifest(folder: Path) -> None:
             )
 
 
-def check_golden(folder: Path, model: LoadedModel) -> bool:
+def check_golden(folder: Path, model: LoadedModel, *, is_coarse: bool = False) -> bool:
     """
     Run a version's golden inputs and compare its answers.
 
@@ -111,6 +111,7 @@ def check_golden(folder: Path, model: LoadedModel) -> bool:
     Args:
         folder: The version's folder.
         model: The version, loaded.
+        is_coarse: Whether FP32 is computed with the digits of FP16, and compared as that.
 
     Returns:
         Whether there was a `golden.npz`.
@@ -139,7 +140,7 @@ def check_golden(folder: Path, model: LoadedModel) -> bool:
     except ServingError as error:
         raise _wrong(f"the golden inputs fail: {error}") from error
     for i, golden in wanted.items():
-        _compare(model.outputs[i], results[i], golden)
+        _compare(model.outputs[i], results[i], golden, is_coarse=is_coarse)
     return True
 
 
@@ -235,7 +236,9 @@ def _as_bytes(array: NDArray[np.generic]) -> NDArray[np.generic]:
     return elements.reshape(array.shape)
 
 
-def _compare(spec: TensorSpec, got: NDArray[np.generic], golden: NDArray[np.generic]) -> None:
+def _compare(
+    spec: TensorSpec, got: NDArray[np.generic], golden: NDArray[np.generic], *, is_coarse: bool
+) -> None:
     if got.shape != golden.shape:
         raise _wrong(
             f"output '{spec.name}' has the shape {list(got.shape)}; golden is {list(golden.shape)}"
@@ -243,7 +246,7 @@ def _compare(spec: TensorSpec, got: NDArray[np.generic], golden: NDArray[np.gene
     if spec.datatype == "BYTES":
         differs = _as_bytes(got) != golden
     elif golden.dtype.kind == "f":
-        is_half = spec.datatype == "FP16"
+        is_half = spec.datatype == "FP16" or (is_coarse and spec.datatype == "FP32")
         rtol = GOLDEN_FP16_RTOL if is_half else GOLDEN_RTOL
         atol = GOLDEN_FP16_ATOL if is_half else GOLDEN_ATOL
         wide_got, wide_golden = got.astype(np.float64), golden.astype(np.float64)

@@ -1,5 +1,7 @@
 """What is decided about CUDA without having it."""
 
+import shutil
+import subprocess
 import sys
 
 import onnx
@@ -17,14 +19,75 @@ WITH_CUDA = ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
 
 def test_a_build_with_cuda_gets_the_device_that_was_asked_for():
-    (name, options), fallback = cuda.providers(3, WITH_CUDA)
+    (name, options), fallback = cuda.providers(3, {}, WITH_CUDA)
     assert (name, options["device_id"]) == ("CUDAExecutionProvider", "3")
     assert fallback == "CPUExecutionProvider"
 
 
+def test_products_keep_every_digit_unless_the_model_says_otherwise():
+    (_, usual), _ = cuda.providers(0, {}, WITH_CUDA)
+    (_, asked), _ = cuda.providers(0, {"use_tf32": "1"}, WITH_CUDA)
+    assert (usual["use_tf32"], asked["use_tf32"]) == ("0", "1")
+
+
+def test_what_a_model_sets_does_not_move_it_to_another_device():
+    (_, options), _ = cuda.providers(1, {"device_id": "0", "gpu_mem_limit": "9"}, WITH_CUDA)
+    assert (options["device_id"], options["gpu_mem_limit"]) == ("1", "9")
+
+
 def test_a_build_without_cuda_says_what_to_install():
     with pytest.raises(ModelLoadError, match=r"has no CUDA: install headrace\[gpu\]"):
-        cuda.providers(0, ["CPUExecutionProvider"])
+        cuda.providers(0, {}, ["CPUExecutionProvider"])
+
+
+@pytest.fixture
+def driver(tmp_path):
+    """Makes a driver's library that says what it is told to, as the driver's own would."""
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler here")
+
+    def make(version=13_010, status=0, devices=2):
+        source, library = tmp_path / "driver.c", tmp_path / f"libcuda-{version}-{status}-{devices}"
+        source.write_text(
+            f"int cuDriverGetVersion(int *v) {{ *v = {version}; return 0; }}\n"
+            f"int cuInit(unsigned flags) {{ return {status}; }}\n"
+            f"int cuDeviceGetCount(int *n) {{ *n = {devices}; return {status}; }}\n"
+        )
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+        return str(library)
+
+    return make
+
+
+@pytest.mark.parametrize("device", [0, 1])
+def test_a_gpu_that_is_there_is_taken(driver, device):
+    cuda.check_device(device, driver())
+
+
+@pytest.mark.parametrize(
+    ("says", "reason"),
+    [
+        (
+            {"devices": 2},
+            "asks for GPU 2, and this machine shows 2; check nvidia-smi and CUDA_VISIBLE",
+        ),
+        ({"devices": 0}, "asks for GPU 2, and this machine shows 0"),
+        ({"status": 100}, "asks for GPU 2, and this machine shows 0"),  # CUDA_ERROR_NO_DEVICE
+        ({"version": 12_040}, "the NVIDIA driver is for CUDA 12.4; expected 13.0 or newer"),
+    ],
+)
+def test_a_gpu_that_cannot_be_used_is_refused_with_what_is_wrong(driver, says, reason):
+    with pytest.raises(ModelLoadError) as refused:
+        cuda.check_device(2, driver(**says))
+    assert reason in str(refused.value)
+
+
+def test_a_machine_without_a_driver_says_so(tmp_path):
+    with pytest.raises(ModelLoadError) as refused:
+        cuda.check_device(0, str(tmp_path / "libcuda.so.1"))
+    assert str(refused.value) == (
+        "instance_group asks for a GPU, and there is no NVIDIA driver here; check nvidia-smi"
+    )
 
 
 @pytest.mark.parametrize("active", [["CPUExecutionProvider"], []])

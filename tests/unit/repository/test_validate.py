@@ -190,6 +190,20 @@ def test_numbers_may_differ_as_much_as_their_datatype_allows(tmp_path, datatype,
         assert "differs in" in refusal(check_golden, tmp_path, doubler(datatype))
 
 
+@pytest.mark.parametrize(
+    ("datatype", "off", "is_close"),
+    [("FP32", 1e-2, True), ("FP32", 1e-1, False), ("FP64", 3e-4, False), ("INT64", 1, False)],
+)
+def test_only_fp32_loses_digits_where_it_is_computed_coarsely(tmp_path, datatype, off, is_close):
+    dtype = NUMPY_DTYPES[datatype]
+    golden(tmp_path, in_x=X.astype(dtype), out_y=(Y.astype(np.float64) + off).astype(dtype))
+    if is_close:
+        assert check_golden(tmp_path, doubler(datatype), is_coarse=True)
+    else:
+        with pytest.raises(ModelLoadError, match="differs in"):
+            check_golden(tmp_path, doubler(datatype), is_coarse=True)
+
+
 def test_nan_and_infinity_equal_only_themselves(tmp_path):
     special = np.array([[np.nan, np.inf], [-np.inf, 1]], np.float32)
     golden(tmp_path, in_x=special, out_y=special * 2)
