@@ -11,6 +11,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+import headrace
 from headrace.app import Gateway
 from headrace.settings import load_settings
 from headrace.v1 import prediction_service_pb2, prediction_service_pb2_grpc
@@ -144,6 +145,17 @@ def test_a_caller_finds_every_stage_under_its_span(collector, serve, channels, i
     assert names["service.name"] == "headrace"
 
 
+def test_the_operator_names_the_service(collector, serve, channels, monkeypatch):
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "valuations")
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=staging")
+    stub = service_pb2_grpc.GRPCInferenceServiceStub(channels(serve()))
+    stub.ModelInfer(scores(), metadata=TRACEPARENT, timeout=10)
+    collector.wait_for(of_trace)
+    names = {pair.key: pair.value.string_value for pair in collector.resources[0].attributes}
+    expected = {"service.name": "valuations", "deployment.environment.name": "staging"}
+    assert (expected | {"service.version": headrace.__version__}).items() <= names.items()
+
+
 def test_members_of_one_batch_share_its_span(collector, serve, channels):
     stub = service_pb2_grpc.GRPCInferenceServiceStub(channels(serve()))
     traces = [f"{number:032x}" for number in range(1, 5)]
@@ -204,6 +216,16 @@ def gather(model="gather"):
     message.inputs.add(name="x", datatype="INT64", shape=[1, 1])
     message.raw_input_contents.append(np.array([99], np.int64).tobytes())
     return message
+
+
+def test_a_call_that_expires_in_the_queue_has_a_span(collector, serve, channels):
+    stub = service_pb2_grpc.GRPCInferenceServiceStub(channels(serve()))
+    with pytest.raises(grpc.RpcError):
+        stub.ModelInfer(scores(model="patient"), metadata=TRACEPARENT, timeout=0.03)
+    span = collector.wait_for(of_trace)["headrace.request"]
+    attributes = {pair.key: pair.value.string_value for pair in span.attributes}
+    assert attributes["rpc.response.status_code"] == "DEADLINE_EXCEEDED"
+    assert span.status.code == Status.STATUS_CODE_ERROR
 
 
 def test_a_failed_batch_has_a_span_that_names_its_model(collector, serve, channels):
