@@ -73,7 +73,7 @@ class Replay:
                 pb.Outcome(prediction_id=f"{reply.prediction_id}/{i}", value=sale.price_usd)
                 for i, sale in enumerate(part)
             ]
-        known = sum(labelled for _, labelled in self._windows(version))
+        known = sum(window["labelled"] for window in self._windows(version))
         self._wait_for_rows(before + len(sales))
         self._report(outcomes)
         return self._finding(version, known + len(outcomes))
@@ -112,9 +112,9 @@ class Replay:
         deadline_s = time.monotonic() + TIMEOUT_S
         while time.monotonic() < deadline_s:
             windows = self._windows(version)
-            if sum(count for _, count in windows) >= labelled:
-                window, count = windows[-1]
-                performance = window["performance"]
+            if sum(window["labelled"] for window in windows) >= labelled:
+                performance = windows[-1]
+                count = performance["labelled"]
                 of = self._version(version)
                 return Finding(
                     sales=count,
@@ -126,13 +126,10 @@ class Replay:
             time.sleep(0.1)
         raise StartupError("the monitor did not come to a finding")
 
-    def _windows(self, version: int) -> list[tuple[dict[str, Any], int]]:
-        """Return the ended windows that have outcomes, and how many."""
-        return [
-            (window, window["performance"]["labelled"])
-            for window in self._version(version).get("windows", ())
-            if window["performance"] and window["performance"]["labelled"]
-        ]
+    def _windows(self, version: int) -> list[dict[str, Any]]:
+        """Return what is known of the ended windows that have outcomes."""
+        of = self._version(version)
+        return list(of["performance"]["windows"]) if of else []
 
     def _version(self, version: int) -> dict[str, Any]:
         for of in self.report()["versions"]:

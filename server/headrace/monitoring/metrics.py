@@ -83,7 +83,7 @@ def _add_version(families: dict[str, Any], version: dict[str, Any]) -> None:
         for rate in ("missing", "out_of_range", "stale"):
             if rate in current:
                 families[f"headrace_monitor_{rate}_ratio"].add_metric(of, current[rate])
-    known = [w["performance"] for w in version["windows"] if w["performance"] is not None]
+    known = version["performance"]["windows"]
     if known:
         last = known[-1]
         families["headrace_monitor_label_coverage_ratio"].add_metric(labels, last["coverage"])

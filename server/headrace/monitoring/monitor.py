@@ -36,6 +36,7 @@ WINDOWS_SHOWN = 120
 WINDOWS_KEPT = 1_500
 INCIDENTS_SHOWN = 50
 SOURCES_KEPT = 10_000
+MEASURED_PER_TICK = 50
 PRUNE_PERIOD_S = 30.0
 DAY_S = 86_400.0
 
@@ -120,11 +121,8 @@ class Monitor:
             )
             self.versions[stored.model, stored.version] = record
             for window in state.windows(stored.id, WINDOWS_SHOWN):
-                if window.is_open and record.watched.resume(window.counts):
-                    continue
-                known = window.performance
-                performance = None if known is None else Performance(**known)
-                record.windows.append(Window(window.counts, performance))
+                if not window.is_open or not record.watched.resume(window.counts):
+                    record.windows.append(Window(window.counts))
         for notice, body in state.notices():
             if notify is None:
                 state.remove_notice(notice)
@@ -200,6 +198,11 @@ class Monitor:
         """Return the last incidents of a version, newest first."""
         return self._state.incidents(record.id, INCIDENTS_SHOWN)
 
+    def performances(self, record: VersionRecord) -> list[tuple[float, Performance]]:
+        """Return what is known of the last windows with outcomes, by their start, oldest first."""
+        rows = self._state.performances(record.id, WINDOWS_SHOWN)
+        return [(start_s, Performance(**known)) for start_s, known in rows]
+
     def performance_of_open(self, record: VersionRecord) -> Performance | None:
         """Sum up the outcomes of the open window."""
         if record.watched.open is None:
@@ -264,20 +267,19 @@ class Monitor:
         self._state.put_alarms(record.id, alarms_to_json(record.watched.alarms))
 
     def _measure(self, record: VersionRecord, now_s: float) -> None:
-        """Sum up the outcomes of ended windows that have new ones, oldest first."""
-        starts = sorted(record.dirty)
-        ended = {window.counts.start_s: window for window in record.windows}
-        for start_s in starts:
-            window = ended.get(start_s)
-            if window is None:  # still open, or long gone
-                if record.watched.open is None or record.watched.open.start_s != start_s:
-                    record.dirty.discard(start_s)
-                continue
+        """
+        Sum up the outcomes of ended windows that have new ones, oldest first.
+
+        The windows may have ended months ago. Some at a time: labels of a year may come at once.
+        """
+        still_open = None if record.watched.open is None else record.watched.open.start_s
+        for start_s in sorted(record.dirty - {still_open})[:MEASURED_PER_TICK]:
             record.dirty.discard(start_s)
             performance = record.watched.measure(*self._state.labelled(record.id, start_s))
-            if window.performance is not None:
-                performance.is_judged = window.performance.is_judged
-            window.performance = performance
+            if not performance.labelled:
+                continue
+            known = self._state.performance(record.id, start_s)
+            performance.is_judged = known is not None and bool(known["is_judged"])
             changes = record.watched.judge_performance(performance)
             self._state.put_performance(record.id, start_s, _performance_to_json(performance))
             if performance.is_judged:

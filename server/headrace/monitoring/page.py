@@ -100,11 +100,7 @@ def _summary(version: dict[str, Any]) -> str:
 
 
 def _performance(version: dict[str, Any]) -> str:
-    known = [
-        window["performance"]
-        for window in version["windows"]
-        if window["performance"] and window["performance"]["error"] is not None
-    ]
+    known = [of for of in version["performance"]["windows"] if of["error"] is not None]
     reference = version["performance"]["reference_error"]
     if not known:
         return ""

@@ -59,8 +59,8 @@ def _version(monitor: Monitor, record: VersionRecord, now_s: float) -> dict[str,
         "alarms": [{"signal": str(signal), "column": name} for signal, name in alarmed],
         "rows": record.rows,
         "last_rows": _time(record.last_rows_s),
-        "open_window": None if watched.open is None else _window(watched.open, None),
-        "windows": [_window(w.counts, w.performance) for w in record.windows],
+        "open_window": None if watched.open is None else _window(watched.open),
+        "windows": [_window(window.counts) for window in record.windows],
         "features": _columns(record, latest, reference, "features"),
         "predictions": _columns(record, latest, reference, "predictions"),
         "performance": _performance(monitor, record),
@@ -79,14 +79,13 @@ def _version(monitor: Monitor, record: VersionRecord, now_s: float) -> dict[str,
     }
 
 
-def _window(counts: WindowCounts, performance: Performance | None) -> dict[str, Any]:
+def _window(counts: WindowCounts) -> dict[str, Any]:
     return {
         "start": _time(counts.start_s),
         "end": _time(counts.end_s),
         "rows": counts.rows,
         "rows_lost": counts.rows_lost,
         "degraded": counts.is_degraded,
-        "performance": None if performance is None else _measured(performance),
     }
 
 
@@ -107,6 +106,10 @@ def _performance(monitor: Monitor, record: VersionRecord) -> dict[str, Any]:
         "column": None if reference is None else reference.prediction,
         "reference_error": None if reference is None else reference.error,
         "open_window": None if now is None else _measured(now),
+        "windows": [
+            {"start": _time(start_s), **_measured(performance)}
+            for start_s, performance in monitor.performances(record)
+        ],
     }
 
 

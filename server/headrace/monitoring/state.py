@@ -22,7 +22,10 @@ CREATE TABLE IF NOT EXISTS model_version (
   alarms TEXT NOT NULL DEFAULT '{}', UNIQUE (model, version));
 CREATE TABLE IF NOT EXISTS window (
   of INTEGER NOT NULL, start_s REAL NOT NULL, is_open INTEGER NOT NULL, counts TEXT NOT NULL,
-  performance TEXT, PRIMARY KEY (of, start_s)) WITHOUT ROWID;
+  PRIMARY KEY (of, start_s)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS performance (
+  of INTEGER NOT NULL, start_s REAL NOT NULL, body TEXT NOT NULL,
+  PRIMARY KEY (of, start_s)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS prediction (
   prefix TEXT NOT NULL, number INTEGER NOT NULL, row INTEGER NOT NULL, of INTEGER NOT NULL,
   start_s REAL NOT NULL, value REAL NOT NULL, outcome REAL,
@@ -48,11 +51,10 @@ class StoredVersion(NamedTuple):
 
 
 class StoredWindow(NamedTuple):
-    """A window with what is known of its outcomes."""
+    """A window."""
 
     counts: WindowCounts
     is_open: bool
-    performance: dict[str, Any] | None
 
 
 class Incident(NamedTuple):
@@ -129,7 +131,7 @@ class MonitorState:
 
     def forget_version(self, of: int) -> None:
         """Remove a model version with everything of it."""
-        for table in ("window", "prediction", "incident"):
+        for table in ("window", "performance", "prediction", "incident"):
             self._db.execute(f"DELETE FROM {table} WHERE of = ?", (of,))  # noqa: S608 our names
         self._db.execute("DELETE FROM model_version WHERE id = ?", (of,))
 
@@ -147,26 +149,36 @@ class MonitorState:
         )
 
     def put_performance(self, of: int, start_s: float, performance: dict[str, Any]) -> None:
-        """Keep what is known of a window's outcomes."""
+        """Keep what is known of a window's outcomes. They may come long after the window."""
         self._db.execute(
-            "UPDATE window SET performance = ? WHERE of = ? AND start_s = ?",
-            (json.dumps(performance), of, start_s),
+            "INSERT OR REPLACE INTO performance (of, start_s, body) VALUES (?, ?, ?)",
+            (of, start_s, json.dumps(performance)),
         )
+
+    def performance(self, of: int, start_s: float) -> dict[str, Any] | None:
+        """Return what is known of one window's outcomes."""
+        found = self._db.execute(
+            "SELECT body FROM performance WHERE of = ? AND start_s = ?", (of, start_s)
+        ).fetchone()
+        return None if found is None else dict(json.loads(found[0]))
+
+    def performances(self, of: int, limit: int) -> list[tuple[float, dict[str, Any]]]:
+        """Return the last windows with outcomes, by their start, oldest first."""
+        rows = self._db.execute(
+            "SELECT start_s, body FROM performance WHERE of = ? ORDER BY start_s DESC LIMIT ?",
+            (of, limit),
+        )
+        return [(start_s, json.loads(body)) for start_s, body in rows][::-1]
 
     def windows(self, of: int, limit: int) -> list[StoredWindow]:
         """Return the last windows of a version, oldest first."""
         rows = self._db.execute(
-            "SELECT counts, is_open, performance FROM window WHERE of = ?"
-            " ORDER BY start_s DESC LIMIT ?",
+            "SELECT counts, is_open FROM window WHERE of = ? ORDER BY start_s DESC LIMIT ?",
             (of, limit),
         )
         found = [
-            StoredWindow(
-                WindowCounts.from_json(json.loads(counts)),
-                bool(is_open),
-                None if performance is None else json.loads(performance),
-            )
-            for counts, is_open, performance in rows
+            StoredWindow(WindowCounts.from_json(json.loads(counts)), bool(is_open))
+            for counts, is_open in rows
         ]
         return found[::-1]
 
@@ -241,6 +253,7 @@ class MonitorState:
             How many are kept.
         """
         self._db.execute("DELETE FROM prediction WHERE start_s < ?", (oldest_s,))
+        self._db.execute("DELETE FROM performance WHERE start_s < ?", (oldest_s,))
         kept = int(self._db.execute("SELECT count(*) FROM prediction").fetchone()[0])
         while kept > keep:
             first = self._db.execute("SELECT min(start_s) FROM prediction").fetchone()[0]

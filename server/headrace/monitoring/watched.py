@@ -108,12 +108,10 @@ class Window:
 
     Args:
         counts: Of its rows.
-        performance: Of its outcomes, once there are some.
         drift: Each column's, by group and name, once it was asked for.
     """
 
     counts: WindowCounts
-    performance: Performance | None = None
     drift: dict[tuple[str, str], float | None] = field(default_factory=dict)
 
 

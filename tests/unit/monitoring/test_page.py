@@ -73,8 +73,9 @@ def test_the_report_says_what_is_alarmed_and_how_far_off_the_model_is(document):
         ("prediction_drift", "y"),
         ("error", "y"),
     }
-    assert [w["performance"]["labelled"] for w in version["windows"]] == [600] * 4
-    assert version["windows"][0]["performance"]["error"] == pytest.approx(1 / 6, rel=0.1)
+    known = version["performance"]["windows"]
+    assert [window["labelled"] for window in known] == [600] * 4
+    assert known[0]["error"] == pytest.approx(1 / 6, rel=0.1)
     assert version["performance"]["reference_error"] == pytest.approx(0.05)
 
 
