@@ -119,7 +119,7 @@ def _predict(options: dict[str, Any]) -> int:
         options["address"],
         options["model"],
         options["pairs"],
-        version=str(options["version"] or ""),
+        version="" if options["version"] is None else str(options["version"]),
         with_features=options["features"],
         timeout_s=options["timeout_s"],
         as_json=options["json"],
@@ -190,8 +190,15 @@ def _add_predict(commands: Any) -> None:
     command.add_argument("--address", default="127.0.0.1:8500", metavar="HOST:PORT")
     command.add_argument("--version", type=int, metavar="N", help="the server's choice by default")
     command.add_argument("--features", action="store_true", help="show what the model saw")
-    command.add_argument("--timeout-s", type=float, default=10.0, metavar="S")
+    command.add_argument("--timeout-s", type=_seconds, default=10.0, metavar="S")
     command.add_argument("--json", action="store_true", help="for machines")
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds <= 3_600:
+        raise ValueError  # argparse says which flag
+    return seconds
 
 
 def _add_models(models: argparse.ArgumentParser) -> None:

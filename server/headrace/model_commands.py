@@ -114,7 +114,7 @@ def _problem(
 
 
 def _show(states: Sequence[VersionState], as_json: bool) -> None:  # noqa: FBT001 one caller's choice
-    console = Console(highlight=False, markup=False, soft_wrap=as_json)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=as_json)
     if as_json:
         console.print(json.dumps([asdict(state) for state in states]))
         return

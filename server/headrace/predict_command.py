@@ -1,6 +1,7 @@
 """`headrace predict`: rows from the command line, predictions from a running server."""
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from rich.table import Table
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from headrace.errors import StartupError
+from headrace.row_arguments import Input, read_rows, shown
 from headrace.tensors import NUMPY_DTYPES, encode, iterate_bytes
 from headrace.terminal import printable
 from headrace.v1 import prediction_service_pb2 as pb
@@ -20,14 +22,12 @@ from headrace.v1 import prediction_service_pb2_grpc as pb_grpc
 
 ROWS_SHOWN = 50
 VALUES_SHOWN = 8
-_TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 _COLUMN_KINDS = {
     "INT64": "int64s",
     "INT32": "int32s",
     "INT16": "int32s",
     "INT8": "int32s",
-    "UINT64": "int64s",
     "UINT32": "int64s",
     "UINT16": "int32s",
     "UINT8": "int32s",
@@ -37,27 +37,10 @@ _COLUMN_KINDS = {
     "BOOL": "bools",
     "BYTES": "strings",
 }
+"""The kind of a `Predict` column that holds each datatype whole; UINT64 has none."""
 
 
-@dataclass(frozen=True, slots=True)
-class Input:
-    """
-    What a model takes under one name.
-
-    Args:
-        name: Of the column.
-        datatype: Open Inference Protocol's.
-        shape: Of one row; empty or (1,) for one value.
-    """
-
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
-
-    @property
-    def has_one_value(self) -> bool:
-        """Whether a row has one value."""
-        return self.shape in ((), (1,), (-1,))
+_NOBODY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +85,7 @@ def predict(
     Args:
         address: host:port of the gateway.
         model: Its name.
-        pairs: `column=value`, or `column=value,value,…` for several rows; a single value is for
-            every row. A row of several values is a JSON list.
+        pairs: `column=value …`, as `read_rows` takes them.
         version: A number; empty for the server's choice.
         with_features: Whether to show what the model saw.
         timeout_s: How long to wait.
@@ -116,14 +98,18 @@ def predict(
         StartupError: the request cannot be made: nobody answers, no such model, a column is
             missing, unknown or not of its type.
     """
-    console = Console(highlight=False, markup=False, soft_wrap=as_json)
+    # What a server says is text: no markup, and no emoji for what looks like their names.
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=as_json)
+    for what, given in (("--address", address), ("model", model)):
+        if any("\ud800" <= character <= "\udfff" for character in given):  # bytes of argv
+            raise StartupError(f"{what} {shown(given)} is not UTF-8")
     # Operators' proxies have no business between them and their own server.
     options = [("grpc.enable_http_proxy", 0)]
     with grpc.insecure_channel(address, options=options) as channel:
         inputs = _inputs(channel, address, model, version, timeout_s)
-        columns = _columns(model, inputs, pairs)
+        columns = read_rows(printable(model), inputs, pairs)
         try:
-            if all(of.has_one_value for of in inputs):
+            if all(of.has_one_value and of.datatype in _COLUMN_KINDS for of in inputs):
                 answer = _ask(channel, model, version, inputs, columns, with_features, timeout_s)
             elif with_features:
                 raise StartupError("--features is for models with one value per row and column")
@@ -134,50 +120,10 @@ def predict(
             print(f"headrace predict: {text}", file=sys.stderr)
             return 1
     if as_json:
-        console.print(json.dumps(_as_json(answer)))
+        console.print(json.dumps(_as_json(answer), allow_nan=False))
     else:
         _show(console, answer)
     return 0
-
-
-def read_pairs(pairs: Sequence[str]) -> dict[str, list[Any]]:
-    """
-    Read `column=value` pairs; texts stay texts, JSON lists become lists.
-
-    Raises:
-        StartupError: one is no pair, is there twice, or has another number of rows.
-    """
-    columns: dict[str, list[Any]] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals or not name:
-            raise StartupError(f"expected column=value, got {shown(pair)}")
-        if name in columns:
-            raise StartupError(f"column {shown(name)} is there twice; give rows as a,b,c")
-        columns[name] = _read_values(name, text)
-    rows = {len(values) for values in columns.values() if len(values) != 1}
-    if len(rows) > 1:
-        counts = ", ".join(f"{name} {len(values)}" for name, values in columns.items())
-        raise StartupError(f"columns differ in their number of rows: {counts}")
-    most = max(rows, default=1)
-    return {name: values * (most if len(values) == 1 else 1) for name, values in columns.items()}
-
-
-def shown(text: str) -> str:
-    """Quote for a message, cut to 60 characters."""
-    return repr(text if len(text) <= 60 else text[:57] + "...")
-
-
-def _read_values(name: str, text: str) -> list[Any]:
-    if not text.startswith("["):
-        return list(text.split(","))
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise StartupError(f"column {shown(name)}: not a JSON list: {error}") from None
-    if value and all(isinstance(row, list) for row in value):
-        return list(value)
-    return [value]
 
 
 def _inputs(
@@ -197,15 +143,28 @@ def _inputs(
             raise StartupError(
                 f"{printable(error.details())}; it serves {_served(stub, timeout_s)}"
             ) from None
-        if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-            details = printable(error.details())
+        details = printable(error.details())
+        if error.code() in _NOBODY and not _is_live(stub, timeout_s):
             raise StartupError(
                 f"--address {address}: {error.code().name}; is `headrace serve` running there? "
                 f"({details})"
             ) from None
-        raise StartupError(f"{error.code().name}: {printable(error.details())}") from None
-    batched = 1 if config.max_batch_size else 0
-    return [Input(t.name, t.datatype, tuple(t.shape)[batched:]) for t in metadata.inputs]
+        if error.code() is grpc.StatusCode.UNAVAILABLE:
+            details += "; `headrace models list` says why"
+        raise StartupError(f"{error.code().name}: {details}") from None
+    batched = config.max_batch_size > 0
+    return [
+        Input(of.name, of.datatype, tuple(of.shape)[1 if batched else 0 :], batched)
+        for of in metadata.inputs
+    ]
+
+
+def _is_live(stub: Any, timeout_s: float) -> bool:
+    """Return whether it is the server that refused, not the network."""
+    try:
+        return bool(stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=timeout_s).live)
+    except grpc.RpcError:
+        return False
 
 
 def _served(stub: Any, timeout_s: float) -> str:
@@ -217,38 +176,6 @@ def _served(stub: Any, timeout_s: float) -> str:
         return "nobody knows what"
     names = sorted({f"{m.name} {m.version}" for m in index.models if m.state == "READY"})
     return printable(", ".join(names[:20])) or "no model at all"
-
-
-def _columns(model: str, inputs: Sequence[Input], pairs: Sequence[str]) -> dict[str, list[Any]]:
-    """Read the rows as the model takes them."""
-    columns = read_pairs(pairs)
-    takes = ", ".join(f"{of.name} ({_described(of)})" for of in inputs)
-    names = {of.name for of in inputs}
-    if unknown := sorted(set(columns) - names):
-        raise StartupError(f"{model} has no column {shown(unknown[0])}; it takes {takes}")
-    if missing := sorted(names - set(columns)):
-        raise StartupError(f"{model} also needs {', '.join(missing)}; it takes {takes}")
-    return {of.name: [_typed(of, value) for value in columns[of.name]] for of in inputs}
-
-
-def _described(of: Input) -> str:
-    return of.datatype if of.has_one_value else f"{of.datatype} {list(of.shape)}"
-
-
-def _typed(of: Input, value: Any) -> Any:
-    if isinstance(value, list):
-        return [_typed(of, one) for one in value]
-    text = value if isinstance(value, str) else json.dumps(value)
-    try:
-        if of.datatype == "BYTES":
-            return value if isinstance(value, str) else text
-        if of.datatype == "BOOL":
-            return _TRUTH[text.strip().lower()]
-        if of.datatype.startswith("FP"):
-            return float(text)
-        return int(np.array(int(text), NUMPY_DTYPES[of.datatype]))
-    except (ValueError, KeyError, OverflowError):
-        raise StartupError(f"column '{of.name}': {shown(text)} is no {of.datatype}") from None
 
 
 def _ask(
@@ -296,10 +223,10 @@ def _ask_tensors(
 ) -> Answer:
     request = service_pb2.ModelInferRequest(model_name=model, model_version=version)
     for of in inputs:
-        try:
-            array = np.array(columns[of.name], NUMPY_DTYPES[of.datatype])
-        except ValueError:
-            raise StartupError(f"column '{of.name}': rows of different lengths") from None
+        rows_of = columns[of.name] if of.is_batched else columns[of.name][0]
+        array = np.array(rows_of, NUMPY_DTYPES[of.datatype])
+        if of.has_one_value:
+            array = array.reshape(-1, *of.shape)
         request.inputs.add(name=of.name, datatype=of.datatype, shape=array.shape)
         request.raw_input_contents.append(encode(array))
     stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
@@ -331,13 +258,11 @@ def _values(column: pb.Column) -> list[Any]:
 
 
 def _by_row(values: list[Any], shape: Sequence[int], rows: int) -> list[Any]:
-    """Cut row-major values into rows; a row of one value is that value."""
-    if not shape or shape[0] != rows or not rows:
-        return [values]
-    width = len(values) // rows
-    if width == 1:
-        return values
-    return [values[i * width : (i + 1) * width] for i in range(rows)]
+    """Cut row-major values into rows, nested as the model shapes them; a lone value is itself."""
+    nested = np.array(values, object).reshape(shape).tolist()
+    if not shape or shape[0] != rows:
+        return [nested]
+    return values if len(values) == rows else list(nested)
 
 
 def _feature(of: pb.FeatureColumn) -> list[dict[str, Any]]:
@@ -358,18 +283,34 @@ def _as_json(answer: Answer) -> dict[str, Any]:
         "model": answer.model,
         "version": answer.version,
         "prediction_id": answer.prediction_id,
-        "outputs": answer.outputs,
+        "outputs": _strict(answer.outputs),
     }
     if answer.features:
-        document["features"] = answer.features
+        document["features"] = _strict(answer.features)
     if answer.timings_ms:
         document["timings_ms"] = answer.timings_ms
     return document
 
 
+def _strict(value: Any) -> Any:
+    """
+    Write what JSON has no number for as text.
+
+    Source: ProtoJSON, "NaN", "Infinity" and "-Infinity".
+    """
+    if isinstance(value, dict):
+        return {name: _strict(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_strict(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else f"{'-' * (value < 0)}Infinity"
+    return value
+
+
 def _show(console: Console, answer: Answer) -> None:
     title = f"{answer.model} version {answer.version}, prediction {answer.prediction_id}"
-    table = Table(title=printable(title))
+    console.print(printable(title), soft_wrap=True)  # whole, to be copied: no title of the table
+    table = Table()
     for name in answer.inputs:
         table.add_column(printable(name))
     for name in answer.outputs:
@@ -405,7 +346,7 @@ def _cell(value: Any) -> str:
         shown_values = ", ".join(_cell(one) for one in value[:VALUES_SHOWN])
         return f"[{shown_values}{', …' if len(value) > VALUES_SHOWN else ''}]"
     if isinstance(value, float):
-        return f"{value:,.2f}" if abs(value) >= 1_000 else f"{value:.6g}"
+        return f"{value:,.2f}" if 1_000 <= abs(value) < 1e12 else f"{value:.6g}"
     return printable(str(value))
 
 

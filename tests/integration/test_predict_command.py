@@ -1,6 +1,7 @@
 """`headrace predict` as somebody at a terminal meets it."""
 
 import json
+import re
 from argparse import Namespace
 
 import pytest
@@ -62,6 +63,38 @@ def test_every_datatype_travels(run, datatype, row):
     assert found["outputs"]["y"] == [row]
 
 
+def test_text_comes_back_as_it_was_sent(run):
+    sent = [":smile:", "[red]a, b[/red]"]
+    assert answer(run("echo_bytes", f"x={json.dumps(sent)}", "--json"))["outputs"]["y"] == [sent]
+
+
+def test_what_json_has_no_number_for_is_text(run):
+    found = answer(run("echo_fp32", "x=[NaN,-Infinity]", "--json"))
+    assert found["outputs"]["y"] == [["NaN", "-Infinity"]]
+
+
+def test_a_model_without_rows_takes_a_tensor(run):
+    tensor = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
+    assert answer(run("whole", f"x={json.dumps(tensor)}", "--json"))["outputs"]["y"] == [tensor]
+
+
+def test_the_prediction_id_is_not_broken_by_a_narrow_table(run):
+    done = run("echo_fp32", "x=[1,2]")
+    assert re.fullmatch(r"echo_fp32 version 1, prediction [0-9a-f]{26}", done.out.splitlines()[0])
+
+
+def test_a_model_that_does_not_serve_is_not_taken_for_a_server_that_is_not_there(run):
+    said = refusal(run("corrupt", "x=1"))
+    assert "has no version that can serve; `headrace models list` says why" in said
+
+
+@pytest.mark.parametrize("given", ["nan", "0", "-1", "inf", "soon"])
+def test_a_time_limit_that_is_none_is_refused_before_anything_is_asked(run, capsys, given):
+    with pytest.raises(SystemExit, match="2"):
+        run("scores", "x=[1,2,3,4]", "--timeout-s", given)
+    assert "--timeout-s" in capsys.readouterr().err
+
+
 def test_people_get_a_table(run):
     done = run("driver_trip", "driver_id=1", "distance=2.5", "--features")
     assert done.returncode == 0
@@ -81,10 +114,15 @@ def test_people_get_a_table(run):
         (["driver_trip", "driver_id=1,2", "distance=1,2,3"], "driver_id 2, distance 3"),
         (["driver_trip", "driver_id"], "expected column=value"),
         (["driver_trip", "driver_id=1", "driver_id=2"], "is there twice"),
+        (["driver_trip", "driver_id=[[1]]", "distance=1"], "expected one value a row"),
+        (["driver_trip", "driver_id=1", "distance=1e40"], "'1e40' is no FP32"),
+        (["driver_\udcfftrip", "driver_id=1"], "is not UTF-8"),
+        (["scores", "x=1,2,3,4"], "expected a JSON list of shape [4] for a row"),
         (["scores", "x=[1,"], "not a JSON list"),
         (["scores", "x=[[1,2,3,4],[1]]"], "rows of different lengths"),
         (["scores", "x=[1,2,3,4]", "--features"], "one value per row"),
         (["scores", "x=[1,2,3,4]", "--version", "9"], "version"),
+        (["scores", "x=[1,2,3,4]", "--version", "0"], "version"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_with_what_could(run, arguments, complaint):
@@ -105,7 +143,13 @@ def test_nobody_at_the_address_is_said(run):
 
 @pytest.mark.parametrize(
     ("text", "shown"),
-    [("plain é 漢", "plain é 漢"), ("\x1b[31mred", "\\x1b[31mred"), ("a\nb", "a\\nb"), (None, "")],
+    [
+        ("plain é 漢", "plain é 漢"),
+        ("\x1b[31mred", "\\x1b[31mred"),
+        ("a\nb", "a\\nb"),
+        (None, ""),
+        ("a\u202eb", "a\\u202eb"),
+    ],
 )
 def test_nothing_that_is_printed_moves_the_cursor(text, shown):
     assert printable(text) == shown
