@@ -27,7 +27,8 @@ class GrpcUser(User):
         super().__init__(environment)
         address = urlsplit(self.host or "grpc://127.0.0.1:8500").netloc
         # Channels to one address share a connection unless their options differ.
-        options = [("grpc.use_local_subchannel_pool", 1)]
+        # A proxy from the environment would be measured too.
+        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
         self.channel = grpc.insecure_channel(address, options=options)
 
     def on_stop(self) -> None:

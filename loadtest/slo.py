@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -13,16 +13,22 @@ FILE = Path(__file__).with_name("slo.yaml")
 Percentile = Literal["p50", "p95", "p99"]
 
 
+Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+"""Nothing exceeds infinity or not-a-number: as a target either would always be met."""
+
+
 class Scenario(BaseModel):
     """One scenario: what is offered, and what must come of it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     shape: Literal["steady", "ramp", "spike"]
     users: int = Field(ge=1, le=1_000)
     seconds: float = Field(ge=1, le=3_600)
     reload_every_s: float | None = Field(None, ge=0.5)
-    latency_ms: dict[str, dict[Percentile, float]] = Field(min_length=1)
+    latency_ms: dict[str, Annotated[dict[Percentile, Milliseconds], Field(min_length=1)]] = Field(
+        min_length=1
+    )
     error_share: float = Field(ge=0, le=1)
     achieved_share: float = Field(gt=0, le=1)
 
@@ -30,7 +36,7 @@ class Scenario(BaseModel):
 class Targets(BaseModel):
     """The file."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     scenarios: dict[str, Scenario] = Field(min_length=1)
 
@@ -71,7 +77,7 @@ def read_targets(path: Path = FILE) -> Targets:
         ValueError: it cannot be read; the message names each wrong place.
     """
     try:
-        return Targets.model_validate(yaml.safe_load(path.read_text()))
+        return Targets.model_validate(yaml.load(path.read_text(), _UniqueKeys))
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"{path.name}: {error}") from None
     except ValidationError as error:
@@ -119,3 +125,16 @@ def missed(
             f"at least {scenario.achieved_share:.0%}: Locust or the machine is the limit"
         )
     return faults
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is there twice: YAML's readers forget the first, a target with it."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002 YAML's signature
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for (key, _), name in zip(node.value, keys, strict=True):
+            if keys.count(name) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"'{name}' is there twice", key.start_mark
+                )
+        return super().construct_mapping(node, deep)
