@@ -6,12 +6,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import structlog
 
 from headrace.backends.cuda import refuse_two_builds
 from headrace.catalog import Catalog, ModelEntry
 from headrace.errors import FeatureStoreUnavailable, StartupError
+from headrace.feature_reads import FeatureReads
+from headrace.features.plans import FeaturePlans
 from headrace.features.repo import FeatureRepo, open_feature_repo
 from headrace.features.store import OnlineStore
 from headrace.loading import VersionLoader
@@ -20,10 +23,14 @@ from headrace.repository.manager import RepositoryManager
 from headrace.rpc.server import GrpcServer, refuse_taken_port
 from headrace.settings import ServeSettings, join_address, split_address
 from headrace.telemetry.calls import CallRecorder
+from headrace.telemetry.feature_metrics import FeatureReadMetrics, ViewMetrics
 from headrace.telemetry.http import HttpEndpoint
 from headrace.telemetry.metrics import Metrics
 from headrace.telemetry.trace_context import Sampler
 from headrace.telemetry.tracing import SpanExporter, tracing_rule
+
+if TYPE_CHECKING:
+    from headrace.rpc.feature_services import FeatureServices
 
 _LOG = structlog.get_logger(__name__)
 
@@ -69,6 +76,8 @@ class Gateway:
         if settings.feature_repo is not None:
             self._feature_repo = open_feature_repo(settings.feature_repo)
             self._store = self._feature_repo.online_store()
+        self._reads: FeatureReads | None = None
+        view_metrics = ViewMetrics()
         self._features_readable = True
         self._needs_features = self._is_started = False
         self._catalog = Catalog([])
@@ -81,8 +90,28 @@ class Gateway:
         record = None if self._stream is None else self._stream.put
         self.calls = _call_recorder(self.metrics)
         loader = VersionLoader(
-            settings, self._feature_repo, self._store, self.metrics, record, self.calls
+            settings,
+            self._feature_repo,
+            self._store,
+            self.metrics,
+            record,
+            self.calls,
+            view_metrics,
         )
+        if self._feature_repo is not None and self._store is not None:
+            read_metrics = FeatureReadMetrics()
+            self.metrics.more += [read_metrics, view_metrics]
+            self._reads = FeatureReads(
+                FeaturePlans(self._feature_repo),
+                self._store,
+                read_metrics,
+                view_metrics,
+                self.calls,
+                max_entities=settings.max_entities,
+                max_queue_size=settings.max_queue_size,
+                max_queue_bytes=settings.max_queue_bytes,
+                timeout_s=settings.feature_timeout_s,
+            )
         self.repository = RepositoryManager(
             settings.model_repository,
             load=loader.load,
@@ -103,6 +132,7 @@ class Gateway:
             catalog=lambda: self._catalog,
             repository=self.repository,
             is_ready=self.is_ready,
+            features=self._feature_services(),
             metrics=self.metrics,
             calls=self.calls,
             max_message_bytes=settings.max_message_bytes,
@@ -128,11 +158,14 @@ class Gateway:
         Every model that ever served still does, without looking: the repository's policy takes a
         version out of service only for another that serves, or because it was removed on purpose.
         """
-        return not self._stopping.is_set() and self._features_readable
+        is_readable = self._features_readable or not self._needs_features
+        return is_readable and not self._stopping.is_set()
 
     def start(self) -> None:
         """Begin to serve."""
         _calm_the_collector()
+        if self._reads is not None:
+            self._reads.start()
         self.grpc.start()
         self.http.start()
         self._is_started = True
@@ -179,6 +212,9 @@ class Gateway:
                 if not served.is_alive:
                     _LOG.critical("executor_died", model=served.name, version=served.version)
                     return 1
+            if self._reads is not None and not self._reads.is_alive:
+                _LOG.critical("feature_reader_died")
+                return 1
         delay_s = self._settings.drain_delay_s
         _LOG.info("draining_started", drain_delay_s=delay_s)
         self._stopping.set()
@@ -199,7 +235,7 @@ class Gateway:
         self.grpc.refuse_new()
         self.repository.stop(0)  # it may be in the middle of a load: the requests come first
         models = self._catalog.served()
-        ended = True
+        ended = self._reads is None or self._reads.stop(max(0.0, deadline_s - time.monotonic()))
         for served in models:
             ended &= served.stop(max(0.0, deadline_s - time.monotonic()))
         unfinished = self.grpc.stop(max(0.0, deadline_s - time.monotonic()))
@@ -228,9 +264,22 @@ class Gateway:
                 _LOG.warning("features_changed", readable=self._features_readable)
                 self.grpc.update_health()
 
+    def _feature_services(self) -> "FeatureServices | None":
+        """Serve features as they are; importing Feast's messages takes as long as Feast."""
+        if self._reads is None or self._feature_repo is None:
+            return None
+        from headrace.rpc.feature_services import FeatureServices  # noqa: PLC0415 imports Feast
+
+        return FeatureServices(
+            self._reads,
+            self.calls,
+            self._feature_repo.entity_join_keys,
+            as_feast=self._settings.feast_compat,
+            is_ready=lambda: self._features_readable and not self._stopping.is_set(),
+        )
+
     def _look_at_features(self) -> None:
-        if self._store is None or not self._needs_features:
-            self._features_readable = True  # for all who ask
+        if self._store is None:
             return
         try:
             self._store.check()
@@ -242,12 +291,7 @@ class Gateway:
         """Swap the models in, by one assignment; requests look them up anew each time."""
         before = self._catalog
         self._catalog = Catalog(entries)
-        needed, self._needs_features = (
-            self._needs_features,
-            any(served.join for served in self._catalog.served()),
-        )
-        if self._needs_features and not needed and self._is_started:
-            self._look_at_features()  # before anybody is told
+        self._needs_features = any(served.join for served in self._catalog.served())
         serving = {(served.name, served.version) for served in self._catalog.served()}
         for served in before.served():
             if (served.name, served.version) not in serving:

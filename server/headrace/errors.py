@@ -7,9 +7,11 @@
     │   └── InvalidTensor             wrong name, datatype, shape or bytes
     ├── NotFound                  no such thing here
     │   ├── ModelNotFound
-    │   └── ModelVersionNotFound
+    │   ├── ModelVersionNotFound
+    │   └── FeaturesNotFound          no such feature service, view or feature
     ├── PreconditionFailed        the request is right, the data behind it is not
-    │   └── MissingFeatures           the model's policy is `reject`
+    │   ├── MissingFeatures           the model's policy is `reject`
+    │   └── FeaturesNotServable       they are registered, and cannot be read here
     ├── NotReady                  try again, later or elsewhere
     │   ├── ModelUnavailable          the newest version failed and there is no older one
     │   └── Draining                  this server is stopping
@@ -22,7 +24,9 @@
 
     StartupError                  the server could not start: one line, exit code 2
     ModelLoadError                a model version cannot be loaded: the others go on
-    └── NotYetLoadable                it may be later, as it is: try again
+    ├── NotYetLoadable                it may be later, as it is: try again
+    └── FeaturePlanError              its features cannot be read
+        └── UnknownFeatures               there are none of that name
     ProfileError                  a reference profile is not one
 
 Messages carry facts: what was wrong with its value, what was expected, what to do. Never a path,
@@ -54,12 +58,20 @@ class ModelVersionNotFound(NotFound):
     """The model exists, that version of it does not."""
 
 
+class FeaturesNotFound(NotFound):
+    """No feature service, feature view or feature of that name."""
+
+
 class PreconditionFailed(ServingError):
     """The request is right; the data it refers to does not allow an answer."""
 
 
 class MissingFeatures(PreconditionFailed):
     """Features are missing and the model's `missing_features` policy is `reject`."""
+
+
+class FeaturesNotServable(PreconditionFailed):
+    """The features are registered, and something about them keeps this server from reading them."""
 
 
 class NotReady(ServingError):
@@ -116,6 +128,14 @@ class ModelLoadError(Exception):
 
 class NotYetLoadable(ModelLoadError):
     """What the version needs is not there now; its own files are not to blame."""
+
+
+class FeaturePlanError(ModelLoadError):
+    """A selection of features cannot be read; a model that needs it cannot be loaded."""
+
+
+class UnknownFeatures(FeaturePlanError):
+    """There is no such feature service, feature view or feature."""
 
 
 class ProfileError(Exception):

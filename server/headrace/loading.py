@@ -23,6 +23,7 @@ from headrace.repository.scan import VersionFolder, read_config
 from headrace.repository.validate import check_golden
 from headrace.settings import ServeSettings
 from headrace.telemetry.calls import CallRecorder
+from headrace.telemetry.feature_metrics import ViewMetrics
 from headrace.telemetry.metrics import Metrics
 from headrace.tensors import Signature
 
@@ -40,6 +41,7 @@ class VersionLoader:
         metrics: Each version gets its own numbers.
         record: Is given every answered batch.
         calls: Is told of sampled calls.
+        view_metrics: Statuses and ages of their features.
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class VersionLoader:
         metrics: Metrics,
         record: Callable[[BatchRecord], None] | None = None,
         calls: CallRecorder | None = None,
+        view_metrics: ViewMetrics | None = None,
     ) -> None:
+        self._view_metrics = view_metrics
         self._record = record
         self._calls = calls
         self._settings = settings
@@ -119,6 +123,7 @@ class VersionLoader:
             max_feature_age_s=config.max_feature_age_s,
             record=self._record,
             calls=self._calls,
+            view_metrics=self._view_metrics,
         )
         metrics.queue_size = lambda: served.waiting
         return config, served

@@ -15,6 +15,7 @@ from headrace.features.join import FeatureJoin
 from headrace.features.store import FeatureRows
 from headrace.monitoring.records import BatchRecord, Block, RecordSchema, column_names
 from headrace.telemetry.calls import CallRecorder
+from headrace.telemetry.feature_metrics import ViewMetrics
 from headrace.telemetry.metrics import ModelMetrics
 from headrace.telemetry.spans import INFER, TracedBatch, TracedCall
 from headrace.telemetry.trace_context import Trace, format_traceparent
@@ -80,6 +81,7 @@ class BatchObserver:
         join: Its feature join.
         is_batched: Whether the first dimension of its tensors is the row.
         metrics: Folded into.
+        view_metrics: Likewise, of features.
         calls: Is told of batches with sampled calls in them.
         record: Is given each batch. Must not block, raise or write to its arrays.
     """
@@ -94,6 +96,7 @@ class BatchObserver:
         join: FeatureJoin | None,
         is_batched: bool,
         metrics: ModelMetrics,
+        view_metrics: ViewMetrics | None,
         calls: CallRecorder | None,
         record: Callable[[BatchRecord], None] | None,
     ) -> None:
@@ -102,6 +105,8 @@ class BatchObserver:
         self._id_prefix = id_prefix
         self._is_remote = backend.is_remote
         self._metrics = metrics
+        self._view_metrics = view_metrics
+        self._plan = None if join is None else join.plan
         # None while nothing is ever sampled, so that a batch pays one comparison.
         self._calls = None if calls is None or calls.sample is None else calls
         self._record = record
@@ -134,6 +139,13 @@ class BatchObserver:
             finished_s=carried.replied_s,
             statuses=statuses,
         )
+        if carried.features and self._plan is not None and self._view_metrics is not None:
+            self._view_metrics.read(
+                self._plan.view_names,
+                self._plan.view_of_feature,
+                carried.features.statuses,
+                carried.now_s - carried.features.event_times_s,
+            )
         if self._calls is not None:
             traced = self._traced(batch, carried)
             if traced is not None:

@@ -37,6 +37,7 @@ from headrace.features.store import FeatureRows, OnlineStore
 from headrace.monitoring.records import BatchRecord
 from headrace.observation import BatchObserver, Carried, traceparent_of
 from headrace.telemetry.calls import CallRecorder
+from headrace.telemetry.feature_metrics import ViewMetrics
 from headrace.telemetry.metrics import ModelMetrics
 from headrace.telemetry.trace_context import Trace
 from headrace.tensors import CheckedInputs, Signature, TensorSpec, encode, join
@@ -192,6 +193,7 @@ class ServedModel:
         max_feature_age_s: Older values are missing.
         record: Is given each answered batch. Must not block, raise or write to its arrays.
         calls: Is told of batches with sampled calls in them.
+        view_metrics: Statuses and ages of features, folded once per batch.
     """
 
     def __init__(
@@ -211,6 +213,7 @@ class ServedModel:
         max_feature_age_s: float | None = None,
         record: Callable[[BatchRecord], None] | None = None,
         calls: CallRecorder | None = None,
+        view_metrics: ViewMetrics | None = None,
     ) -> None:
         if (join is None) != (store is None):
             raise ValueError("a feature join needs a store, and a store is for a join")
@@ -240,6 +243,7 @@ class ServedModel:
             join=join,
             is_batched=bool(signature.max_batch_size),
             metrics=metrics,
+            view_metrics=view_metrics,
             calls=calls,
             record=record,
         )

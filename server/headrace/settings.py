@@ -118,6 +118,11 @@ class ServeSettings(Settings):
         description="Longest that one batch waits for its features, in seconds; its requests then "
         "fail with UNAVAILABLE.",
     )
+    feast_compat: bool = Field(
+        default=False,
+        description="Whether Feast's services answer as Feast itself does: every status is "
+        "PRESENT, and values older than their view's TTL are values.",
+    )
     drain_delay_s: float = Field(
         5.0,
         ge=0,

@@ -8,6 +8,7 @@ timeouts; a caller waits for it no longer than it said.
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,8 @@ class FeastStore:
         self.mismatches = 0
         """Values met that were not of their feature's type."""
         self._store = store
-        self._services: dict[str, Any] = {}  # looking one up costs Feast milliseconds
+        # What Feast calls a plan: looking a service up costs it milliseconds.
+        self._selections: weakref.WeakKeyDictionary[FeaturePlan, Any] = weakref.WeakKeyDictionary()
         self._work: queue.Queue[tuple[Callable[[], Any], Future[Any]] | None] = queue.Queue(
             MAX_WAITING
         )
@@ -104,13 +106,17 @@ class FeastStore:
             _log.warning("feast_store_stuck")
 
     def _ask(self, plan: FeaturePlan, rows: dict[str, list[Any]], count: int) -> Any:
-        service = self._services.get(plan.service)
-        if service is None:
-            service = self._store.get_feature_service(plan.service, allow_cache=True)
-            self._services[plan.service] = service
+        features = self._selections.get(plan)
+        if features is None:
+            features = list(plan.references)
+            if plan.service:
+                features = self._store.get_feature_service(plan.service, allow_cache=True)
+            self._selections[plan] = features
         # Feast wants a column even where no view has an entity; it ignores unknown ones.
         columns = rows or {"__rows": [0] * count}
-        return self._store.get_online_features(features=service, entity_rows=columns).proto
+        return self._store.get_online_features(
+            features=features, entity_rows=columns, full_feature_names=plan.full_feature_names
+        ).proto
 
     def _call(self, function: Callable[[], Any], timeout_s: float) -> Any:
         """Run `function` on Feast's thread."""

@@ -1,4 +1,4 @@
-"""A feature service, compiled once into the plain data that a read needs.
+"""A selection of features, compiled once into the plain data that a read needs.
 
 Nothing here is Feast: `repo` reads the registry and hands over `ViewSource`s. Whatever can be known
 before a request is worked out now: the columns of the result, the key groups (every view whose join
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from headrace.errors import ModelLoadError
+from headrace.errors import FeaturePlanError
 from headrace.features import layout
 from headrace.features.values import KEY_DATATYPES, TAGS, ValueType, parse_default
 
@@ -85,11 +85,15 @@ class PlannedView:
         name: The name under which the store holds it.
         ttl_s: None is for ever.
         group: Its key group's place in `FeaturePlan.groups`.
+        label: Its name in full feature names: alias and pinned version included.
+        version: Its version's number; 0 where views have none.
     """
 
     name: str
     ttl_s: float | None
     group: int
+    label: str
+    version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,18 +133,21 @@ class KeyGroup:
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class FeaturePlan:
     """
-    All that reading a feature service takes. Immutable, and equal only to itself.
+    All that reading a selection of features takes. Immutable, and equal only to itself.
 
     Args:
-        service: The service's name.
+        service: The feature service's name; empty for a selection by references.
+        references: The references selected, `view:feature`; none for a service.
+        full_feature_names: Whether features are named `view__feature`.
         project: The Feast project.
         registry_version: Which state of the registry it was compiled from.
-        join_keys: In the order in which the service's views first name them.
-        features: In the service's declared order.
+        join_keys: In the order in which the selected views first name them.
+        features: In the selection's order.
         views: In that order too.
         groups: One per distinct set of join keys.
 
     Attributes:
+        view_names: Under which the store holds `views`.
         view_of_feature: Each feature's place in `views`.
         ttls_s: Of each view; infinite for ever.
         block_widths: How many features there are of each dtype.
@@ -149,12 +156,15 @@ class FeaturePlan:
     """
 
     service: str
+    references: tuple[str, ...]
+    full_feature_names: bool
     project: str
     registry_version: str
     join_keys: tuple[JoinKey, ...]
     features: tuple[PlannedFeature, ...]
     views: tuple[PlannedView, ...]
     groups: tuple[KeyGroup, ...]
+    view_names: tuple[str, ...] = field(init=False, repr=False)
     view_of_feature: np.ndarray[Any, np.dtype[np.intp]] = field(init=False, repr=False)
     ttls_s: np.ndarray[Any, np.dtype[np.float64]] = field(init=False, repr=False)
     block_widths: Mapping[np.dtype[Any], int] = field(init=False, repr=False)
@@ -169,6 +179,7 @@ class FeaturePlan:
             widths[feature.dtype] = columns[-1][1] + 1
         ttls = [np.inf if view.ttl_s is None else view.ttl_s for view in self.views]
         indices = [feature.view_index for feature in self.features]
+        object.__setattr__(self, "view_names", tuple(view.name for view in self.views))
         object.__setattr__(self, "view_of_feature", np.array(indices, np.intp))
         object.__setattr__(self, "ttls_s", np.array(ttls, np.float64))
         object.__setattr__(self, "block_widths", widths)
@@ -196,12 +207,16 @@ class ViewSource:
             without entities.
         features: In declared order.
         ttl_s: None is for ever.
+        label: Its name in full feature names; `name` when empty.
+        version: Its version's number; 0 where views have none.
     """
 
     name: str
     join_keys: tuple[tuple[str, str, ValueType], ...]
     features: tuple[FeatureSource, ...]
     ttl_s: float | None = None
+    label: str = ""
+    version: int = 0
 
 
 def compile_plan(
@@ -210,112 +225,126 @@ def compile_plan(
     registry_version: str,
     sources: Sequence[ViewSource],
     neighbours: Iterable[tuple[Collection[str], str, str]] = (),
+    *,
+    references: Sequence[str] = (),
+    full_feature_names: bool = False,
 ) -> FeaturePlan:
     """
-    Compile a feature service.
+    Compile a selection of features.
 
     Args:
-        service: Its name.
+        service: The feature service's name; empty for a selection by references.
         project: The Feast project.
         registry_version: Which state of the registry this is.
-        sources: The service's projections in declared order.
+        sources: The selected projections in order; several may be of one view.
         neighbours: What else the project stores: (join keys, view, feature) each.
+        references: The references that `sources` were made of, if they were.
+        full_feature_names: Name features `view__feature`, as Feast does.
 
     Raises:
-        ModelLoadError: two columns of one name, one request column of two types, a join key of a
+        FeaturePlanError: two columns of one name, one request column of two types, a join key of a
             type that cannot be one, an unusable default, or two fields of one hash that collide.
     """
+    what = f"feature service '{service}'" if service else "this list of features"
     sources = [source for source in sources if source.features]  # Feast allows `view[[]]`
     if not sources:
-        raise ModelLoadError(f"feature service '{service}' has no features")
-    join_keys = _join_keys(service, sources)
+        raise FeaturePlanError(f"{what} has no features")
+    join_keys = _join_keys(what, sources)
     positions = {key.name: i for i, key in enumerate(join_keys)}
     signatures = [tuple(sorted(source.join_keys)) for source in sources]
     group_of = {signature: i for i, signature in enumerate(dict.fromkeys(signatures))}
-    view_of: dict[tuple[str, int], int] = {}
+    view_of: dict[tuple[str, int, str], int] = {}
     views: list[PlannedView] = []
     features: list[PlannedFeature] = []
     for source, signature in zip(sources, signatures, strict=True):
         group = group_of[signature]
-        view = view_of.setdefault((source.name, group), len(views))
+        label = source.label or source.name
+        view = view_of.setdefault((source.name, group, label), len(views))
         if view == len(views):
-            views.append(PlannedView(source.name, source.ttl_s, group))
+            views.append(PlannedView(source.name, source.ttl_s, group, label, source.version))
         features += [
             PlannedFeature(
-                name=feature.name,
+                name=f"{label}__{feature.name}" if full_feature_names else feature.name,
                 view=source.name,
                 feature=feature.name,
                 value_type=feature.value_type,
                 ttl_s=source.ttl_s,
-                default=_default(service, feature),
+                default=_default(what, feature),
                 view_index=view,
                 group=group,
             )
             for feature in source.features
         ]
-    _refuse_repeated_names(service, features, positions)
-    _refuse_colliding_fields(service, sources, neighbours)
+    _refuse_repeated_names(what, features, positions)
+    _refuse_colliding_fields(what, sources, neighbours)
     groups = tuple(
         _group(index, signature, project, positions, views, features)
         for signature, index in group_of.items()
     )
     return FeaturePlan(
-        service, project, registry_version, join_keys, tuple(features), tuple(views), groups
+        service=service,
+        references=tuple(references),
+        full_feature_names=full_feature_names,
+        project=project,
+        registry_version=registry_version,
+        join_keys=join_keys,
+        features=tuple(features),
+        views=tuple(views),
+        groups=groups,
     )
 
 
-def _join_keys(service: str, sources: Sequence[ViewSource]) -> tuple[JoinKey, ...]:
+def _join_keys(what: str, sources: Sequence[ViewSource]) -> tuple[JoinKey, ...]:
     types: dict[str, ValueType] = {}
     for source in sources:
         for _, name, value_type in source.join_keys:
             if value_type not in KEY_DATATYPES:
                 allowed = ", ".join(sorted(t.name for t in KEY_DATATYPES))
-                raise ModelLoadError(
-                    f"join key '{name}' of feature service '{service}' is {value_type.name}; "
+                raise FeaturePlanError(
+                    f"join key '{name}' of {what} is {value_type.name}; "
                     f"a join key is one of {allowed}"
                 )
             if types.setdefault(name, value_type) is not value_type:
-                raise ModelLoadError(
-                    f"join key '{name}' of feature service '{service}' is {types[name].name} in "
+                raise FeaturePlanError(
+                    f"join key '{name}' of {what} is {types[name].name} in "
                     f"one view and {value_type.name} in '{source.name}'; rename one with "
                     "`with_join_key_map`"
                 )
     return tuple(JoinKey(name, value_type) for name, value_type in types.items())
 
 
-def _default(service: str, feature: FeatureSource) -> Any:
+def _default(what: str, feature: FeatureSource) -> Any:
     if feature.default is None:
         return None
     try:
         return parse_default(feature.default, feature.value_type)
     except ValueError as error:
-        raise ModelLoadError(
-            f"tag headrace.default of feature '{feature.name}' in feature service '{service}' is "
+        raise FeaturePlanError(
+            f"tag headrace.default of feature '{feature.name}' in {what} is "
             f"'{feature.default}', which is no {feature.value_type.name}: {error}"
         ) from None
 
 
 def _refuse_repeated_names(
-    service: str, features: Sequence[PlannedFeature], join_keys: Mapping[str, int]
+    what: str, features: Sequence[PlannedFeature], join_keys: Mapping[str, int]
 ) -> None:
     views: dict[str, str] = {}
     for feature in features:
         if feature.name in join_keys:
-            raise ModelLoadError(
-                f"feature service '{service}' has a feature and a join key called "
-                f"'{feature.name}'; rename the feature"
+            raise FeaturePlanError(
+                f"{what} has a feature and a join key called '{feature.name}'; rename the feature"
             )
         if feature.name in views:
-            raise ModelLoadError(
-                f"feature service '{service}' has two features called '{feature.name}', in views "
+            raise FeaturePlanError(
+                f"{what} has two features called '{feature.name}', in views "
                 f"'{views[feature.name]}' and '{feature.view}'; select one of them "
-                "(`view[[...]]`), rename one, or split the service"
+                "(`view[[...]]`), rename one, split the service, or ask for full feature names"
             )
         views[feature.name] = feature.view
 
 
 def _refuse_colliding_fields(
-    service: str,
+    what: str,
     sources: Sequence[ViewSource],
     neighbours: Iterable[tuple[Collection[str], str, str]],
 ) -> None:
@@ -333,9 +362,9 @@ def _refuse_colliding_fields(
         if holder is None and (entity, view, feature) in own:
             holders[at] = (view, feature)
         elif holder is not None and holder != (view, feature):
-            raise ModelLoadError(
+            raise FeaturePlanError(
                 f"features '{holder[0]}:{holder[1]}' and '{view}:{feature}' have the same 32-bit "
-                f"field name in the store, so feature service '{service}' would read one for the "
+                f"field name in the store, so {what} would read one for the "
                 "other; rename one"
             )
 

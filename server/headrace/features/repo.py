@@ -4,12 +4,16 @@ Plans are compiled from the registry's protobuf messages and never from Feast's 
 of an on-demand or stream view unpickles code that the registry holds.
 """
 
+import re
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from headrace.errors import ModelLoadError, StartupError
+from headrace.errors import FeaturePlanError, StartupError, UnknownFeatures
 from headrace.features.feast_store import FeastStore
 from headrace.features.layout import DUMMY_JOIN_KEY
 from headrace.features.plan import (
@@ -25,6 +29,14 @@ from headrace.features.values import ValueType
 
 DEFAULT_TAG = "headrace.default"
 """The tag of a Feast `Field` whose text is the value used where the feature is missing."""
+
+# Source: feast 0.67 `FeatureView.proto`, FeatureViewState. A view that is written is
+# AVAILABLE_ONLINE, and those of before there were states are unspecified.
+_UNSPECIFIED, _MATERIALIZING, _AVAILABLE_ONLINE = 0, 3, 4
+
+_REFERENCE = re.compile(
+    r"(?P<view>[^:@]+)(?:@(?:v(?P<version>\d{1,9})|latest)?)?:(?P<feature>.+)", re.IGNORECASE
+)
 
 _CONFIG_FILE = "feature_store.yaml"
 _KEY_VERSION = 3
@@ -108,33 +120,88 @@ class FeatureRepo:
             for record in registry.feature_view_version_history.records
             if record.project_id == project
         ]
+        self._servable_states = {_UNSPECIFIED, _AVAILABLE_ONLINE}
+        if getattr(store.config.registry, "serve_features_while_materializing", False):
+            self._servable_states.add(_MATERIALIZING)
+        self.entity_join_keys: dict[str, str] = {
+            message.spec.name: message.spec.join_key
+            for message in registry.entities
+            if message.spec.project == project
+        }
+        """Join keys by entity name: Feast takes either from its callers."""
         self._has_versions = bool(store.config.registry.enable_online_feature_view_versioning)
 
     def services(self) -> tuple[str, ...]:
         """Return the names of the project's feature services, sorted."""
         return tuple(sorted(self._services))
 
-    def compile(self, service: str) -> FeaturePlan:
+    def compile(self, service: str, *, full_feature_names: bool = False) -> FeaturePlan:
         """
         Compile a feature service.
 
         Raises:
-            ModelLoadError: there is none of that name, or it has something that cannot be served:
-                an on-demand view, a precomputed vector, a disabled view, a type of value that is
-                not known here, or what `compile_plan` refuses.
+            UnknownFeatures: there is none of that name.
+            FeaturePlanError: it has something that cannot be served: an on-demand view, a
+                precomputed vector, a view that is disabled or not available yet, a type of value
+                that is not known here, or what `compile_plan` refuses.
         """
         message = self._services.get(service)
         if message is None:
-            raise ModelLoadError(
+            raise UnknownFeatures(
                 f"there is no feature service '{service}'; there is {', '.join(self.services())}"
             )
         if message.spec.precompute_online:
-            raise ModelLoadError(
+            raise FeaturePlanError(
                 f"feature service '{service}' has precompute_online, which is not supported; "
                 "Headrace reads its views in one round trip without it"
             )
-        sources = [self._source(service, projection) for projection in message.spec.features]
-        return compile_plan(service, self.project, self.version, sources, self._stored())
+        sources = [self._projected(service, projection) for projection in message.spec.features]
+        return compile_plan(
+            service,
+            self.project,
+            self.version,
+            sources,
+            self._stored(),
+            full_feature_names=full_feature_names,
+        )
+
+    def compile_references(
+        self, references: Sequence[str], *, full_feature_names: bool = False
+    ) -> FeaturePlan:
+        """
+        Compile a list of features.
+
+        Args:
+            references: `view:feature`, `view@v2:feature` or `view@latest:feature` each.
+            full_feature_names: Name the results `view__feature` instead of `feature`.
+
+        Raises:
+            UnknownFeatures: there is no such view, or it has no such feature.
+            FeaturePlanError: a reference is not one or is there twice; else as `compile`.
+        """
+        if repeated := next((one for one, n in Counter(references).items() if n > 1), None):
+            raise FeaturePlanError(f"feature '{repeated}' is there twice")
+        sources: list[ViewSource] = []
+        views: dict[tuple[str, int | None], ViewSource] = {}
+        for reference in references:
+            name, version, feature = _parse_reference(reference)
+            view = views.get((name, version))
+            if view is None:
+                view = views[name, version] = self._source(name, version, label=name)
+            column = next((one for one in view.features if one.name == feature), None)
+            if column is None:
+                raise UnknownFeatures(f"feature view '{name}' has no feature '{feature}'")
+            # One source per feature keeps the order that was asked for; the views are merged.
+            sources.append(replace(view, features=(column,)))
+        return compile_plan(
+            "",
+            self.project,
+            self.version,
+            sources,
+            self._stored(),
+            references=references,
+            full_feature_names=full_feature_names,
+        )
 
     def online_store(self) -> OnlineStore:
         """
@@ -158,22 +225,46 @@ class FeatureRepo:
             )
         return RedisStore(RedisOptions.parse(settings.connection_string))
 
-    def _source(self, service: str, projection: Any) -> ViewSource:
+    def _projected(self, service: str, projection: Any) -> ViewSource:
+        """Return a view as a feature service projects it."""
         name = projection.feature_view_name
+        version = projection.version_tag if projection.HasField("version_tag") else None
+        try:
+            return self._source(
+                name,
+                version,
+                label=projection.feature_view_name_alias or name,
+                join_key_map=projection.join_key_map,
+                columns=projection.feature_columns,
+            )
+        except FeaturePlanError as error:
+            raise FeaturePlanError(f"feature service '{service}': {error}") from None
+
+    def _source(
+        self,
+        name: str,
+        version: int | None,
+        *,
+        label: str,
+        join_key_map: Mapping[str, str] = MappingProxyType({}),
+        columns: Sequence[Any] | None = None,
+    ) -> ViewSource:
+        """Return a view with some of its columns; with all of them when None are named."""
         if name in self._on_demand:
-            raise ModelLoadError(
-                f"feature service '{service}' has the on-demand feature view '{name}'; Headrace "
-                "runs no code from a registry: compute it in the model or write it to a view"
+            raise FeaturePlanError(
+                f"'{name}' is an on-demand feature view; Headrace runs no code from a registry: "
+                "compute it in the model or write it to a view"
             )
         view = self._views.get(name)
         if view is None:
-            raise ModelLoadError(
-                f"feature service '{service}' has '{name}', which is no feature view of project "
-                f"'{self.project}'"
-            )
+            raise UnknownFeatures(f"'{name}' is no feature view of project '{self.project}'")
         if view.spec.disabled:
-            raise ModelLoadError(f"feature view '{name}' of service '{service}' is disabled")
-        version = projection.version_tag if projection.HasField("version_tag") else None
+            raise FeaturePlanError(f"feature view '{name}' is disabled")
+        if view.meta.state not in self._servable_states:
+            raise FeaturePlanError(
+                f"feature view '{name}' is not available online yet: its state is "
+                f"{_enum_name(view.meta, 'state')}"
+            )
         if version is not None:
             view = self._snapshot(view, version)
         return ViewSource(
@@ -181,7 +272,7 @@ class FeatureRepo:
             join_keys=tuple(
                 (
                     column.name,
-                    projection.join_key_map.get(column.name, column.name),
+                    join_key_map.get(column.name, column.name),
                     self._value_type(column, name),
                 )
                 for column in _join_keys(view)
@@ -190,17 +281,20 @@ class FeatureRepo:
                 FeatureSource(
                     column.name, self._value_type(column, name), column.tags.get(DEFAULT_TAG)
                 )
-                for column in projection.feature_columns
+                for column in (view.spec.features if columns is None else columns)
             ),
             # Feast's 0 is for ever.
             ttl_s=view.spec.ttl.ToTimedelta().total_seconds() or None,
+            # Source: feast 0.67 `FeatureViewProjection.name_to_use`.
+            label=label if version is None else f"{label}@v{version}",
+            version=view.meta.current_version_number if version is None else version,
         )
 
     def _snapshot(self, view: Any, version: int) -> Any:
         """Return the view as it was at the version that a projection is pinned to."""
         name = view.spec.name
         if not self._has_versions:
-            raise ModelLoadError(
+            raise FeaturePlanError(
                 f"feature view '{name}' is pinned to version {version}, but the registry has "
                 "enable_online_feature_view_versioning off"
             )
@@ -209,7 +303,7 @@ class FeatureRepo:
                 return type(view).FromString(record.feature_view_proto)
         if version == view.meta.current_version_number:
             return view
-        raise ModelLoadError(f"feature view '{name}' has no version {version}")
+        raise FeaturePlanError(f"feature view '{name}' has no version {version}")
 
     def _stored_name(self, view: Any, version: int | None) -> str:
         # Source: feast 0.67 `infra/online_stores/helpers.py`, `compute_versioned_name`.
@@ -223,7 +317,7 @@ class FeatureRepo:
         except ValueError:
             from feast.value_type import ValueType as FeastValueType  # noqa: PLC0415 - as above
 
-            raise ModelLoadError(
+            raise FeaturePlanError(
                 f"'{column.name}' of feature view '{view}' is a "
                 f"{FeastValueType(column.value_type).name}, which is not supported"
             ) from None
@@ -233,6 +327,25 @@ class FeatureRepo:
             keys = tuple(column.name for column in _join_keys(view))
             for column in view.spec.features:
                 yield keys, self._stored_name(view, None), column.name
+
+
+def _parse_reference(reference: str) -> tuple[str, int | None, str]:
+    """
+    Read `view[@version]:feature`.
+
+    Source: feast 0.67 `utils._parse_feature_ref`; `@latest` and a bare `@` pin nothing.
+    """
+    match = _REFERENCE.fullmatch(reference)
+    if match is None:
+        raise FeaturePlanError(f"'{reference}' is no feature; expected view:feature")
+    version = match["version"]
+    return match["view"], None if version is None else int(version), match["feature"]
+
+
+def _enum_name(message: Any, field: str) -> str:
+    values = message.DESCRIPTOR.fields_by_name[field].enum_type.values_by_number
+    number = getattr(message, field)
+    return values[number].name if number in values else str(number)
 
 
 def _missing_registry(path: Path, settings: Any) -> str | None:

@@ -16,14 +16,17 @@ class FeatureRows:
     The features of a batch of rows, one column per feature.
 
     Args:
-        values: One per `plan.features`, shape (n,), of the feature's own dtype. A value is given
-            where its status is PRESENT or OUTSIDE_MAX_AGE; elsewhere it is NaN, 0, False or None.
+        blocks: The values by dtype, shape (n, features of that dtype), C order; which column is
+            whose, `plan.block_columns` says. A value is given where its status is PRESENT or
+            OUTSIDE_MAX_AGE; elsewhere it is NaN, 0, False or None.
+        values: The same, one per `plan.features`, shape (n,).
         statuses: `FeatureStatus`, shape (features, n).
         event_times_s: Unix seconds, shape (views, n); NaN where unknown.
         matrix: When every feature is float32: shape (n, features), C order, and `values` are its
             columns. Otherwise None.
     """
 
+    blocks: Mapping[np.dtype[Any], NDArray[Any]]
     values: tuple[NDArray[Any], ...]
     statuses: NDArray[np.uint8]
     event_times_s: NDArray[np.float64]
@@ -117,6 +120,7 @@ class RowBlocks:
         plan = self.plan
         mark_outside_max_age(plan, self.statuses, self.event_times_s, now_s, max_age_s)
         return FeatureRows(
+            blocks=self.blocks,
             values=tuple([self.blocks[dtype][:, column] for dtype, column in plan.block_columns]),
             statuses=self.statuses,
             event_times_s=self.event_times_s,

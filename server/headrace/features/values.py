@@ -145,6 +145,21 @@ def message_value(message: Any, value_type: ValueType) -> Any:
     return list(value.val) if stored.name.endswith("_LIST") else value
 
 
+def encode_message(value: Any, value_type: ValueType) -> bytes:
+    """Encode a value of a column, not null, as a serialized `Value`; slow, for rare ones."""
+    from feast.protos.feast.types.Value_pb2 import Value  # noqa: PLC0415 - seconds to import
+
+    message = Value()
+    name = f"{value_type.name.lower()}_val"
+    if isinstance(value, list):
+        field = getattr(message, name)
+        field.SetInParent()
+        field.val.extend(value)
+    else:
+        setattr(message, name, value)
+    return bytes(message.SerializeToString())
+
+
 def parse_default(text: str, value_type: ValueType) -> Any:
     """
     Read a default written as text, as a Feast tag holds it.

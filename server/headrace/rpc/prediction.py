@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 from google.protobuf import duration_pb2
 from google.protobuf.message import DecodeError
-from numpy.typing import NDArray
 
 from headrace.catalog import Catalog
 from headrace.errors import Draining, InvalidRequest, InvalidTensor, ServingError
 from headrace.features.plan import FeatureStatus
 from headrace.predict import AnsweredBatch, OutputBlock, Request, ServedModel
+from headrace.rpc.columns import encode_column
 from headrace.rpc.ingress import HotCall
 from headrace.rpc.refusal import refuse
 from headrace.telemetry.calls import CallRecorder
@@ -196,7 +196,7 @@ def _output(block: OutputBlock, start: int, stop: int, *, batched: bool) -> byte
     shape = (stop - start, *block.trailing) if batched else block.trailing
     head = pb.OutputColumn(name=block.spec.name, shape=shape).SerializeToString()
     return delimited(
-        _OUTPUTS, head + delimited(_VALUES_OF_OUTPUT, _column(block.rows(start, stop)))
+        _OUTPUTS, head + delimited(_VALUES_OF_OUTPUT, encode_column(block.rows(start, stop)))
     )
 
 
@@ -209,45 +209,13 @@ def _features(batch: AnsweredBatch, start: int, stop: int) -> list[bytes]:
         delimited(
             _FEATURES,
             pb.FeatureColumn(name=feature.name).SerializeToString()
-            + delimited(_VALUES_OF_FEATURE, _column(rows.values[i][start:stop]))
+            + delimited(_VALUES_OF_FEATURE, encode_column(rows.values[i][start:stop]))
             # A status is one byte, and so is its varint.
             + delimited(_STATUSES, rows.statuses[i, start:stop].tobytes())
             + delimited(_AGES, ages_s[feature.view_index].tobytes()),
         )
         for i, feature in enumerate(plan.features)
     ]
-
-
-def _column(array: NDArray[Any]) -> bytes:
-    """Serialize a `Column` of all elements, row-major."""
-    dtype = array.dtype
-    if dtype in (np.float32, np.float16):
-        return delimited(_FLOATS, delimited(_VALUES, array.astype("<f4").tobytes()))
-    if dtype == np.float64:
-        return delimited(_DOUBLES, delimited(_VALUES, array.astype("<f8").tobytes()))
-    if dtype == np.bool_:  # one byte each, 0 or 1: its own varint
-        return delimited(_BOOLS, delimited(_VALUES, array.tobytes()))
-    flat = array.ravel().tolist()
-    column = pb.Column()
-    if dtype == np.object_ or dtype.kind in "SU":
-        if any(isinstance(value, bytes) for value in flat):
-            column.bytes_values.values.extend(_as_bytes(value) for value in flat)
-        elif all(value is None or isinstance(value, str) for value in flat):
-            column.strings.values.extend(value or "" for value in flat)
-        # Lists have no column kind: their statuses and ages are still told.
-    elif dtype.itemsize <= 4 and dtype != np.uint32:
-        column.int32s.values.extend(flat)
-    else:
-        column.int64s.values.extend(_signed(value) for value in flat)
-    return bytes(column.SerializeToString())
-
-
-def _as_bytes(value: Any) -> bytes:
-    return value.encode() if isinstance(value, str) else value or b""
-
-
-def _signed(value: int) -> int:
-    return value - 2**64 if value >= 2**63 else value
 
 
 def _duration(seconds: float) -> duration_pb2.Duration:
@@ -267,10 +235,6 @@ _VALUES_OF_OUTPUT = _tag_of(pb.OutputColumn, "values")
 _VALUES_OF_FEATURE = _tag_of(pb.FeatureColumn, "values")
 _STATUSES = _tag_of(pb.FeatureColumn, "statuses")
 _AGES = _tag_of(pb.FeatureColumn, "ages_s")
-_FLOATS = _tag_of(pb.Column, "floats")
-_DOUBLES = _tag_of(pb.Column, "doubles")
-_BOOLS = _tag_of(pb.Column, "bools")
-_VALUES = _tag_of(pb.FloatColumn, "values")
 assert {FeatureStatus(number).name for number in range(1, 5)} == {
     name.removeprefix("FEATURE_STATUS_") for name in pb.FeatureStatus.keys()[1:]
 }

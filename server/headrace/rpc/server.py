@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent import futures
+from typing import TYPE_CHECKING
 
 import grpc
 import structlog
@@ -21,6 +22,9 @@ from headrace.rpc.threads import ThreadIngress
 from headrace.settings import join_address
 from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.metrics import Metrics
+
+if TYPE_CHECKING:
+    from headrace.rpc.feature_services import FeatureServices
 
 _LOG = structlog.get_logger(__name__)
 
@@ -59,6 +63,7 @@ class GrpcServer:
         catalog: Returns the models as they are now.
         repository: Loads and unloads them on request.
         is_ready: Whether the server as a whole is ready.
+        features: The services that read features as they are; None without a feature repository.
         metrics: Counts.
         calls: Is told of calls that fail, and decides which are traced.
         max_message_bytes: In and out.
@@ -77,6 +82,7 @@ class GrpcServer:
         catalog: Callable[[], Catalog],
         repository: oip.Repository,
         is_ready: Callable[[], bool],
+        features: "FeatureServices | None",
         metrics: Metrics,
         calls: CallRecorder,
         max_message_bytes: int,
@@ -105,6 +111,10 @@ class GrpcServer:
             HotMethod(method.path, method.accept)
             for method in (infer.ModelInfer(catalog, calls), prediction.Predict(catalog, calls))
         ]
+        self._features = features
+        if features is not None:
+            hot += features.hot_methods
+            self._server.add_generic_rpc_handlers(features.handlers)
         self.ingress: Ingress = (
             ThreadIngress(self._server, hot)
             if ingress == "threads"
@@ -117,7 +127,8 @@ class GrpcServer:
             (oip.OipServicer(catalog, repository, is_ready).handler(),)
         )
         if with_reflection:
-            names = (*SERVICES, reflection.SERVICE_NAME)
+            more = () if features is None else features.names
+            names = (*SERVICES, *more, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
         address = join_address(host, port)
         try:
@@ -136,6 +147,8 @@ class GrpcServer:
         with self._saying:  # the last to look is the last to say
             catalog = self._catalog()
             self._say(["", *SERVICES], serving=self._is_ready())
+            if self._features is not None:
+                self._say(self._features.names, serving=self._features.is_ready())
             self._known_models |= catalog.entries.keys()
             for name in self._known_models:  # one that is gone does not serve
                 self._say([name], serving=catalog.is_ready(name))

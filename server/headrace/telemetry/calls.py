@@ -186,15 +186,14 @@ class CallRecorder:
                 "request",
                 method=call.method,
                 code="OK",
-                model=batch.model,
-                version=batch.version,
+                **_subject(batch),
                 rows=call.rows,
                 batch_rows=batch.rows,
                 duration_s=_s(batch.replied_s - call.arrival_s),
                 queue_s=_s(batch.started_s - call.arrival_s),
                 features_s=_s(batch.joined_s - batch.started_s) if batch.has_features else None,
-                infer_s=_s(batch.inferred_s - batch.joined_s),
-                prediction_id=call.prediction_id,
+                infer_s=_s(batch.inferred_s - batch.joined_s) if batch.model else None,
+                prediction_id=call.prediction_id or None,
                 trace_id=call.trace.trace_id.hex(),
                 **({"suppressed": suppressed} if suppressed else {}),
             )
@@ -241,6 +240,12 @@ def failed_call(
     """Put together what is known of a call that fails now."""
     now_s = time.perf_counter()
     return FailedCall(method, code, message, arrival_s, now_s, model, version, rows, trace)
+
+
+def _subject(batch: TracedBatch) -> dict[str, str]:
+    if batch.model:
+        return {"model": batch.model, "version": batch.version}
+    return {"feature_service": batch.feature_service} if batch.feature_service else {}
 
 
 def _s(seconds: float) -> float:

@@ -39,6 +39,18 @@ METRICS: dict[str, str] = {
     "headrace_infer_seconds": "Running the model on a batch.",
     "headrace_feature_values_total": "Feature values read, by status.",
     "headrace_queue_requests": "Requests waiting now.",
+    "headrace_feature_requests_total": "Requests for features answered.",
+    "headrace_feature_requests_failed_total": "Requests for features that reached a batch and "
+    "were not answered.",
+    "headrace_feature_request_seconds": "From the arrival of a request for features to the end of "
+    "its batch's replies.",
+    "headrace_feature_read_seconds": "Reading a batch of entities for requests for features.",
+    "headrace_feature_batch_rows": "Entities in a batch of requests for features.",
+    "headrace_feature_queue_requests": "Requests for features waiting now.",
+    "headrace_view_values_total": "Feature values read, for models or as they are, by view and "
+    "status.",
+    "headrace_view_age_seconds": "Ages of the rows read, by view: they grow when materialization "
+    "stops.",
     "headrace_model_loads_total": "Attempts to load a model version, by result.",
     "headrace_rpc_errors_total": "Hot calls refused or failed, by gRPC code.",
     "headrace_rpc_open_calls": "Hot calls received and not yet finished.",
@@ -51,7 +63,9 @@ METRICS: dict[str, str] = {
 """Name and help of every metric; durations in seconds. `docs/operations.md` lists the same."""
 
 
-class _Histogram:
+class Histogram:
+    """Counts in buckets; not safe for several threads at once."""
+
     __slots__ = ("bounds", "counts", "total")
 
     def __init__(self, bounds: Sequence[float]) -> None:
@@ -60,6 +74,7 @@ class _Histogram:
         self.total = 0.0
 
     def observe(self, value: float) -> None:
+        """Fold in one value."""
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
@@ -78,6 +93,7 @@ class _Histogram:
             first = after
 
     def buckets(self) -> list[tuple[str, float]]:
+        """Return upper bounds and cumulative counts, as Prometheus takes them."""
         edges = [*(str(bound) for bound in self.bounds), "+Inf"]
         return list(zip(edges, accumulate(self.counts), strict=True))
 
@@ -90,11 +106,11 @@ class ModelMetrics:
         self.queue_size: Callable[[], int] = int
         self._lock = threading.Lock()
         self.requests = self.requests_failed = self.batches = 0
-        self.request_s = _Histogram(SECONDS_BOUNDS)
-        self.queue_s = _Histogram(SECONDS_BOUNDS)
-        self.features_s = _Histogram(SECONDS_BOUNDS)
-        self.infer_s = _Histogram(SECONDS_BOUNDS)
-        self.batch_rows = _Histogram(ROWS_BOUNDS)
+        self.request_s = Histogram(SECONDS_BOUNDS)
+        self.queue_s = Histogram(SECONDS_BOUNDS)
+        self.features_s = Histogram(SECONDS_BOUNDS)
+        self.infer_s = Histogram(SECONDS_BOUNDS)
+        self.batch_rows = Histogram(ROWS_BOUNDS)
         self.statuses = np.zeros(len(FEATURE_STATUSES), np.int64)
 
     def answered(
@@ -178,6 +194,8 @@ class Metrics(Collector):
         self.open_calls: Callable[[], int] = int
         self.calls: CallNumbers | None = None
         self.stream: PredictionStreamNumbers | None = None
+        self.more: list[Collector] = []
+        """Numbers that others keep."""
 
     def model(self, name: str, version: str) -> ModelMetrics:
         """Return the numbers of one model version, the same object each time."""
@@ -222,6 +240,8 @@ class Metrics(Collector):
             yield from _call_metrics(self.calls)
         if self.stream is not None:
             yield from _stream_metrics(self.stream)
+        for collector in self.more:
+            yield from collector.collect()
 
 
 _LABELS = ["model", "version"]
@@ -273,7 +293,7 @@ def _model_counters(models: Sequence[ModelMetrics]) -> Iterable[Metric]:
 
 
 def _model_histograms(models: Sequence[ModelMetrics]) -> Iterable[Metric]:
-    readers: dict[str, Callable[[ModelMetrics], _Histogram]] = {
+    readers: dict[str, Callable[[ModelMetrics], Histogram]] = {
         "headrace_request_seconds": lambda model: model.request_s,
         "headrace_queue_seconds": lambda model: model.queue_s,
         "headrace_features_seconds": lambda model: model.features_s,

@@ -61,6 +61,8 @@ class TracedBatch(NamedTuple):
         has_features: Whether features were read.
         is_remote: Whether the model runs on another server.
         calls: The sampled ones.
+        feature_service: For features without a model, whose `model` is empty; empty itself where
+            they were asked for one by one.
     """
 
     model: str
@@ -74,6 +76,7 @@ class TracedBatch(NamedTuple):
     has_features: bool
     is_remote: bool
     calls: Sequence[TracedCall]
+    feature_service: str = ""
 
 
 class FailedCall(NamedTuple):
@@ -121,8 +124,8 @@ def batch_spans(batch: TracedBatch, run: Trace, offset_s: float) -> Spans:
     Write the spans of a batch: its own, and those of each sampled call.
 
     `batch.run` has a trace of its own, for it belongs to all its members; each links to it and it
-    to them. Under each call: `batch.wait`, `features.fetch` (with features), `backend.infer` and
-    `batch.reply`, which together are the call.
+    to them. Under each call: `batch.wait`, `features.fetch` (with features), `backend.infer` (with
+    a model) and `batch.reply`, which together are the call.
 
     Args:
         batch: What happened.
@@ -134,7 +137,9 @@ def batch_spans(batch: TracedBatch, run: Trace, offset_s: float) -> Spans:
         for seconds in (batch.started_s, batch.joined_s, batch.inferred_s, batch.replied_s)
     )
     infer = _REMOTE_INFER if batch.is_remote else _INFER
-    if batch.has_features:
+    if not batch.model:
+        stages = [_FETCH + _times(started, joined)]
+    elif batch.has_features:
         stages = [_FETCH + _times(started, joined), infer + _times(joined, inferred)]
     else:
         stages = [infer + _times(started, inferred)]
@@ -153,8 +158,8 @@ def batch_spans(batch: TracedBatch, run: Trace, offset_s: float) -> Spans:
         request = b"".join(
             (
                 of_request,
-                _of_call(method, batch.model, batch.version, rows),
-                _of_prediction(len(prediction)),
+                _of_call(method, batch.model, batch.version, batch.feature_service, rows),
+                _of_prediction(len(prediction)) if prediction else b"",
                 prediction,
                 _PARENT_ID + trace.parent_id if trace.parent_id else b"",
                 since,
@@ -219,7 +224,7 @@ def failed_spans(call: FailedCall, offset_s: float) -> Spans:
 def _run_span(batch: TracedBatch, run: Trace, started: bytes, replied: bytes) -> list[bytes]:
     parts = [
         _context(run) + _RUN + _times(started, replied),
-        _of_batch(batch.model, batch.version, batch.requests, batch.rows),
+        _of_batch(batch.model, batch.version, batch.feature_service, batch.requests, batch.rows),
     ]
     for call in batch.calls[:LINKS_MAX]:
         parts += (_LINK, call.trace.trace_id, _LINKED_SPAN, call.trace.span_id)
@@ -251,22 +256,22 @@ def _record(size: int) -> bytes:
 
 
 @lru_cache(maxsize=1_024)
-def _of_call(method: str, model: str, version: str, rows: int) -> bytes:
+def _of_call(method: str, model: str, version: str, feature_service: str, rows: int) -> bytes:
     return _serialized(
         {
             **_of_method(method),
             "rpc.response.status_code": "OK",
-            **_of_model(model, version),
+            **(_of_model(model, version) if model else _of_features(feature_service)),
             "headrace.rows": rows,
         }
     )
 
 
 @lru_cache(maxsize=1_024)
-def _of_batch(model: str, version: str, requests: int, rows: int) -> bytes:
+def _of_batch(model: str, version: str, feature_service: str, requests: int, rows: int) -> bytes:
     return _serialized(
         {
-            **_of_model(model, version),
+            **(_of_model(model, version) if model else _of_features(feature_service)),
             "headrace.batch.requests": requests,
             "headrace.batch.rows": rows,
         }
@@ -286,6 +291,10 @@ def _of_method(method: str) -> dict[str, str | int]:
 
 def _of_model(model: str, version: str) -> dict[str, str | int]:
     return {"headrace.model": model, "headrace.version": version}
+
+
+def _of_features(feature_service: str) -> dict[str, str | int]:
+    return {"headrace.feature_service": feature_service} if feature_service else {}
 
 
 def _serialized(attributes: dict[str, str | int]) -> bytes:

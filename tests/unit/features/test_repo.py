@@ -129,10 +129,10 @@ def test_the_services_are_listed_in_order(repo):
     ("service", "message"),
     [
         ("rankin", "no feature service 'rankin'; there is asleep, computed, odd, .*ranking"),
-        ("computed", "on-demand feature view 'doubled'; Headrace runs no code"),
+        ("computed", "'doubled' is an on-demand feature view; Headrace runs no code"),
         ("precomputed", "precompute_online, which is not supported"),
         ("odd", "'bag' of feature view 'odd' is a MAP, which is not supported"),
-        ("asleep", "feature view 'asleep' of service 'asleep' is disabled"),
+        ("asleep", "feature view 'asleep' is disabled"),
     ],
 )
 def test_a_service_that_cannot_be_served_is_refused_with_the_reason(repo, service, message):

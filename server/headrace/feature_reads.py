@@ -1,0 +1,339 @@
+"""Feature reads: an executor thread carries a batch of requests through the online store.
+
+Requests for the same selection of features that wait at the same time are one read. Long ones have
+a queue and a thread of their own, so that they do not hold up the short ones.
+"""
+
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from headrace.batching.batcher import Batcher
+from headrace.batching.policy import BatchPolicy
+from headrace.errors import BackendError, DeadlineExceeded, InvalidRequest, ServingError
+from headrace.features.plan import FeaturePlan, JoinKey
+from headrace.features.plans import FeaturePlans, Selection
+from headrace.features.store import FeatureRows, OnlineStore
+from headrace.features.values import ValueType
+from headrace.telemetry.calls import CallRecorder
+from headrace.telemetry.feature_metrics import FeatureReadMetrics, ViewMetrics
+from headrace.telemetry.spans import TracedBatch, TracedCall
+from headrace.telemetry.trace_context import Trace
+
+_LOG = structlog.get_logger(__name__)
+
+LONG_ROWS = 128
+"""Rows above which a request is long: some milliseconds of work."""
+
+SHORT_BATCH_ROWS = 512
+"""In a batch of short requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureRead:
+    """
+    What one batch read.
+
+    Args:
+        plan: Which features.
+        rows: Their values, row for row.
+        now_s: When they were read, Unix seconds.
+        singles: The rows of those requests that have only one.
+        shared: What replies to the batch have in common, kept by those who make them.
+    """
+
+    plan: FeaturePlan
+    rows: FeatureRows
+    now_s: float
+    singles: list[int]
+    shared: dict[Any, Any] = field(default_factory=dict)
+
+
+class FeatureRequest(ABC):
+    """
+    One caller's entities.
+
+    The first of `answer` and `fail` to be called replies; a later one does nothing. They are called
+    by whichever thread owns the request, and do not raise because a caller has left.
+
+    Args:
+        selection: Which features.
+        rows: How many entities; at least 1.
+        deadline_s: Unix seconds; infinite when the caller gave none.
+        arrival_s: When it reached the port, on `time.perf_counter`'s clock.
+        byte_count: Size of its message.
+        trace: Of a sampled call.
+    """
+
+    __slots__ = ("arrival_s", "batch_key", "byte_count", "deadline_s", "rows", "trace")
+
+    def __init__(
+        self,
+        selection: Selection,
+        rows: int,
+        *,
+        deadline_s: float,
+        arrival_s: float,
+        byte_count: int,
+        trace: Trace | None,
+    ) -> None:
+        self.batch_key = selection
+        self.rows = rows
+        self.deadline_s = deadline_s
+        self.arrival_s = arrival_s
+        self.byte_count = byte_count
+        self.trace = trace
+
+    @property
+    @abstractmethod
+    def method(self) -> str:
+        """As `package.Service/Method`."""
+
+    @abstractmethod
+    def entity_values(self, key: JoinKey) -> list[Any]:
+        """
+        Return this request's values of a join key, one per row: integers that fit it, or bytes.
+
+        Raises:
+            InvalidRequest: they are not there, or some are null, of another type or out of range.
+        """
+
+    @abstractmethod
+    def expired(self, now_s: float) -> bool:
+        """Say whether the caller has left or the deadline has passed (Unix seconds)."""
+
+    @abstractmethod
+    def answer(self, read: FeatureRead, start: int) -> None:
+        """Reply with rows [start, start + self.rows) of the read."""
+
+    @abstractmethod
+    def fail(self, error: ServingError) -> None:
+        """Reply with an error."""
+
+    def drop(self) -> None:
+        """Give up on an expired request: whoever still listens learns that its time is over."""
+        self.fail(DeadlineExceeded("the deadline passed while the request waited"))
+
+
+class FeatureReads:
+    """
+    Reads features for callers that want them as they are, without a model.
+
+    `start` begins the threads; `stop` lets what waits finish and ends them. A request that is wrong
+    fails alone: those it shared a batch with are answered.
+
+    Args:
+        plans: Compiles what is asked for.
+        store: Where features are read.
+        metrics: Folded into once per batch.
+        view_metrics: Likewise.
+        calls: Is told of batches with sampled calls in them.
+        max_entities: Most rows of one request.
+        max_queue_size: Requests that may wait, of short and of long ones each.
+        max_queue_bytes: Bytes of them, likewise.
+        timeout_s: Longest that one batch waits for the store.
+    """
+
+    def __init__(
+        self,
+        plans: FeaturePlans,
+        store: OnlineStore,
+        metrics: FeatureReadMetrics,
+        view_metrics: ViewMetrics,
+        calls: CallRecorder,
+        *,
+        max_entities: int,
+        max_queue_size: int,
+        max_queue_bytes: int,
+        timeout_s: float,
+    ) -> None:
+        self._plans = plans
+        self._store = store
+        self._metrics = metrics
+        self._view_metrics = view_metrics
+        self._calls = None if calls.sample is None else calls
+        self._max_entities = max_entities
+        self._timeout_s = timeout_s
+        self._is_stopping = False
+        self._short, self._long = (
+            Batcher[FeatureRequest](
+                BatchPolicy(max_rows),
+                max_queue_size=max_queue_size,
+                max_queue_bytes=max_queue_bytes,
+            )
+            for max_rows in (SHORT_BATCH_ROWS, max(max_entities, LONG_ROWS))
+        )
+        metrics.queue_size = lambda: len(self._short) + len(self._long)
+        self._threads = [
+            threading.Thread(target=self._execute, args=(queue,), name=name, daemon=True)
+            for queue, name in ((self._short, "features-short"), (self._long, "features-long"))
+        ]
+
+    def start(self) -> None:
+        """Begin taking batches."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self, timeout_s: float) -> bool:
+        """
+        Refuse new requests, finish those that wait, end the threads.
+
+        Returns:
+            Whether every thread ended in time.
+        """
+        self._is_stopping = True
+        self._short.close()
+        self._long.close()
+        deadline_s = time.perf_counter() + timeout_s
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(max(0.0, deadline_s - time.perf_counter()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether every thread runs, until `stop`. If not, what waits stays waiting."""
+        return self._is_stopping or all(thread.is_alive() for thread in self._threads)
+
+    def check_rows(self, rows: int) -> None:
+        """
+        Check the number of entities, before anything is made of them.
+
+        Raises:
+            InvalidRequest: none, or more than the limit.
+        """
+        if rows < 1:
+            raise InvalidRequest("request has no entities")
+        if rows > self._max_entities:
+            raise InvalidRequest(
+                f"request has {rows} entities; at most {self._max_entities} are accepted"
+            )
+
+    def submit(self, request: FeatureRequest) -> None:
+        """
+        Queue a request. Never blocks.
+
+        Raises:
+            Overloaded: the queue is full.
+            Draining: the server is stopping.
+        """
+        (self._short if request.rows <= LONG_ROWS else self._long).put(request)
+
+    def _execute(self, queue: Batcher[FeatureRequest]) -> None:
+        while (batch := queue.take()) is not None:
+            try:
+                self._carry(batch)
+            except ServingError as error:
+                self._fail(batch, error)
+            except Exception:  # noqa: BLE001 the thread must go on
+                _LOG.exception("feature_batch_failed")
+                self._fail(batch, BackendError("internal error"))
+
+    def _carry(self, batch: Sequence[FeatureRequest]) -> None:
+        started_s = time.perf_counter()
+        plan = self._plans.find(batch[0].batch_key)
+        batch, entities = self._entities(plan, batch)
+        if not batch:
+            return
+        now_s = time.time()
+        rows = self._store.read(plan, entities, now_s=now_s, timeout_s=self._timeout_s)
+        read_s = time.perf_counter()
+        counts = [request.rows for request in batch]
+        starts = list(accumulate(counts, initial=0))
+        singles = [start for start, count in zip(starts, counts, strict=False) if count == 1]
+        read = FeatureRead(plan, rows, now_s, singles)
+        for request, start in zip(batch, starts, strict=False):
+            try:
+                request.answer(read, start)
+            except Exception:  # noqa: BLE001 the others deserve their answer
+                _LOG.exception("feature_reply_failed")
+                self._fail([request], BackendError("internal error"))
+        replied_s = time.perf_counter()
+        self._metrics.answered(
+            arrivals_s=sorted([request.arrival_s for request in batch]),
+            rows=starts[-1],
+            read_s=read_s - started_s,
+            finished_s=replied_s,
+        )
+        self._view_metrics.read(
+            plan.view_names, plan.view_of_feature, rows.statuses, now_s - rows.event_times_s
+        )
+        if self._calls is not None:
+            self._tell(self._calls, plan, batch, (started_s, read_s, replied_s))
+
+    def _entities(
+        self, plan: FeaturePlan, batch: Sequence[FeatureRequest]
+    ) -> tuple[Sequence[FeatureRequest], Mapping[str, NDArray[Any]]]:
+        """Put the requests' entities together; those that are wrong are answered and left out."""
+        values: list[list[Any]] = [[] for _ in plan.join_keys]
+        right: list[FeatureRequest] = []
+        for request in batch:
+            try:
+                own = [request.entity_values(key) for key in plan.join_keys]
+            except InvalidRequest as error:
+                self._fail([request], error)
+                continue
+            right.append(request)
+            for column, part in zip(values, own, strict=True):
+                column.extend(part)
+        if not plan.join_keys:
+            return right, {"": np.empty(sum([request.rows for request in right]), np.bool_)}
+        return right, {
+            key.name: _column(key, whole) for key, whole in zip(plan.join_keys, values, strict=True)
+        }
+
+    def _fail(self, batch: Sequence[FeatureRequest], error: ServingError) -> None:
+        self._metrics.failed(len(batch))
+        for request in batch:
+            try:
+                request.fail(error)
+            except Exception:  # noqa: BLE001 the next one must hear of it all the same
+                _LOG.exception("reply_failed")
+
+    def _tell(
+        self,
+        calls: CallRecorder,
+        plan: FeaturePlan,
+        batch: Sequence[FeatureRequest],
+        times_s: tuple[float, float, float],
+    ) -> None:
+        traced = [
+            TracedCall(trace, request.method, request.arrival_s, request.rows, "")
+            for request in batch
+            if (trace := request.trace) is not None
+        ]
+        if not traced:
+            return
+        started_s, read_s, replied_s = times_s
+        calls.answered(
+            TracedBatch(
+                model="",
+                version="",
+                rows=sum([request.rows for request in batch]),
+                requests=len(batch),
+                started_s=started_s,
+                joined_s=read_s,
+                inferred_s=read_s,
+                replied_s=replied_s,
+                has_features=True,
+                is_remote=False,
+                calls=traced,
+                feature_service=plan.service,
+            )
+        )
+
+
+def _column(key: JoinKey, values: list[Any]) -> NDArray[Any]:
+    if key.datatype != "BYTES":
+        return np.array(values, np.int32 if key.value_type is ValueType.INT32 else np.int64)
+    column = np.empty(len(values), np.object_)
+    column[:] = values
+    return column

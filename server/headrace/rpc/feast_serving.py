@@ -1,0 +1,193 @@
+"""Feast's own services: `feast.serving.ServingService` and `GrpcFeatureServer`.
+
+Importing this imports Feast, which takes seconds: only where there is a feature repository.
+"""
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import feast
+import grpc
+from feast.protos.feast.serving import ServingService_pb2 as pb
+from google.protobuf.message import DecodeError
+
+from headrace.errors import InvalidRequest, ServingError
+from headrace.feature_reads import FeatureRead, FeatureReads, FeatureRequest
+from headrace.features.plan import FeaturePlan, JoinKey
+from headrace.features.plans import Selection
+from headrace.features.values import ValueType
+from headrace.rpc.entities import check_values, equal_length, missing_key, refuse_large, wrong_type
+from headrace.rpc.feast_reply import FeastReplies, FeastReplyPlan
+from headrace.rpc.ingress import HotCall
+from headrace.rpc.refusal import refuse
+from headrace.telemetry.calls import CallRecorder
+from headrace.telemetry.trace_context import Trace
+
+SERVING_SERVICE = "feast.serving.ServingService"
+FEATURE_SERVER = "GrpcFeatureServer"
+"""The service of `feast listen`; it has no package."""
+
+_ACCEPTED: dict[ValueType, tuple[str, ...]] = {
+    ValueType.INT64: ("int64_val", "int32_val"),
+    ValueType.INT32: ("int32_val", "int64_val"),
+    ValueType.UNIX_TIMESTAMP: ("unix_timestamp_val", "int64_val", "int32_val"),
+    ValueType.STRING: ("string_val",),
+    ValueType.BYTES: ("bytes_val",),
+}
+"""Integers are taken at any width: Feast itself would look for another entity."""
+
+
+class GetOnlineFeatures:
+    """
+    The hot method, under either service's name.
+
+    Args:
+        service: `SERVING_SERVICE` or `FEATURE_SERVER`.
+        reads: Takes the requests.
+        calls: Decides which calls are traced, and is told of those that fail.
+        entity_join_keys: Join keys by entity name, which Feast takes as well.
+        as_feast: Whether to answer with Feast's own statuses.
+    """
+
+    def __init__(
+        self,
+        service: str,
+        reads: FeatureReads,
+        calls: CallRecorder,
+        entity_join_keys: Mapping[str, str],
+        *,
+        as_feast: bool,
+    ) -> None:
+        self.method = f"{service}/GetOnlineFeatures"
+        self.path = f"/{self.method}"
+        self.entity_join_keys = entity_join_keys
+        self._reads = reads
+        self.calls = calls
+        self._sample = calls.sample
+        self._as_feast = as_feast
+        self._reply_plans: weakref.WeakKeyDictionary[FeaturePlan, FeastReplyPlan] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def accept(self, call: HotCall, message: bytes) -> None:
+        """Parse and queue one request; refuse it when it cannot be served."""
+        trace = None if self._sample is None else self._sample(call.metadata)
+        try:
+            refuse_large(message)
+            asked = pb.GetOnlineFeaturesRequest.FromString(message)
+            entities = {name: asked.entities[name].val for name in asked.entities}
+            rows = equal_length(map(len, entities.values()))
+            self._reads.check_rows(rows)
+            self._reads.submit(_Request(self, call, asked, entities, rows, len(message), trace))
+        except DecodeError:
+            error = InvalidRequest("the message is not a GetOnlineFeaturesRequest")
+            refuse(call, error, self.calls, self.method, trace)
+        except Exception as error:
+            refuse(call, error, self.calls, self.method, trace)
+
+    def replies(self, read: FeatureRead) -> FeastReplies:
+        """Return the replies to a batch: the same object for each of its requests."""
+        replies: FeastReplies | None = read.shared.get(self._as_feast)
+        if replies is None:
+            reply_plan = self._reply_plans.get(read.plan)
+            if reply_plan is None:
+                reply_plan = FeastReplyPlan(read.plan, as_feast=self._as_feast)
+                self._reply_plans[read.plan] = reply_plan
+            replies = read.shared[self._as_feast] = FeastReplies(reply_plan, read)
+        return replies
+
+
+class _Request(FeatureRequest):
+    """A `GetOnlineFeatures` call in the queue."""
+
+    __slots__ = ("_asked", "_call", "_entities", "_owner")
+
+    def __init__(
+        self,
+        owner: GetOnlineFeatures,
+        call: HotCall,
+        asked: Any,
+        entities: Mapping[str, Any],
+        rows: int,
+        byte_count: int,
+        trace: Trace | None,
+    ) -> None:
+        super().__init__(
+            Selection(
+                asked.feature_service, tuple(asked.features.val), bool(asked.full_feature_names)
+            ),
+            rows,
+            deadline_s=call.deadline_s,
+            arrival_s=call.arrival_s,
+            byte_count=byte_count,
+            trace=trace,
+        )
+        self._owner = owner
+        self._call = call
+        self._asked = asked
+        self._entities = entities
+
+    @property
+    def method(self) -> str:
+        return self._owner.method
+
+    def entity_values(self, key: JoinKey) -> list[Any]:
+        accepted = _ACCEPTED[key.value_type]
+        values = []
+        for row, value in enumerate(self._entities[self._column(key)]):
+            kind = value.WhichOneof("val")
+            if kind not in accepted:
+                raise wrong_type(key, row, (kind or "").removesuffix("_val").upper())
+            values.append(getattr(value, kind))
+        if key.value_type is ValueType.STRING:
+            values = [text.encode() for text in values]
+        check_values(key, values)
+        return values
+
+    def expired(self, now_s: float) -> bool:
+        return self._call.gone or self.deadline_s <= now_s
+
+    def answer(self, read: FeatureRead, start: int) -> None:
+        entities = [
+            self._asked.entities[self._column(key)].SerializeToString()
+            for key in read.plan.join_keys
+        ]
+        self._call.reply(
+            self._owner.replies(read).message(
+                start,
+                start + self.rows,
+                entities,
+                with_versions=self._asked.include_feature_view_version_metadata,
+            )
+        )
+
+    def fail(self, error: ServingError) -> None:
+        refuse(self._call, error, self._owner.calls, self._owner.method, self.trace)
+
+    def _column(self, key: JoinKey) -> str:
+        """Return the name under which a join key was sent: its own, or that of its entity."""
+        if key.name in self._entities:
+            return key.name
+        for name in self._entities:
+            if self._owner.entity_join_keys.get(name) == key.name:
+                return name
+        raise missing_key(key, self._entities)
+
+
+def info_handler() -> "grpc.GenericRpcHandler[Any, Any]":
+    """Serve `ServingService/GetFeastServingInfo`: which Feast this is."""
+
+    def get_info(_request: Any, _context: grpc.ServicerContext) -> Any:
+        return pb.GetFeastServingInfoResponse(version=feast.__version__)
+
+    return grpc.method_handlers_generic_handler(
+        SERVING_SERVICE,
+        {
+            "GetFeastServingInfo": grpc.unary_unary_rpc_method_handler(
+                get_info,
+                request_deserializer=pb.GetFeastServingInfoRequest.FromString,
+                response_serializer=pb.GetFeastServingInfoResponse.SerializeToString,
+            )
+        },
+    )

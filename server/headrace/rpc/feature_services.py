@@ -1,0 +1,50 @@
+"""The services that read features as they are: Headrace's own, and Feast's under two names.
+
+Importing this imports Feast, which takes seconds: only where there is a feature repository.
+"""
+
+from collections.abc import Callable, Mapping
+
+from headrace.feature_reads import FeatureReads
+from headrace.rpc import feast_serving, features
+from headrace.rpc.ingress import HotMethod
+from headrace.telemetry.calls import CallRecorder
+
+
+class FeatureServices:
+    """
+    Everything on the port that is about features without a model.
+
+    Args:
+        reads: Takes the requests.
+        calls: Decides which calls are traced, and is told of those that fail.
+        entity_join_keys: Join keys by entity name.
+        as_feast: Whether Feast's services answer as Feast itself does.
+        is_ready: Whether features can be read.
+
+    Attributes:
+        names: Of the services.
+        hot_methods: Straight from the port.
+        handlers: The others.
+    """
+
+    def __init__(
+        self,
+        reads: FeatureReads,
+        calls: CallRecorder,
+        entity_join_keys: Mapping[str, str],
+        *,
+        as_feast: bool,
+        is_ready: Callable[[], bool],
+    ) -> None:
+        self.is_ready = is_ready
+        feast_services = (feast_serving.SERVING_SERVICE, feast_serving.FEATURE_SERVER)
+        self.names = (features.SERVICE, *feast_services)
+        own = features.GetOnlineFeatures(reads, calls)
+        self.hot_methods = [HotMethod(own.path, own.accept)]
+        for service in feast_services:
+            method = feast_serving.GetOnlineFeatures(
+                service, reads, calls, entity_join_keys, as_feast=as_feast
+            )
+            self.hot_methods.append(HotMethod(method.path, method.accept))
+        self.handlers = (feast_serving.info_handler(),)

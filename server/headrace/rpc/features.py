@@ -1,0 +1,185 @@
+"""`headrace.v1.FeatureService/GetOnlineFeatures` as a hot method: packed columns in and out."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from headrace.errors import InvalidRequest, ServingError
+from headrace.feature_reads import FeatureRead, FeatureReads, FeatureRequest
+from headrace.features.plan import FeatureStatus, JoinKey
+from headrace.features.plans import Selection
+from headrace.features.values import ValueType, encode_message
+from headrace.rpc.columns import encode_column
+from headrace.rpc.entities import check_values, equal_length, missing_key, refuse_large, wrong_type
+from headrace.rpc.ingress import HotCall
+from headrace.rpc.refusal import refuse
+from headrace.telemetry.calls import CallRecorder
+from headrace.telemetry.trace_context import Trace
+from headrace.v1 import feature_service_pb2 as pb
+from headrace.wire import delimited, tag
+
+SERVICE = "headrace.v1.FeatureService"
+METHOD = f"{SERVICE}/GetOnlineFeatures"
+
+_ACCEPTED: dict[ValueType, tuple[str, ...]] = {
+    ValueType.INT64: ("int64s", "int32s"),
+    ValueType.INT32: ("int32s",),
+    ValueType.UNIX_TIMESTAMP: ("int64s", "int32s"),
+    ValueType.STRING: ("strings",),
+    ValueType.BYTES: ("bytes_values",),
+}
+
+
+class GetOnlineFeatures:
+    """
+    The hot method.
+
+    Args:
+        reads: Takes the requests.
+        calls: Decides which calls are traced, and is told of those that fail.
+    """
+
+    path = f"/{METHOD}"
+
+    def __init__(self, reads: FeatureReads, calls: CallRecorder) -> None:
+        self._reads = reads
+        self._calls = calls
+        self._sample = calls.sample
+
+    def accept(self, call: HotCall, message: bytes) -> None:
+        """Parse and queue one request; refuse it when it cannot be served."""
+        trace = None if self._sample is None else self._sample(call.metadata)
+        try:
+            refuse_large(message)
+            asked = pb.GetOnlineFeaturesRequest.FromString(message)
+            columns = _columns(asked.entities)
+            rows = equal_length(len(values) for _, values in columns.values())
+            self._reads.check_rows(rows)
+            request = _Request(call, self._calls, asked, columns, rows, len(message), trace)
+            self._reads.submit(request)
+        except DecodeError:
+            error = InvalidRequest("the message is not a GetOnlineFeaturesRequest")
+            refuse(call, error, self._calls, METHOD, trace)
+        except Exception as error:
+            refuse(call, error, self._calls, METHOD, trace)
+
+
+class _Request(FeatureRequest):
+    """A `GetOnlineFeatures` call in the queue."""
+
+    __slots__ = ("_call", "_calls", "_columns", "_with_times")
+
+    method = METHOD
+
+    def __init__(
+        self,
+        call: HotCall,
+        calls: CallRecorder,
+        asked: Any,
+        columns: Mapping[str, tuple[str, Any]],
+        rows: int,
+        byte_count: int,
+        trace: Trace | None,
+    ) -> None:
+        super().__init__(
+            Selection(
+                asked.feature_service,
+                tuple(asked.features.references),
+                bool(asked.full_feature_names),
+            ),
+            rows,
+            deadline_s=call.deadline_s,
+            arrival_s=call.arrival_s,
+            byte_count=byte_count,
+            trace=trace,
+        )
+        self._call = call
+        self._calls = calls
+        self._columns = columns
+        self._with_times = asked.include_event_times
+
+    def entity_values(self, key: JoinKey) -> list[Any]:
+        column = self._columns.get(key.name)
+        if column is None:
+            raise missing_key(key, self._columns)
+        kind, values = column
+        if kind not in _ACCEPTED[key.value_type]:
+            raise wrong_type(key, 0, kind)
+        if key.value_type is ValueType.STRING:
+            values = [text.encode() for text in values]
+        check_values(key, values)
+        return list(values)
+
+    def expired(self, now_s: float) -> bool:
+        return self._call.gone or self.deadline_s <= now_s
+
+    def answer(self, read: FeatureRead, start: int) -> None:
+        stop = start + self.rows
+        rows = read.rows
+        parts: list[bytes] = []
+        is_present = bool((rows.statuses[:, start:stop] == FeatureStatus.PRESENT).all())
+        heads = read.shared.get(_HEADS)
+        if heads is None:
+            heads = read.shared[_HEADS] = [_head(feature) for feature in read.plan.features]
+        for i, feature in enumerate(read.plan.features):
+            values = rows.values[i][start:stop]
+            part = heads[i] + _encode(feature.value_type, values)
+            if not is_present:
+                statuses = rows.statuses[i, start:stop]
+                if (statuses != FeatureStatus.PRESENT).any():
+                    # A status is one byte, and so is its varint.
+                    part += delimited(_STATUSES, statuses.tobytes())
+            parts.append(delimited(_FEATURES, part))
+        if self._with_times:
+            times_s = rows.event_times_s[:, start:stop].astype("<f8")
+            parts += [
+                delimited(
+                    _EVENT_TIMES,
+                    pb.ViewEventTimes(view=view.label).SerializeToString()
+                    + delimited(_TIMES, times_s[i].tobytes()),
+                )
+                for i, view in enumerate(read.plan.views)
+            ]
+        self._call.reply(b"".join(parts))
+
+    def fail(self, error: ServingError) -> None:
+        refuse(self._call, error, self._calls, METHOD, self.trace)
+
+
+def _columns(entities: Any) -> dict[str, tuple[str, Any]]:
+    columns: dict[str, tuple[str, Any]] = {}
+    for column in entities:
+        if column.name in columns:
+            raise InvalidRequest(f"column '{column.name}' is there twice")
+        kind = column.values.WhichOneof("kind")
+        columns[column.name] = kind or "", getattr(column.values, kind).values if kind else ()
+    return columns
+
+
+def _head(feature: Any) -> bytes:
+    return bytes(
+        pb.FeatureValues(name=feature.name, view_index=feature.view_index).SerializeToString()
+    )
+
+
+def _encode(value_type: ValueType, values: Any) -> bytes:
+    if values.dtype != np.object_ or value_type.is_text:
+        return delimited(_VALUES, encode_column(values))
+    cells = [b"" if one is None else encode_message(one, value_type) for one in values.tolist()]
+    return delimited(_SERIALIZED, b"".join(delimited(_SERIALIZED_VALUES, cell) for cell in cells))
+
+
+def _tag_of(message: Any, name: str) -> bytes:
+    return tag(message.DESCRIPTOR.fields_by_name[name].number)
+
+
+_HEADS = "headrace.v1 feature heads"
+_FEATURES = _tag_of(pb.GetOnlineFeaturesResponse, "features")
+_EVENT_TIMES = _tag_of(pb.GetOnlineFeaturesResponse, "event_times")
+_VALUES = _tag_of(pb.FeatureValues, "values")
+_SERIALIZED = _tag_of(pb.FeatureValues, "serialized_values")
+_STATUSES = _tag_of(pb.FeatureValues, "statuses")
+_SERIALIZED_VALUES = _tag_of(pb.SerializedValues, "values")
+_TIMES = _tag_of(pb.ViewEventTimes, "event_times_s")
