@@ -19,7 +19,7 @@ TRACING := .venv-traces/.installed
 GPU := .venv-gpu/.installed
 MODEL := model_repository/home_valuation/1/manifest.json
 
-.PHONY: help setup triton protos model demo up traces test test-all test-gpu lint fmt bench loadtest loadtest-ui lock clean
+.PHONY: help setup triton protos model demo up traces test test-all test-gpu lint fmt bench bench-features loadtest loadtest-ui lock clean
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -103,6 +103,9 @@ fmt: setup  ## format, and fix what can be fixed
 
 bench: setup model  ## measure the gateway against its ceiling and against glue code
 	$(BIN)/python loadtest/bench/run.py
+
+bench-features: setup  ## measure reads of features against Feast's SDK, `feast listen` and `feast serve`
+	$(BIN)/python loadtest/bench/features.py
 
 loadtest: setup model  ## Locust against `headrace up`: fails when a target of loadtest/slo.yaml is missed
 	$(BIN)/python loadtest/run.py

@@ -1,7 +1,10 @@
-"""A closed-loop gRPC load generator on bare HTTP/2 frames: each request with a body of its own.
+"""A gRPC load generator on bare HTTP/2 frames: each request with a body of its own.
 
     python http2.py --port 8500 --path /package.Service/Method --bodies FILE [--connections 4]
-        [--in-flight 16] [--seconds 3] [--warm-up 1]
+        [--in-flight 16] [--seconds 3] [--warm-up 1] [--rate 200]
+
+A closed loop, unless a rate is given: then requests are sent when they are due, whether the others
+have been answered or not, and latencies count from when they were due.
 
 h2load is faster and sends one body only, which would let a server that merges equal entities cheat.
 This one keeps up with every server here, without a gRPC library in the way. It knows just as
@@ -45,7 +48,14 @@ class Connection:
     """One HTTP/2 connection with a number of requests in flight."""
 
     def __init__(
-        self, port: int, path: str, bodies: Sequence[bytes], in_flight: int, results: Results
+        self,
+        port: int,
+        path: str,
+        bodies: Sequence[bytes],
+        in_flight: int,
+        results: Results,
+        *,
+        is_paced: bool = False,
     ) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=STALL_S)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -54,7 +64,8 @@ class Connection:
         self._results = results
         self._next_body = id(self) % len(bodies)
         self._next_stream = 1
-        self._unsent = in_flight
+        self._is_paced = is_paced
+        self._unsent = 0 if is_paced else in_flight
         self._sent_at: dict[int, float] = {}
         self._answered: set[int] = set()
         self._credit = DEFAULT_WINDOW
@@ -68,10 +79,12 @@ class Connection:
         )
         self.send()
 
-    def send(self) -> None:
+    def send(self, due_s: float | None = None) -> None:
         """Start as many requests as are due and the server's window allows."""
         out = []
-        now_s = time.perf_counter()
+        now_s = time.perf_counter() if due_s is None else due_s
+        if due_s is not None:
+            self._unsent = 1
         while self._unsent:
             body = self._bodies[self._next_body]
             if self._credit < len(body):
@@ -112,11 +125,12 @@ class Connection:
             else:
                 self._control(kind, flags, stream, data[position - length : position])
         self._received = data[position:]
-        self.send()
+        if not self._is_paced:
+            self.send()
 
     def _finish(self, stream: int) -> None:
         sent_s = self._sent_at.pop(stream)
-        self._unsent += 1
+        self._unsent += not self._is_paced
         is_answer = stream in self._answered
         self._answered.discard(stream)
         if self.counting:
@@ -148,12 +162,14 @@ def run(
     in_flight: int,
     warm_up_s: float,
     seconds: float,
+    rate_per_s: float | None = None,
 ) -> dict[str, float]:
     """
-    Keep `connections` x `in_flight` requests in flight.
+    Keep `connections` x `in_flight` requests in flight, or send `rate_per_s` evenly.
 
     Returns:
-        `requests_per_s`, `errors`, `mean_ms`, `p50_ms`, `p99_ms` of the seconds after the warm-up.
+        `requests`, `requests_per_s`, `errors`, `mean_ms`, `p50_ms`, `p99_ms` of the seconds after
+        the warm-up.
 
     Raises:
         TimeoutError: nothing came for `STALL_S`.
@@ -161,18 +177,28 @@ def run(
     """
     results = Results()
     selector = selectors.DefaultSelector()
-    opened = [Connection(port, path, bodies, in_flight, results) for _ in range(connections)]
+    is_paced = rate_per_s is not None
+    opened = [
+        Connection(port, path, bodies, in_flight, results, is_paced=is_paced)
+        for _ in range(connections)
+    ]
     for connection in opened:
         selector.register(connection.socket, selectors.EVENT_READ, connection)
-    start_s = time.perf_counter() + warm_up_s
-    counting = False
+    due_s = time.perf_counter()
+    start_s = due_s + warm_up_s
+    counting, sent = False, 0
     while (now_s := time.perf_counter()) < start_s + seconds:
         if not counting and now_s >= start_s:
             counting, start_s = True, now_s
             for connection in opened:
                 connection.counting = True
-        ready = selector.select(STALL_S)
-        if not ready:
+        if rate_per_s is not None:
+            while due_s <= now_s:
+                opened[sent % connections].send(due_s)
+                sent += 1
+                due_s += 1 / rate_per_s
+        ready = selector.select(max(0.0, due_s - now_s) if is_paced else STALL_S)
+        if not ready and not is_paced:
             raise TimeoutError(f"nothing came for {STALL_S} s")
         for key, _ in ready:
             key.data.receive()
@@ -180,7 +206,10 @@ def run(
     for connection in opened:
         connection.socket.close()
     ordered = sorted(results.latencies_s)
+    if not ordered:
+        raise TimeoutError("nothing was answered")
     return {
+        "requests": results.requests,
         "requests_per_s": results.requests / took_s,
         "errors": results.errors,
         "mean_ms": 1e3 * sum(ordered) / max(1, len(ordered)),
@@ -243,6 +272,7 @@ def main() -> int:
     parser.add_argument("--in-flight", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--warm-up", type=float, default=1.0)
+    parser.add_argument("--rate", type=float, help="requests/s in all, instead of a closed loop")
     options = parser.parse_args()
     results = run(
         options.port,
@@ -252,6 +282,7 @@ def main() -> int:
         in_flight=options.in_flight,
         warm_up_s=options.warm_up,
         seconds=options.seconds,
+        rate_per_s=options.rate,
     )
     print(json.dumps(results))
     return 0

@@ -322,9 +322,9 @@ Medians of {options.rounds} interleaved rounds of {options.seconds:g} s after 1 
 | | |
 |---|---|
 | when | {datetime.now(UTC):%Y-%m-%d %H:%M} UTC |
-| commit | {_commit()} |
+| commit | {commit()} |
 | command | `python loadtest/bench/{command}` |
-| machine | {_machine()} |
+| machine | {machine()} |
 | Python | {platform.python_version()} |
 | packages | {", ".join(f"{name} {version(name)}" for name in packages)} |
 
@@ -353,7 +353,7 @@ Medians of {options.rounds} interleaved rounds of {options.seconds:g} s after 1 
 """
 
 
-def _commit() -> str:
+def commit() -> str:
     def git(*arguments: str) -> str:
         done = subprocess.run(
             ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
@@ -364,7 +364,7 @@ def _commit() -> str:
     return f"`{git('rev-parse', '--short', 'HEAD')}`{dirty}"
 
 
-def _machine() -> str:
+def machine() -> str:
     info = Path("/proc/cpuinfo").read_text()
     names = [line.partition(":")[2].strip() for line in info.splitlines() if "model name" in line]
     return (

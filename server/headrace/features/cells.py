@@ -1,7 +1,7 @@
 """Decode a batch of Redis replies into columns: all of a kind at once, one by one only what is odd.
 
-A batch is one HMGET reply per entity, each of the same fields. Two ways lead from its bytes to
-columns, and they agree:
+A batch is one HMGET reply per entity, each of the same fields, or one HGETALL reply, of every field
+and its name. Two ways lead from its bytes to columns, and they agree:
 
 - *Known layout.* Replies in which every field is there and has a length seen before differ from one
   another only in known places. When a batch fits a layout learned from an earlier one, byte for
@@ -15,7 +15,7 @@ Source: RESP2 (https://valkey.io/topics/protocol/), `features.values` and `featu
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from operator import itemgetter
 from typing import Any
 
@@ -23,6 +23,7 @@ import hiredis
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.features.hash_reads import HashSample
 from headrace.features.plan import FeaturePlan, FeatureStatus, KeyGroup, PlannedFeature
 from headrace.features.values import (
     MAX_VARINT_BYTES,
@@ -77,6 +78,7 @@ class GroupDecoder:
         plan: The plan.
         group: One of its groups.
         on_mismatch: Called with a feature whose stored value is not of its type, and why.
+        is_whole: Whether the replies are to HGETALL.
 
     Attributes:
         slices: Those that `DecodedGroup.columns` have, in order.
@@ -87,7 +89,13 @@ class GroupDecoder:
         plan: FeaturePlan,
         group: KeyGroup,
         on_mismatch: Callable[[PlannedFeature, str], None],
+        *,
+        is_whole: bool = False,
     ) -> None:
+        self._fields = group.fields
+        self._is_whole = is_whole
+        # Where each field is in replies to HGETALL, by the names in the order of the reply.
+        self._orders: dict[tuple[bytes, ...], tuple[int | None, ...]] = {}
         self._features = [plan.features[i] for i in group.features]
         self._on_mismatch = on_mismatch
         self._width = len(group.fields)
@@ -113,14 +121,31 @@ class GroupDecoder:
         known = None if remainder else self._layouts.get(row_length)
         if known is not None and (decoded := known.decode(data, rows)) is not None:
             return decoded
-        replies = self._parse(data, rows)
+        replies = whole = self._parse(data, rows)
+        if self._is_whole:
+            replies = [self._pick(reply) for reply in whole]
         try:
             decoded = self._decode_replies(replies)
         except TypeError:  # a nil among the cells has no length and cannot be joined
             return self._decode_with_gaps(replies)
         if decoded.statuses is None and row_length not in self._layouts:
-            self._learn(replies)
+            self._learn(whole)
         return decoded
+
+    def sample(self, data: bytes, rows: int) -> HashSample | None:
+        """
+        Say what the hashes in `rows` replies to HGETALL are like; None when there are none.
+
+        Raises:
+            UnexpectedReplyError: as `decode`.
+        """
+        found = [reply for reply in self._parse(data, rows) if reply]
+        if not found:
+            return None
+        return HashSample(
+            max(len(reply) // 2 for reply in found),
+            max(len(value) for reply in found for value in reply[1::2] if value is not None),
+        )
 
     def _parse(self, data: bytes, rows: int) -> list[_Reply]:
         reader = hiredis.Reader(notEnoughData=_NOT_ENOUGH)
@@ -131,8 +156,8 @@ class GroupDecoder:
                 if isinstance(reply, hiredis.ReplyError) and str(reply).startswith("WRONGTYPE"):
                     # One key that somebody uses for something else is no reason to fail the rest.
                     self._on_mismatch(self._features[0], "its key is not a hash")
-                    reply = [None] * self._width
-                elif type(reply) is not list or len(reply) != self._width:
+                    reply = [] if self._is_whole else [None] * self._width
+                elif type(reply) is not list or not self._has_right_length(reply):
                     raise UnexpectedReplyError(_shown(reply))
                 replies.append(reply)
         except hiredis.ProtocolError as error:
@@ -140,6 +165,23 @@ class GroupDecoder:
         if len(replies) != rows or reader.has_data():
             raise UnexpectedReplyError(f"{len(replies)} whole replies to {rows} commands")
         return replies
+
+    def _has_right_length(self, reply: _Reply) -> bool:
+        return len(reply) % 2 == 0 if self._is_whole else len(reply) == self._width
+
+    def _pick(self, reply: _Reply) -> _Reply:
+        """Pick the group's fields out of a whole hash."""
+        return [None if at is None else reply[at] for at in self._places_in(reply)]
+
+    def _places_in(self, reply: _Reply) -> tuple[int | None, ...]:
+        names = tuple(reply[::2])
+        places = self._orders.get(names)  # type: ignore[arg-type]  # never nil, or not found
+        if places is None:
+            of_name = {name: 2 * i + 1 for i, name in enumerate(names)}
+            places = tuple([of_name.get(name) for name in self._fields])
+            if len(self._orders) < MAX_LAYOUTS:
+                self._orders[names] = places  # type: ignore[index]
+        return places
 
     def _decode_replies(self, replies: Sequence[_Reply]) -> DecodedGroup:
         """Decode cells of which none is nil."""
@@ -190,12 +232,19 @@ class GroupDecoder:
         """Remember the replies' layout, if they share one."""
         if len(self._layouts) >= MAX_LAYOUTS or self._objects.start < self._objects.stop:
             return
-        cells, *others = [[cell for cell in reply if cell is not None] for reply in replies]
-        lengths = list(map(len, cells))
-        if all(map(_is_usual_time, cells[self._times])) and all(
-            list(map(len, other)) == lengths for other in others
-        ):
-            layout = _Layout(self._kinds, cells)
+        parts, *others = [[part for part in reply if part is not None] for reply in replies]
+        lengths = list(map(len, parts))
+        if not all(list(map(len, other)) == lengths for other in others):
+            return
+        places = list(range(self._width))
+        if self._is_whole:
+            if any(other[::2] != parts[::2] for other in others):
+                return
+            # None of them is None: every cell was found.
+            places = [at for at in self._places_in(parts) if at is not None]
+        if all(_is_usual_time(parts[at]) for at in places[self._times]):
+            names = range(0, len(parts), 2) if self._is_whole else ()
+            layout = _Layout(self._kinds, parts, places, names)
             self._layouts[layout.length] = layout
 
 
@@ -342,26 +391,59 @@ class _Layout:
     Where everything is in a reply none of whose cells is nil or null.
 
     Args:
-        kinds: Of the reply's first cells; the rest are usual event times.
-        cells: A reply of that layout.
+        kinds: Of the first cells; the rest are usual event times.
+        parts: A reply of that layout.
+        places: Which part each cell is.
+        names: Which parts are names of fields. What is neither a cell nor a name may be anything
+            of that length.
     """
 
-    def __init__(self, kinds: Sequence[_Kind], cells: Sequence[bytes]) -> None:
-        row = bytearray(b"*%d\r\n" % len(cells))
+    def __init__(
+        self,
+        kinds: Sequence[_Kind],
+        parts: Sequence[bytes],
+        places: Sequence[int],
+        names: Sequence[int],
+    ) -> None:
+        row = bytearray(b"*%d\r\n" % len(parts))
         mask = bytearray(b"\xff" * len(row))
-        self._starts = []
-        for i, cell in enumerate(cells):
-            head = b"$%d\r\n" % len(cell)
-            self._starts.append(len(row) + len(head))
-            row += head + cell + b"\r\n"
-            kind = next((kind for kind in kinds if kind.at.stop > i), None)
-            mask += b"\xff" * len(head) + _fixed_bits(kind, cell) + b"\xff\xff"
+        starts = []
+        cell_of = {place: i for i, place in enumerate(places)}
+        for place, part in enumerate(parts):
+            head = b"$%d\r\n" % len(part)
+            starts.append(len(row) + len(head))
+            row += head + part + b"\r\n"
+            if place in cell_of:
+                cell = cell_of[place]
+                kind = next((kind for kind in kinds if kind.at.stop > cell), None)
+                bits = _fixed_bits(kind, part)
+            else:
+                bits = (b"\xff" if place in names else b"\0") * len(part)
+            mask += b"\xff" * len(head) + bits + b"\xff\xff"
+        self._starts = [starts[place] for place in places]
         self.length = len(row)
         self._mask = np.frombuffer(bytes(mask), np.uint8)
         self._row = np.frombuffer(bytes(row), np.uint8) & self._mask
         self._kinds = kinds
-        self._sizes = [len(cell) for cell in cells]
-        self._first_time = kinds[-1].at.stop if kinds else 0
+        self._sizes = [len(parts[place]) for place in places]
+        # Where a kind's cells lie evenly they are a strided view, elsewhere they are gathered.
+        self._gathered = {
+            kind.at.start: _places(
+                [start + 1 for start in self._starts[kind.at]], _WIDTHS[kind.value_type] - 1
+            )
+            for kind in kinds
+            if kind.value_type in _WIDTHS and not _is_even(self._starts[kind.at])
+        }
+        first_time = kinds[-1].at.stop if kinds else 0
+        starts, sizes = self._starts[first_time:], self._sizes[first_time:]
+        self._seconds_at = _places([start + 1 for start in starts], _SECONDS_BYTES)
+        nanos_sizes = [max(0, size - _NANOS_AT) for size in sizes]
+        width = max(nanos_sizes, default=0)
+        self._nanos_at = _places([start + _NANOS_AT for start in starts], width)
+        self._nanos_at = np.minimum(self._nanos_at, self.length - 1)
+        self._nanos_weights = np.zeros((len(starts), width))
+        for weights, size in zip(self._nanos_weights, nanos_sizes, strict=True):
+            weights[:size] = _EXACT_WEIGHTS[:size]
 
     def decode(self, data: bytes, rows: int) -> DecodedGroup | None:
         """Decode replies, or return None when they are not all of this layout."""
@@ -374,19 +456,24 @@ class _Layout:
             if values is None:
                 return None
             columns.append((kind.at, values))
-        times_s = np.empty((rows, len(self._starts) - self._first_time))
-        for i in range(times_s.shape[1]):
-            start = self._starts[self._first_time + i]
-            seconds = _sum(block[:, start + 1 : start + 6])
-            nanos = block[:, start + _NANOS_AT : start + self._sizes[self._first_time + i]]
-            times_s[:, i] = seconds + _sum(nanos) * 1e-9 if nanos.size else seconds
+        times_s = (block[:, self._seconds_at] & 0x7F) @ _EXACT_WEIGHTS[:_SECONDS_BYTES]
+        if self._nanos_at.size:
+            # Those of every view at once; where one has fewer bytes, their weight is nothing.
+            digits = block[:, self._nanos_at] & 0x7F
+            times_s += np.einsum("rvd,vd->rv", digits, self._nanos_weights) * 1e-9
         return DecodedGroup(columns, None, times_s)
 
     def _values(self, kind: _Kind, data: bytes, block: NDArray[np.uint8]) -> NDArray[Any] | None:
         first, shape = self._starts[kind.at.start] + 1, (len(block), kind.count)
         dtype = kind.value_type.dtype
+        gathered = self._gathered.get(kind.at.start)
+        if gathered is not None:
+            little = dtype.newbyteorder("<")
+            cells: NDArray[Any] = np.take(block, gathered.ravel(), 1).view(little).reshape(shape)
+            return cells
         if kind.value_type in _WIDTHS:
-            stride = self._starts[kind.at.start + 1] - self._starts[kind.at.start]
+            following = kind.at.start + (kind.count > 1)
+            stride = self._starts[following] - self._starts[kind.at.start]
             strides = (self.length, stride)
             return np.ndarray(shape, dtype.newbyteorder("<"), data, first, strides)
         values = np.empty(shape, np.int64)
@@ -395,6 +482,15 @@ class _Layout:
             values[:, i] = _sum(block[:, start + 1 : start + size])
         narrow = values.astype(dtype, copy=False)
         return narrow if (narrow == values).all() else None
+
+
+def _is_even(starts: Sequence[int]) -> bool:
+    return len({after - before for before, after in pairwise(starts)}) <= 1
+
+
+def _places(starts: Sequence[int], width: int) -> NDArray[np.intp]:
+    """Return the places of `width` bytes from each start, shape (starts, width)."""
+    return np.array(starts, np.intp)[:, None] + np.arange(width)
 
 
 def _fixed_bits(kind: _Kind | None, cell: bytes) -> bytes:

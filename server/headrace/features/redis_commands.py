@@ -1,4 +1,4 @@
-"""Pack a batch's HMGET commands: a template per key group, filled in by numpy.
+"""Pack a batch's commands: a template per key group, filled in by numpy.
 
 When every join key is an integer all commands have the same length, so they are one template,
 repeated, into which each key column is copied through a strided view. Text keys make the length
@@ -18,6 +18,8 @@ from headrace.features.values import ValueType
 
 MAX_PART_BYTES = 256 << 10
 """Commands sent before their replies are read: few enough that neither side waits for the other."""
+
+_WHOLE_HEAD = b"*2\r\n$7\r\nHGETALL\r\n"
 
 _KEY_DTYPES: dict[ValueType, np.dtype[Any]] = {
     ValueType.INT32: np.dtype("<i4"),
@@ -51,10 +53,13 @@ class CommandPacker:
     Args:
         plan: The plan.
         group: One of its groups.
+        is_whole: Whether to read whole hashes (HGETALL) instead of the group's fields (HMGET).
     """
 
-    def __init__(self, plan: FeaturePlan, group: KeyGroup) -> None:
+    def __init__(self, plan: FeaturePlan, group: KeyGroup, *, is_whole: bool = False) -> None:
         self._group = group
+        self._head = _WHOLE_HEAD if is_whole else group.command_head
+        self._tail = b"\r\n" if is_whole else group.command_tail
         self._join_keys = [plan.join_keys[i] for i in group.join_keys]
         self._template = b""
         self._places: list[int] = []  # of each value in the template
@@ -89,9 +94,7 @@ class CommandPacker:
         commands = []
         for values in zip(*texts, strict=True):
             key = b"".join((group.key_prefix, *values, group.key_suffix))
-            commands.append(
-                b"%b$%d\r\n%b%b" % (group.command_head, len(key), key, group.command_tail)
-            )
+            commands.append(b"%b$%d\r\n%b%b" % (self._head, len(key), key, self._tail))
         whole = b"".join(commands)
         if len(whole) <= MAX_PART_BYTES:
             return PackedCommands(rows, inverse, [whole], len(whole))
@@ -114,8 +117,8 @@ class CommandPacker:
             places.append(len(key))
             key += bytes(width)
         key += group.key_suffix
-        head = group.command_head + b"$%d\r\n" % len(key)
-        self._template = head + bytes(key) + group.command_tail
+        head = self._head + b"$%d\r\n" % len(key)
+        self._template = head + bytes(key) + self._tail
         self._places = [len(head) + place for place in places]
 
 

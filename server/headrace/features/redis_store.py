@@ -1,22 +1,25 @@
 """Online features from Redis, written by Feast: one pipeline and one decode per batch.
 
-For each key group of the plan one HMGET per entity is packed (`redis_commands`), all are sent and
-answered in one exchange (`redis_connection`), and each group's replies become columns (`cells`).
+For each key group of the plan one HMGET per entity is packed (`redis_commands`), or one HGETALL
+where that costs the server less (`hash_reads`); all are sent and answered in one exchange
+(`redis_connection`), and each group's replies become columns (`cells`).
 """
 
+import math
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
 from headrace.errors import FeatureStoreUnavailable
-from headrace.features.cells import GroupDecoder, UnexpectedReplyError
+from headrace.features.cells import DecodedGroup, GroupDecoder, UnexpectedReplyError
+from headrace.features.hash_reads import PROBE_PERIOD_S, PROBE_ROWS, WANTED_MIN, prefers_whole
 from headrace.features.plan import FeaturePlan, FeatureStatus, KeyGroup, PlannedFeature
 from headrace.features.redis_commands import MAX_PART_BYTES, CommandPacker, PackedCommands
 from headrace.features.redis_connection import RedisConnection, RedisOptions
@@ -24,6 +27,9 @@ from headrace.features.store import FeatureRows, RowBlocks, row_count
 
 MAX_IDLE_CONNECTIONS = 8
 CHECK_TIMEOUT_S = 1.0
+PROBE_AGAIN_S = 1.0
+"""After hashes that are not there."""
+
 _PROBE = b"*3\r\n$5\r\nHMGET\r\n$14\r\nheadrace:probe\r\n$1\r\nf\r\n"
 _UNAVAILABLE = "the online feature store does not answer"
 _log = structlog.get_logger(__name__)
@@ -37,7 +43,8 @@ class RedisStore:
 
     A connection serves one thread at a time and is closed at the first irregularity. One that turns
     out to have died while idle is replaced, and the read tried once more. The user that logs in
-    must be allowed HMGET and ECHO.
+    must be allowed HMGET and ECHO, and had better
+    be allowed HGETALL.
 
     Args:
         options: Where the server is.
@@ -70,14 +77,19 @@ class RedisStore:
         deadline_s = time.monotonic() + timeout_s
         readers = self._readers.get(plan) or self._prepare(plan)
         rows = row_count(plan, entities)
-        packed = [reader.packer.pack(entities, rows) for reader in readers]
-        replies = self._converse(_exchanges(packed), deadline_s)
-        blocks = RowBlocks(plan, rows)
+        ways = [self._way(reader, entities, deadline_s) for reader in readers]
         try:
-            for reader, commands, data in zip(readers, packed, replies, strict=True):
-                reader.place(blocks, commands, data)
+            blocks = self._read(plan, readers, ways, entities, rows, deadline_s)
         except UnexpectedReplyError as error:
-            raise self._down(str(error)) from None
+            if not any(way.is_whole for way in ways):
+                raise self._down(str(error)) from None
+            for reader in readers:  # this user may not HGETALL any more, perhaps
+                reader.choose(is_whole=False)
+            try:
+                ways = [reader.way for reader in readers]
+                blocks = self._read(plan, readers, ways, entities, rows, deadline_s)
+            except UnexpectedReplyError as error:
+                raise self._down(str(error)) from None
         self._is_up = True
         return blocks.finish(now_s, max_age_s)
 
@@ -97,6 +109,44 @@ class RedisStore:
         readers = [_GroupReader(plan, group, self._note_mismatch) for group in plan.groups]
         with self._lock:
             return self._readers.setdefault(plan, readers)
+
+    def _read(
+        self,
+        plan: FeaturePlan,
+        readers: Sequence["_GroupReader"],
+        ways: Sequence["_Way"],
+        entities: Mapping[str, NDArray[Any]],
+        rows: int,
+        deadline_s: float,
+    ) -> RowBlocks:
+        packed = [way.packer.pack(entities, rows) for way in ways]
+        replies = self._converse(_exchanges(packed), deadline_s)
+        blocks = RowBlocks(plan, rows)
+        for reader, way, commands, data in zip(readers, ways, packed, replies, strict=True):
+            reader.place(blocks, way.decoder.decode(data, commands.rows), commands)
+        return blocks
+
+    def _way(
+        self, reader: "_GroupReader", entities: Mapping[str, NDArray[Any]], deadline_s: float
+    ) -> "_Way":
+        """Return how to read now; look at some hashes when that was long ago."""
+        now_s = time.monotonic()
+        if now_s < reader.probe_s:
+            return reader.way
+        reader.probe_s = now_s + PROBE_PERIOD_S
+        some = {name: column[:PROBE_ROWS] for name, column in entities.items()}
+        commands = reader.whole.packer.pack(some, len(next(iter(some.values()), (None,))))
+        (reply,) = self._converse(_exchanges([commands]), deadline_s)
+        try:
+            sample = reader.whole.decoder.sample(reply, commands.rows)
+        except UnexpectedReplyError:  # this user may not HGETALL
+            reader.choose(is_whole=False)
+            return reader.way
+        if sample is None:  # nobody of those is there: ask again, soon
+            reader.probe_s = now_s + PROBE_AGAIN_S
+        else:
+            reader.choose(is_whole=prefers_whole(reader.wanted, sample))
+        return reader.way
 
     def _converse(self, exchanges: Sequence[_Exchange], deadline_s: float) -> list[bytes]:
         """Return each key group's replies."""
@@ -164,6 +214,14 @@ class RedisStore:
             )
 
 
+class _Way(NamedTuple):
+    """Commands, and what decodes the replies to them."""
+
+    packer: CommandPacker
+    decoder: GroupDecoder
+    is_whole: bool
+
+
 class _GroupReader:
     """
     One key group of a plan: its commands, its replies, and where their columns belong.
@@ -172,6 +230,12 @@ class _GroupReader:
         plan: The plan.
         group: One of its groups.
         on_mismatch: As `GroupDecoder` takes it.
+
+    Attributes:
+        way: How it is read now.
+        whole: How it is read by whole hashes.
+        wanted: Fields that are read otherwise.
+        probe_s: When to look at the hashes again, on `time.monotonic`'s clock.
     """
 
     def __init__(
@@ -180,24 +244,33 @@ class _GroupReader:
         group: KeyGroup,
         on_mismatch: Callable[[PlannedFeature, str], None],
     ) -> None:
-        self.packer = CommandPacker(plan, group)
-        self._decoder = GroupDecoder(plan, group, on_mismatch)
+        self._fields = _Way(
+            CommandPacker(plan, group),
+            decoder := GroupDecoder(plan, group, on_mismatch),
+            is_whole=False,
+        )
+        self.whole = _Way(
+            CommandPacker(plan, group, is_whole=True),
+            GroupDecoder(plan, group, on_mismatch, is_whole=True),
+            is_whole=True,
+        )
+        self.way = self._fields
+        self.wanted = len(group.fields)
+        self.probe_s = 0.0 if self.wanted >= WANTED_MIN else math.inf
         self._features = _as_slice(group.features)
         self._views = _as_slice(group.views)
         columns = [plan.block_columns[i] for i in group.features]
         self._targets = {
             at.start: (columns[at.start][0], _as_slice([column for _, column in columns[at]]))
-            for at in self._decoder.slices
+            for at in decoder.slices
         }
 
-    def place(self, blocks: RowBlocks, commands: PackedCommands, data: bytes) -> None:
-        """
-        Decode the replies to `commands` and put them into the rows that asked.
+    def choose(self, *, is_whole: bool) -> None:
+        """Read whole hashes from now on, or fields."""
+        self.way = self.whole if is_whole else self._fields
 
-        Raises:
-            UnexpectedReplyError: they are not one reply per command.
-        """
-        decoded = self._decoder.decode(data, commands.rows)
+    def place(self, blocks: RowBlocks, decoded: DecodedGroup, commands: PackedCommands) -> None:
+        """Put what was read into the rows that asked."""
         rows = slice(None) if commands.inverse is None else commands.inverse
         for at, values in decoded.columns:
             dtype, own = self._targets[at.start]

@@ -3,22 +3,20 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from google.protobuf.message import DecodeError
 
 from headrace.errors import InvalidRequest, ServingError
 from headrace.feature_reads import FeatureRead, FeatureReads, FeatureRequest
-from headrace.features.plan import FeatureStatus, JoinKey
+from headrace.features.plan import JoinKey
 from headrace.features.plans import Selection
-from headrace.features.values import ValueType, encode_message
-from headrace.rpc.columns import encode_column
+from headrace.features.values import ValueType
 from headrace.rpc.entities import check_values, equal_length, missing_key, refuse_large, wrong_type
 from headrace.rpc.ingress import HotCall
+from headrace.rpc.packed_reply import PackedReplies
 from headrace.rpc.refusal import refuse
 from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.trace_context import Trace
 from headrace.v1 import feature_service_pb2 as pb
-from headrace.wire import delimited, tag
 
 SERVICE = "headrace.v1.FeatureService"
 METHOD = f"{SERVICE}/GetOnlineFeatures"
@@ -116,33 +114,11 @@ class _Request(FeatureRequest):
         return self._call.gone or self.deadline_s <= now_s
 
     def answer(self, read: FeatureRead, start: int) -> None:
+        replies = read.shared.get(PackedReplies)
+        if replies is None:
+            replies = read.shared[PackedReplies] = PackedReplies(read)
         stop = start + self.rows
-        rows = read.rows
-        parts: list[bytes] = []
-        is_present = bool((rows.statuses[:, start:stop] == FeatureStatus.PRESENT).all())
-        heads = read.shared.get(_HEADS)
-        if heads is None:
-            heads = read.shared[_HEADS] = [_head(feature) for feature in read.plan.features]
-        for i, feature in enumerate(read.plan.features):
-            values = rows.values[i][start:stop]
-            part = heads[i] + _encode(feature.value_type, values)
-            if not is_present:
-                statuses = rows.statuses[i, start:stop]
-                if (statuses != FeatureStatus.PRESENT).any():
-                    # A status is one byte, and so is its varint.
-                    part += delimited(_STATUSES, statuses.tobytes())
-            parts.append(delimited(_FEATURES, part))
-        if self._with_times:
-            times_s = rows.event_times_s[:, start:stop].astype("<f8")
-            parts += [
-                delimited(
-                    _EVENT_TIMES,
-                    pb.ViewEventTimes(view=view.label).SerializeToString()
-                    + delimited(_TIMES, times_s[i].tobytes()),
-                )
-                for i, view in enumerate(read.plan.views)
-            ]
-        self._call.reply(b"".join(parts))
+        self._call.reply(replies.message(start, stop, with_times=self._with_times))
 
     def fail(self, error: ServingError) -> None:
         refuse(self._call, error, self._calls, METHOD, self.trace)
@@ -156,30 +132,3 @@ def _columns(entities: Any) -> dict[str, tuple[str, Any]]:
         kind = column.values.WhichOneof("kind")
         columns[column.name] = kind or "", getattr(column.values, kind).values if kind else ()
     return columns
-
-
-def _head(feature: Any) -> bytes:
-    return bytes(
-        pb.FeatureValues(name=feature.name, view_index=feature.view_index).SerializeToString()
-    )
-
-
-def _encode(value_type: ValueType, values: Any) -> bytes:
-    if values.dtype != np.object_ or value_type.is_text:
-        return delimited(_VALUES, encode_column(values))
-    cells = [b"" if one is None else encode_message(one, value_type) for one in values.tolist()]
-    return delimited(_SERIALIZED, b"".join(delimited(_SERIALIZED_VALUES, cell) for cell in cells))
-
-
-def _tag_of(message: Any, name: str) -> bytes:
-    return tag(message.DESCRIPTOR.fields_by_name[name].number)
-
-
-_HEADS = "headrace.v1 feature heads"
-_FEATURES = _tag_of(pb.GetOnlineFeaturesResponse, "features")
-_EVENT_TIMES = _tag_of(pb.GetOnlineFeaturesResponse, "event_times")
-_VALUES = _tag_of(pb.FeatureValues, "values")
-_SERIALIZED = _tag_of(pb.FeatureValues, "serialized_values")
-_STATUSES = _tag_of(pb.FeatureValues, "statuses")
-_SERIALIZED_VALUES = _tag_of(pb.SerializedValues, "values")
-_TIMES = _tag_of(pb.ViewEventTimes, "event_times_s")

@@ -54,7 +54,15 @@ def resp(replies):
     return b"".join(parts)
 
 
-def decoder_of(*types, on_mismatch=None):
+def whole_hash(decoder_fields, reply, extra, order):
+    """The reply to HGETALL where `reply` is that to HMGET; `order` shuffles the fields."""
+    pairs = [*zip(decoder_fields, reply, strict=True), *extra]
+    pairs = [pair for pair in pairs if pair[1] is not None]
+    order.shuffle(pairs)
+    return [part for pair in pairs for part in pair]
+
+
+def decoder_of(*types, on_mismatch=None, is_whole=False):
     """A decoder of one view with features f0, f1, … given in the group's own order of kinds."""
     features = tuple(FeatureSource(f"f{i}", value_type) for i, value_type in enumerate(types))
     plan = compile_plan("service", "demo", "1", [ViewSource("v", KEY, features)])
@@ -63,7 +71,7 @@ def decoder_of(*types, on_mismatch=None):
     def refuse(feature, reason):
         raise AssertionError((feature, reason))
 
-    return GroupDecoder(plan, plan.groups[0], on_mismatch or refuse)
+    return GroupDecoder(plan, plan.groups[0], on_mismatch or refuse, is_whole=is_whole)
 
 
 def decoded_rows(decoded, rows, count):
@@ -144,6 +152,84 @@ def reply(rating, trips=7, seconds=1_700_000_000, nanos=0):
         stored(trips, ValueType.INT64),
         stored_time(seconds, nanos),
     ]
+
+
+@given(
+    batches(),
+    st.randoms(use_true_random=False),
+    st.dictionaries(st.binary(min_size=5, max_size=7), st.binary(max_size=9), max_size=3),
+)
+def test_whole_hashes_say_what_their_fields_do(batch, order, extra):
+    types, rows, times, absent = batch
+    scalars = sum(t not in {ValueType.STRING, ValueType.BYTES} for t in types)
+    replies = []
+    for i, (row, time) in enumerate(zip(rows, times, strict=True)):
+        cells = [c if c == NULL_VAL else stored(c, t) for c, t in zip(row, types, strict=True)]
+        at = None if time is None else stored_time(*time)
+        reply = [*cells[:scalars], at, *cells[scalars:]]
+        replies.append([None] * len(reply) if i in absent else reply)
+    by_fields, by_hashes = decoder_of(*types), decoder_of(*types, is_whole=True)
+    (group,) = compile_plan(
+        "service",
+        "demo",
+        "1",
+        [ViewSource("v", KEY, tuple(FeatureSource(f"f{i}", t) for i, t in enumerate(types)))],
+    ).groups
+    wholes = [
+        [] if i in absent else whole_hash(group.fields, reply, extra.items(), order)
+        for i, reply in enumerate(replies)
+    ]
+    expected = by_fields.decode(resp(replies), len(rows))
+    for _ in range(2):  # once parsed, once by the layout that was learned
+        decoded = by_hashes.decode(resp(wholes), len(rows))
+        got, wanted = (decoded_rows(one, len(rows), len(types)) for one in (decoded, expected))
+        np.testing.assert_equal(got, wanted)
+        np.testing.assert_array_equal(decoded.event_times_s, expected.event_times_s)
+
+
+def test_a_whole_hash_of_a_known_layout_is_decoded_without_parsing(monkeypatch):
+    decoder = decoder_of(*[ValueType.FLOAT] * 3, is_whole=True)
+    fields = (
+        compile_plan(
+            "service",
+            "demo",
+            "1",
+            [
+                ViewSource(
+                    "v", KEY, tuple(FeatureSource(f"f{i}", ValueType.FLOAT) for i in range(3))
+                )
+            ],
+        )
+        .groups[0]
+        .fields
+    )
+
+    def row(values):
+        cells = dict(zip(fields[:3], [stored(v, ValueType.FLOAT) for v in values], strict=True))
+        at = stored_time(1_700_000_000)
+        # Another view's time is between them, and a value of its own that varies.
+        other = struct.pack("<d", values[0])
+        pairs = [
+            (fields[2], cells[fields[2]]),
+            (fields[3], at),
+            (fields[0], cells[fields[0]]),
+            (b"other", other),
+            (fields[1], cells[fields[1]]),
+        ]
+        return [part for pair in pairs for part in pair]
+
+    decoder.decode(resp([row([1, 2, 3])]), 1)
+    monkeypatch.setattr(decoder, "_parse", None)
+    decoded = decoder.decode(resp([row([4, 5, 6]), row([7, 8, 9])]), 2)
+
+    ((_, values),) = decoded.columns
+    assert values.tolist() == [[4, 5, 6], [7, 8, 9]]
+    assert decoded.event_times_s.tolist() == [[1.7e9], [1.7e9]]
+
+
+def test_a_reply_of_an_odd_number_of_parts_is_no_hash():
+    with pytest.raises(UnexpectedReplyError):
+        decoder_of(ValueType.FLOAT, is_whole=True).decode(resp([[b"name"]]), 1)
 
 
 def test_a_layout_once_met_is_decoded_without_parsing(monkeypatch):

@@ -1,4 +1,4 @@
-"""A reply written as bytes says what one made of messages would."""
+"""Replies written as bytes say what those made of messages would: Feast's, and the packed ones."""
 
 import math
 from itertools import pairwise
@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from feast.protos.feast.serving.ServingService_pb2 import GetOnlineFeaturesResponse
-from feast.protos.feast.types.Value_pb2 import RepeatedValue
+from feast.protos.feast.types.Value_pb2 import RepeatedValue, Value
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +15,8 @@ from headrace.features.memory_store import MemoryStore
 from headrace.features.plan import FeatureSource, FeatureStatus, ViewSource, compile_plan
 from headrace.features.values import ValueType
 from headrace.rpc.feast_reply import FeastReplies, FeastReplyPlan
+from headrace.rpc.packed_reply import PackedReplies
+from headrace.v1 import feature_service_pb2 as pb
 
 PRESENT, NULL, NOT_FOUND, OUTSIDE = FeatureStatus
 NOW_S = 1_700_000_000.0
@@ -120,14 +122,49 @@ def test_one_row_replies_of_fixed_width_are_too(drawn, as_feast):
     check(*drawn, range(1, 6), as_feast=as_feast)
 
 
+def packed_value(of, row):
+    """A feature's value in a packed reply, as Feast's message; None for a placeholder."""
+    if of.statuses and of.statuses[row] not in {PRESENT, OUTSIDE}:
+        return None
+    if of.WhichOneof("kind") == "serialized_values":
+        return Value.FromString(of.serialized_values.values[row])
+    return getattr(of.values, of.values.WhichOneof("kind")).values[row]
+
+
+@given(stores(), st.sets(st.integers(1, 5)))
+def test_packed_replies_hold_the_same(drawn, cuts):
+    plan, store, row_count = drawn
+    rows = store.read(plan, {"driver_id": np.arange(row_count)}, now_s=NOW_S, timeout_s=1.0)
+    replies = PackedReplies(FeatureRead(plan, rows, NOW_S, []))
+    bounds = sorted({0, row_count, *(cut for cut in cuts if cut < row_count)})
+    for start, stop in pairwise(bounds):
+        reply = pb.GetOnlineFeaturesResponse.FromString(
+            replies.message(start, stop, with_times=True)
+        )
+        wanted = expected(plan, rows, start, stop, as_feast=False)
+        for i, (feature, of) in enumerate(zip(plan.features, reply.features, strict=True)):
+            statuses = list(of.statuses) or [PRESENT] * (stop - start)
+            assert statuses == list(wanted.results[i + 1].statuses)
+            times_s = reply.event_times[of.view_index].event_times_s
+            np.testing.assert_array_equal(times_s, rows.event_times_s[of.view_index, start:stop])
+            for row, status in enumerate(statuses):
+                value = packed_value(of, row)
+                if status == PRESENT and not isinstance(value, Value):
+                    value = Value(**{f"{feature.value_type.name.lower()}_val": value})
+                if status == PRESENT:
+                    assert value == wanted.results[i + 1].values[row]
+                elif status != OUTSIDE:
+                    assert value is None
+
+
 def test_event_times_of_many_lengths_do_without_a_template():
     source = ViewSource("v", KEY, (FeatureSource("f", ValueType.FLOAT),))
     plan = compile_plan("service", "demo", "1", [source])
     store = MemoryStore()
-    for row in range(30):
-        store.put("v", {"driver_id": row}, {"f": 0.5}, float(2**row) + row % 3 * 1e-6)
+    for row in range(60):
+        store.put("v", {"driver_id": row}, {"f": 0.5}, float(2 ** (row % 40)) + row % 3 * 1e-6)
 
-    check(plan, store, 30, range(1, 30), as_feast=False)
+    check(plan, store, 60, range(1, 60), as_feast=False)
 
 
 def test_a_version_of_a_view_is_told_by_its_number():
