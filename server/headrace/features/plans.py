@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from headrace.errors import (
     FeaturePlanError,
@@ -35,6 +35,15 @@ class Selection:
     service: str
     references: tuple[str, ...] = ()
     full_feature_names: bool = False
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Looked up several times per request; a tuple's hash is made anew each time.
+        key = self.service, self.references, self.full_feature_names
+        object.__setattr__(self, "_hash", hash(key))
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 class FeaturePlans:

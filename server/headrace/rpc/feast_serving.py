@@ -28,6 +28,11 @@ SERVING_SERVICE = "feast.serving.ServingService"
 FEATURE_SERVER = "GrpcFeatureServer"
 """The service of `feast listen`; it has no package."""
 
+SELECTIONS_MAX = 256
+"""Remembered; callers' lists are few."""
+
+SELECTION_BYTES_MAX = 64 << 10
+
 _ACCEPTED: dict[ValueType, tuple[str, ...]] = {
     ValueType.INT64: ("int64_val", "int32_val"),
     ValueType.INT32: ("int32_val", "int64_val"),
@@ -66,6 +71,7 @@ class GetOnlineFeatures:
         self.calls = calls
         self._sample = calls.sample
         self._as_feast = as_feast
+        self._selections: dict[tuple[str, bytes, bool], Selection] = {}
         self._reply_plans: weakref.WeakKeyDictionary[FeaturePlan, FeastReplyPlan] = (
             weakref.WeakKeyDictionary()
         )
@@ -85,6 +91,17 @@ class GetOnlineFeatures:
             refuse(call, error, self.calls, self.method, trace)
         except Exception as error:
             refuse(call, error, self.calls, self.method, trace)
+
+    def selection(self, asked: Any) -> Selection:
+        """Return what is asked for: the same object for the same list, which is found faster."""
+        full = bool(asked.full_feature_names)
+        key = asked.feature_service, asked.features.SerializeToString(), full
+        selection = self._selections.get(key)
+        if selection is None:
+            selection = Selection(asked.feature_service, tuple(asked.features.val), full)
+            if len(self._selections) < SELECTIONS_MAX and len(key[1]) <= SELECTION_BYTES_MAX:
+                self._selections[key] = selection
+        return selection
 
     def replies(self, read: FeatureRead) -> FeastReplies:
         """Return the replies to a batch: the same object for each of its requests."""
@@ -114,9 +131,7 @@ class _Request(FeatureRequest):
         trace: Trace | None,
     ) -> None:
         super().__init__(
-            Selection(
-                asked.feature_service, tuple(asked.features.val), bool(asked.full_feature_names)
-            ),
+            owner.selection(asked),
             rows,
             deadline_s=call.deadline_s,
             arrival_s=call.arrival_s,
