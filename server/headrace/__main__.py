@@ -111,6 +111,28 @@ def _models(options: dict[str, Any]) -> int:
     )
 
 
+def _features(options: dict[str, Any]) -> int:
+    set_up_logs("error")
+    if options["action"] == "check":
+        from headrace import feature_check  # noqa: PLC0415 it takes seconds
+
+        return feature_check.check(
+            options["feature_repo"], keys_max=options["keys"], as_json=options["json"]
+        )
+    from headrace import feature_commands  # noqa: PLC0415 it takes seconds
+
+    common = {"timeout_s": options["timeout_s"], "as_json": options["json"]}
+    if options["action"] == "list":
+        return feature_commands.list_services(options["address"], **common)
+    return feature_commands.get(
+        options["address"],
+        options["selection"],
+        options["pairs"],
+        full_feature_names=options["full_feature_names"],
+        **common,
+    )
+
+
 def _predict(options: dict[str, Any]) -> int:
     set_up_logs("error")
     from headrace import predict_command  # noqa: PLC0415 it takes seconds
@@ -131,6 +153,7 @@ _COMMANDS = {
     "monitor": _monitor,
     "predict": _predict,
     "models": _models,
+    "features": _features,
     "demo": _demo,
     "up": _up,
 }
@@ -152,6 +175,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(monitor, MonitorSettings)
     _add_predict(commands)
     _add_models(commands.add_parser("models", help="what serves, and whether a folder could"))
+    _add_features(
+        commands.add_parser("features", help="online features, and whether they can be read")
+    )
     for name, text in {
         "demo": "real home sales through the whole path, from a checkout; exits by itself",
         "up": "the demo's stack, serving until Ctrl-C",
@@ -213,6 +239,35 @@ def _add_models(models: argparse.ArgumentParser) -> None:
         "--feature-repo", type=Path, metavar="DIR", help="for models that need features"
     )
     for action in (listing, verify):
+        action.add_argument("--json", action="store_true", help="for machines")
+
+
+def _add_features(features: argparse.ArgumentParser) -> None:
+    actions = features.add_subparsers(dest="action", required=True, metavar="ACTION")
+    text = "show the feature services of a running server"
+    listing = actions.add_parser("list", help=text, description=text)
+    text = "read the features of an entity, or a few, from a running server"
+    get = actions.add_parser("get", help=text, description=text)
+    get.add_argument(
+        "selection", metavar="SERVICE", help="a feature service, or features as view:name,view:name"
+    )
+    get.add_argument(
+        "pairs",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="a value for each join key; several entities as a,b,c",
+    )
+    get.add_argument("--full-feature-names", action="store_true", help="view__feature")
+    for action in (listing, get):
+        action.add_argument("--address", default="127.0.0.1:8500", metavar="HOST:PORT")
+        action.add_argument("--timeout-s", type=_seconds, default=10.0, metavar="S")
+    text = "look at a feature repository and its Redis store: layout, ages, collisions, encoding"
+    check = actions.add_parser("check", help=text, description=text)
+    check.add_argument("--feature-repo", type=Path, required=True, metavar="DIR")
+    check.add_argument(
+        "--keys", type=int, default=1_000, metavar="N", help="keys to look at (default: 1000)"
+    )
+    for action in (listing, get, check):
         action.add_argument("--json", action="store_true", help="for machines")
 
 

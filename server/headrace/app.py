@@ -98,11 +98,13 @@ class Gateway:
             self.calls,
             view_metrics,
         )
+        self._plans: FeaturePlans | None = None
         if self._feature_repo is not None and self._store is not None:
+            self._plans = FeaturePlans(self._feature_repo)
             read_metrics = FeatureReadMetrics()
             self.metrics.more += [read_metrics, view_metrics]
             self._reads = FeatureReads(
-                FeaturePlans(self._feature_repo),
+                self._plans,
                 self._store,
                 read_metrics,
                 view_metrics,
@@ -266,12 +268,13 @@ class Gateway:
 
     def _feature_services(self) -> "FeatureServices | None":
         """Serve features as they are; importing Feast's messages takes as long as Feast."""
-        if self._reads is None or self._feature_repo is None:
+        if self._reads is None or self._plans is None or self._feature_repo is None:
             return None
         from headrace.rpc.feature_services import FeatureServices  # noqa: PLC0415 imports Feast
 
         return FeatureServices(
             self._reads,
+            self._plans,
             self.calls,
             self._feature_repo.entity_join_keys,
             as_feast=self._settings.feast_compat,

@@ -1,7 +1,6 @@
 """`headrace predict`: rows from the command line, predictions from a running server."""
 
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from rich.table import Table
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from headrace.errors import StartupError
+from headrace.presentation import cell, duration, strict_json
 from headrace.row_arguments import Input, read_rows, shown
 from headrace.tensors import NUMPY_DTYPES, encode, iterate_bytes
 from headrace.terminal import printable
@@ -21,7 +21,6 @@ from headrace.v1 import prediction_service_pb2 as pb
 from headrace.v1 import prediction_service_pb2_grpc as pb_grpc
 
 ROWS_SHOWN = 50
-VALUES_SHOWN = 8
 
 _COLUMN_KINDS = {
     "INT64": "int64s",
@@ -283,28 +282,13 @@ def _as_json(answer: Answer) -> dict[str, Any]:
         "model": answer.model,
         "version": answer.version,
         "prediction_id": answer.prediction_id,
-        "outputs": _strict(answer.outputs),
+        "outputs": strict_json(answer.outputs),
     }
     if answer.features:
-        document["features"] = _strict(answer.features)
+        document["features"] = strict_json(answer.features)
     if answer.timings_ms:
         document["timings_ms"] = answer.timings_ms
     return document
-
-
-def _strict(value: Any) -> Any:
-    """
-    Write what JSON has no number for as text.
-
-    Source: ProtoJSON, "NaN", "Infinity" and "-Infinity".
-    """
-    if isinstance(value, dict):
-        return {name: _strict(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [_strict(one) for one in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else f"{'-' * (value < 0)}Infinity"
-    return value
 
 
 def _show(console: Console, answer: Answer) -> None:
@@ -317,7 +301,7 @@ def _show(console: Console, answer: Answer) -> None:
         table.add_column(printable(name), justify="right", style="bold")
     columns = [*answer.inputs.values(), *answer.outputs.values()]
     for row in range(min(answer.rows, ROWS_SHOWN)):
-        table.add_row(*(_cell(values[row]) if row < len(values) else "" for values in columns))
+        table.add_row(*(cell(values[row]) if row < len(values) else "" for values in columns))
     console.print(table)
     if answer.rows > ROWS_SHOWN:
         console.print(f"… and {answer.rows - ROWS_SHOWN} more rows; --json shows all")
@@ -335,23 +319,7 @@ def _show_features(console: Console, answer: Answer) -> None:
     for row in range(min(answer.rows, ROWS_SHOWN)):
         for name, values in answer.features.items():
             of = values[row]
-            age = "" if of["age_s"] is None else _duration(of["age_s"])
-            value = "" if of["value"] is None else _cell(of["value"])
+            age = "" if of["age_s"] is None else duration(of["age_s"])
+            value = "" if of["value"] is None else cell(of["value"])
             table.add_row(str(row), printable(name), value, of["status"], age)
     console.print(table)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, list):
-        shown_values = ", ".join(_cell(one) for one in value[:VALUES_SHOWN])
-        return f"[{shown_values}{', …' if len(value) > VALUES_SHOWN else ''}]"
-    if isinstance(value, float):
-        return f"{value:,.2f}" if 1_000 <= abs(value) < 1e12 else f"{value:.6g}"
-    return printable(str(value))
-
-
-def _duration(seconds: float) -> str:
-    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.0f} {unit}"
-    return f"{seconds:.0f} s"

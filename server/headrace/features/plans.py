@@ -80,6 +80,10 @@ class FeaturePlans:
                 self._plans.popitem(last=False)
         return plan
 
+    def services(self) -> tuple[str, ...]:
+        """Return the names of all feature services, sorted."""
+        return self.repo.services()
+
     def _compile(self, selection: Selection) -> FeaturePlan:
         full = selection.full_feature_names
         try:

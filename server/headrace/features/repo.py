@@ -8,14 +8,14 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from headrace.errors import FeaturePlanError, StartupError, UnknownFeatures
 from headrace.features.feast_store import FeastStore
-from headrace.features.layout import DUMMY_JOIN_KEY
+from headrace.features.layout import DUMMY_JOIN_KEY, feature_field
 from headrace.features.plan import (
     FeaturePlan,
     FeatureSource,
@@ -81,6 +81,22 @@ def open_feature_repo(path: Path) -> "FeatureRepo":
             "define one and run `feast apply` in it"
         )
     return FeatureRepo(store, registry)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredView:
+    """
+    A feature view as the store holds it.
+
+    Args:
+        name: Under which it is stored.
+        join_keys: Base names; none for a view without entities.
+        ttl_s: None is for ever.
+    """
+
+    name: str
+    join_keys: frozenset[str]
+    ttl_s: float | None
 
 
 class FeatureRepo:
@@ -224,6 +240,42 @@ class FeatureRepo:
                 f"{self._config.entity_key_serialization_version}; only {_KEY_VERSION} is supported"
             )
         return RedisStore(RedisOptions.parse(settings.connection_string))
+
+    def redis_client(self) -> Any:
+        """
+        Make redis-py's client of the online store, whatever its topology; None if it is no Redis.
+
+        For looking at the store, not for serving from it.
+        """
+        settings = self._config.online_store
+        if getattr(settings, "type", None) != "redis":
+            return None
+        from feast.infra.online_stores.redis import RedisOnlineStore  # noqa: PLC0415 as above
+
+        # Feast's own way of connecting, so that what is looked at is where it writes.
+        return RedisOnlineStore()._get_client(settings)  # noqa: SLF001
+
+    def stored_views(self) -> list["StoredView"]:
+        """Return every view that the store may hold, in its current version, by name."""
+        return [
+            StoredView(
+                self._stored_name(view, None),
+                frozenset(column.name for column in _join_keys(view)),
+                view.spec.ttl.ToTimedelta().total_seconds() or None,
+            )
+            for _, view in sorted(self._views.items())
+        ]
+
+    def collisions(self) -> list[str]:
+        """Name the pairs of features that the store cannot tell apart; Feast does not look."""
+        holders: dict[tuple[frozenset[str], bytes], str] = {}
+        found = []
+        for keys, view, feature in self._stored():
+            name = f"{view}:{feature}"
+            holder = holders.setdefault((frozenset(keys), feature_field(view, feature)), name)
+            if holder != name:
+                found.append(f"features '{holder}' and '{name}' have the same field name")
+        return found
 
     def _projected(self, service: str, projection: Any) -> ViewSource:
         """Return a view as a feature service projects it."""

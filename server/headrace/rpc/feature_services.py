@@ -6,6 +6,7 @@ Importing this imports Feast, which takes seconds: only where there is a feature
 from collections.abc import Callable, Mapping
 
 from headrace.feature_reads import FeatureReads
+from headrace.features.plans import FeaturePlans
 from headrace.rpc import feast_serving, features
 from headrace.rpc.ingress import HotMethod
 from headrace.telemetry.calls import CallRecorder
@@ -17,6 +18,7 @@ class FeatureServices:
 
     Args:
         reads: Takes the requests.
+        plans: What there is.
         calls: Decides which calls are traced, and is told of those that fail.
         entity_join_keys: Join keys by entity name.
         as_feast: Whether Feast's services answer as Feast itself does.
@@ -31,6 +33,7 @@ class FeatureServices:
     def __init__(
         self,
         reads: FeatureReads,
+        plans: FeaturePlans,
         calls: CallRecorder,
         entity_join_keys: Mapping[str, str],
         *,
@@ -47,4 +50,5 @@ class FeatureServices:
                 service, reads, calls, entity_join_keys, as_feast=as_feast
             )
             self.hot_methods.append(HotMethod(method.path, method.accept))
-        self.handlers = (feast_serving.info_handler(),)
+        metadata = features.FeatureMetadataServicer(plans)
+        self.handlers = (metadata.handler(), feast_serving.info_handler())

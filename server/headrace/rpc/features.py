@@ -3,15 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
+import grpc
 from google.protobuf.message import DecodeError
 
 from headrace.errors import InvalidRequest, ServingError
 from headrace.feature_reads import FeatureRead, FeatureReads, FeatureRequest
 from headrace.features.plan import JoinKey
-from headrace.features.plans import Selection
+from headrace.features.plans import FeaturePlans, Selection
 from headrace.features.values import ValueType
 from headrace.rpc.entities import check_values, equal_length, missing_key, refuse_large, wrong_type
 from headrace.rpc.ingress import HotCall
+from headrace.rpc.oip import unary
 from headrace.rpc.packed_reply import PackedReplies
 from headrace.rpc.refusal import refuse
 from headrace.telemetry.calls import CallRecorder
@@ -62,6 +64,61 @@ class GetOnlineFeatures:
             refuse(call, error, self._calls, METHOD, trace)
         except Exception as error:
             refuse(call, error, self._calls, METHOD, trace)
+
+
+class FeatureMetadataServicer:
+    """
+    The methods that say what there is; they may compile a plan, which takes milliseconds.
+
+    Args:
+        plans: Where it is.
+    """
+
+    def __init__(self, plans: FeaturePlans) -> None:
+        self._plans = plans
+
+    def handler(self) -> "grpc.GenericRpcHandler[Any, Any]":
+        """Return the handler to add to a server."""
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                "GetFeatureMetadata": unary(self.get_metadata, pb.GetFeatureMetadataRequest),
+                "ListFeatureServices": unary(self.list_services, pb.ListFeatureServicesRequest),
+            },
+        )
+
+    def get_metadata(self, asked: Any) -> Any:
+        """Say what a selection takes and gives."""
+        plan = self._plans.find(
+            Selection(
+                asked.feature_service,
+                tuple(asked.features.references),
+                bool(asked.full_feature_names),
+            )
+        )
+        reply = pb.GetFeatureMetadataResponse()
+        for key in plan.join_keys:
+            reply.join_keys.add(name=key.name, value_type=key.value_type.name)
+        for feature in plan.features:
+            reply.features.add(
+                name=feature.name,
+                view=plan.views[feature.view_index].label,
+                value_type=feature.value_type.name,
+                ttl_s=feature.ttl_s,
+            )
+        return reply
+
+    def list_services(self, _asked: Any) -> Any:
+        """List the feature services."""
+        reply = pb.ListFeatureServicesResponse()
+        for name in self._plans.services():
+            reason = ""
+            try:
+                self._plans.find(Selection(name))
+            except ServingError as error:
+                reason = str(error)
+            reply.feature_services.add(name=name, reason=reason)
+        return reply
 
 
 class _Request(FeatureRequest):

@@ -67,21 +67,19 @@ class OipServicer:
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
-                "ServerLive": _unary(self.server_live, service_pb2.ServerLiveRequest),
-                "ServerReady": _unary(self.server_ready, service_pb2.ServerReadyRequest),
-                "ModelReady": _unary(self.model_ready, service_pb2.ModelReadyRequest),
-                "ServerMetadata": _unary(self.server_metadata, service_pb2.ServerMetadataRequest),
-                "ModelMetadata": _unary(self.model_metadata, service_pb2.ModelMetadataRequest),
-                "ModelConfig": _unary(self.model_config, service_pb2.ModelConfigRequest),
-                "RepositoryIndex": _unary(
-                    self.repository_index, service_pb2.RepositoryIndexRequest
-                ),
-                "RepositoryModelLoad": _unary(
+                "ServerLive": unary(self.server_live, service_pb2.ServerLiveRequest),
+                "ServerReady": unary(self.server_ready, service_pb2.ServerReadyRequest),
+                "ModelReady": unary(self.model_ready, service_pb2.ModelReadyRequest),
+                "ServerMetadata": unary(self.server_metadata, service_pb2.ServerMetadataRequest),
+                "ModelMetadata": unary(self.model_metadata, service_pb2.ModelMetadataRequest),
+                "ModelConfig": unary(self.model_config, service_pb2.ModelConfigRequest),
+                "RepositoryIndex": unary(self.repository_index, service_pb2.RepositoryIndexRequest),
+                "RepositoryModelLoad": unary(
                     self.repository_model_load,
                     service_pb2.RepositoryModelLoadRequest,
                     self._slow_calls,
                 ),
-                "RepositoryModelUnload": _unary(
+                "RepositoryModelUnload": unary(
                     self.repository_model_unload,
                     service_pb2.RepositoryModelUnloadRequest,
                     self._slow_calls,
@@ -178,11 +176,20 @@ class OipServicer:
         return entry, served
 
 
-def _unary(
+def unary(
     answer: Callable[[Any], Any],
     request_class: Any,
     pool: futures.ThreadPoolExecutor | None = None,
 ) -> "grpc.RpcMethodHandler[Any, Any]":
+    """
+    Make the handler of an ordinary unary method.
+
+    Args:
+        answer: Turns a request into a reply; what it raises becomes the status.
+        request_class: Of the messages.
+        pool: Where it runs, if not with the others.
+    """
+
     def behave(request: Any, context: grpc.ServicerContext) -> Any:
         try:
             return answer(request)

@@ -1,0 +1,138 @@
+"""`headrace features`: what people see, what machines get, and the exit codes."""
+
+import json
+
+import pytest
+from redis import Redis
+
+from headrace.__main__ import main
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+
+    def run(*arguments):
+        code = main(["features", *arguments])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture
+def get(run, gateway):
+    return lambda *arguments: run("get", *arguments, "--address", gateway.grpc_address)
+
+
+def test_the_features_of_an_entity_are_a_table(get):
+    code, out, _ = get("driver_features", "driver_id=1,3,4,5")
+
+    assert code == 0
+    for words in (
+        "driver_id 1",
+        "4.5",
+        "PRESENT",
+        "NULL_VALUE",
+        "OUTSIDE_MAX_AGE",
+        "3 d",
+        "NOT_FOUND",
+    ):
+        assert words in out
+
+
+def test_machines_get_every_value_with_status_age_and_view(get):
+    code, out, _ = get("driver_features", "driver_id=2,5", "--json")
+
+    first, second = json.loads(out)
+    assert code == 0
+    assert first["entity"] == {"driver_id": 2}
+    rating = first["features"]["rating"]
+    assert (rating["value"], rating["status"], rating["view"]) == (2.25, "PRESENT", "stats")
+    assert rating["age_s"] > 0
+    missing = second["features"]["rating"]
+    assert (missing["value"], missing["status"], missing["age_s"]) == (None, "NOT_FOUND", None)
+
+
+def test_references_will_do_for_a_service(get):
+    code, out, _ = get("stats:trips,stats:rating", "driver_id=2", "--full-feature-names", "--json")
+
+    assert code == 0
+    assert list(json.loads(out)[0]["features"]) == ["stats__trips", "stats__rating"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("other", "driver_id=1"), "there is driver_features"),
+        (("stats:other", "driver_id=1"), "no feature 'other'"),
+        (("driver_features",), "also needs driver_id"),
+        (("driver_features", "driver_id=x"), "'x' is no INT64"),
+        (("driver_features", "rider=1"), "it takes driver_id (INT64)"),
+    ],
+)
+def test_what_cannot_be_asked_is_said_before_asking(get, arguments, words):
+    code, _, err = get(*arguments)
+
+    assert code == 2
+    assert words in err
+
+
+def test_nobody_there_is_said_with_the_address(run):
+    code, _, err = run("get", "driver_features", "driver_id=1", "--address", "127.0.0.1:1")
+
+    assert code == 2
+    assert "127.0.0.1:1: UNAVAILABLE" in err
+
+
+def test_the_services_are_listed(run, gateway):
+    code, out, _ = run("list", "--address", gateway.grpc_address, "--json")
+
+    assert code == 0
+    assert json.loads(out) == [{"name": "driver_features", "reason": ""}]
+
+
+def test_a_store_is_looked_at_with_ages_encodings_and_what_is_too_old(run, feature_repo):
+    code, out, _ = run("check", "--feature-repo", str(feature_repo), "--json")
+
+    report = json.loads(out)
+    assert code == 0
+    assert report["services"] == {"driver_features": ""}
+    (group,) = report["groups"]
+    assert (group["join_keys"], group["hashes"], group["fields"]) == ("driver_id", 4, 3)
+    assert group["encodings"] == {"listpack": 4}
+    (view,) = report["views"]
+    assert (view["view"], view["hashes"], view["outside_ttl"]) == ("stats", 4, 1)
+    assert 0 <= view["newest_age_s"] < 3_600 < view["oldest_age_s"]
+    assert "older than its TTL for 1 of 4" in report["findings"][0]["text"]
+
+
+def test_old_layouts_and_projects_that_end_alike_are_found(run, feature_repo, valkey):
+    old = bytes.fromhex("02000000 09000000 6472697665725f6964 04000000 08000000 e903000000000000")
+    other = bytes.fromhex("01000000 02000000 01000000 61 04000000 08000000 e903000000000000")
+    with Redis(port=valkey.port) as redis:
+        redis.hset(old + b"integration", mapping={"f": 1})
+        redis.hset(other + b"disintegration", mapping={"f": 1})
+        try:
+            code, out, _ = run("check", "--feature-repo", str(feature_repo))
+        finally:
+            redis.delete(old + b"integration", other + b"disintegration")
+
+    flat = " ".join(out.split())
+    assert code == 1
+    assert "error: 1 keys were written by Feast 0.38 to 0.43" in flat
+    assert "project 'disintegration' ends like 'integration'" in flat
+
+
+def test_a_store_that_does_not_answer_is_said(run, feature_repo, tmp_path):
+    repo = tmp_path / "repo"
+    repo.mkdir()
+    text = (feature_repo / "feature_store.yaml").read_text()
+    before = text.partition("connection_string: ")[2].partition("\n")[0]
+    (repo / "feature_store.yaml").write_text(text.replace(before, "127.0.0.1:1"))
+    (repo / "registry.db").write_bytes((feature_repo / "registry.db").read_bytes())
+
+    code, _, err = run("check", "--feature-repo", str(repo))
+
+    assert code == 2
+    assert "the online store does not answer" in err
