@@ -15,6 +15,7 @@ from headrace.catalog import Catalog, ModelEntry
 from headrace.errors import FeatureStoreUnavailable, StartupError
 from headrace.feature_reads import FeatureReads
 from headrace.features.plans import FeaturePlans
+from headrace.features.registry_watch import RegistryWatch
 from headrace.features.repo import FeatureRepo, open_feature_repo
 from headrace.features.store import OnlineStore
 from headrace.loading import VersionLoader
@@ -23,7 +24,7 @@ from headrace.repository.manager import RepositoryManager
 from headrace.rpc.server import GrpcServer, refuse_taken_port
 from headrace.settings import ServeSettings, join_address, split_address
 from headrace.telemetry.calls import CallRecorder
-from headrace.telemetry.feature_metrics import FeatureReadMetrics, ViewMetrics
+from headrace.telemetry.feature_metrics import FeatureReadMetrics, RegistryMetrics, ViewMetrics
 from headrace.telemetry.http import HttpEndpoint
 from headrace.telemetry.metrics import Metrics
 from headrace.telemetry.trace_context import Sampler
@@ -89,18 +90,14 @@ class Gateway:
             self.metrics.stream = self._stream
         record = None if self._stream is None else self._stream.put
         self.calls = _call_recorder(self.metrics)
-        loader = VersionLoader(
-            settings,
-            self._feature_repo,
-            self._store,
-            self.metrics,
-            record,
-            self.calls,
-            view_metrics,
-        )
         self._plans: FeaturePlans | None = None
+        self._registry: RegistryWatch | None = None
         if self._feature_repo is not None and self._store is not None:
             self._plans = FeaturePlans(self._feature_repo)
+            self._registry = RegistryWatch(
+                self._feature_repo, self._swap_registry, settings.registry_poll_s
+            )
+            self.metrics.more.append(RegistryMetrics(self._registry))
             read_metrics = FeatureReadMetrics()
             self.metrics.more += [read_metrics, view_metrics]
             self._reads = FeatureReads(
@@ -114,9 +111,13 @@ class Gateway:
                 max_queue_bytes=settings.max_queue_bytes,
                 timeout_s=settings.feature_timeout_s,
             )
+        loader = VersionLoader(
+            settings, self._plans, self._store, self.metrics, record, self.calls, view_metrics
+        )
         self.repository = RepositoryManager(
             settings.model_repository,
             load=loader.load,
+            revision=loader.revision,
             publish=self._publish,
             on_load=self.metrics.model_load,
             mode=settings.model_control_mode,
@@ -141,7 +142,9 @@ class Gateway:
             with_reflection=settings.reflection,
         )
         http_host, http_port = split_address(settings.http_address)
-        self.http = HttpEndpoint(http_host, http_port, self.is_ready, self.metrics)
+        self.http = HttpEndpoint(
+            http_host, http_port, self.is_ready, self.metrics, notes=self._readiness_notes
+        )
         self.grpc_address = join_address(host, self.grpc.port)
         self.http_address = join_address(http_host, self.http.port)
         self._feature_watch = threading.Thread(
@@ -172,6 +175,8 @@ class Gateway:
         self.http.start()
         self._is_started = True
         self._feature_watch.start()
+        if self._registry is not None:
+            self._registry.start()
         self.calls.start()
         if self._stream is not None:
             self._stream.start()
@@ -245,6 +250,8 @@ class Gateway:
         self.repository.stop(max(0.0, deadline_s - time.monotonic()))
         if self._feature_watch.ident is not None:
             self._feature_watch.join(max(0.0, deadline_s - time.monotonic()))
+        if self._registry is not None:
+            self._registry.stop(max(0.0, deadline_s - time.monotonic()))
         self.calls.stop(min(CALLS_STOP_S, max(0.0, deadline_s - time.monotonic())))
         if self._stream is not None:  # after the last batch
             self._stream.stop(min(STREAM_STOP_S, max(0.0, deadline_s - time.monotonic())))
@@ -268,7 +275,7 @@ class Gateway:
 
     def _feature_services(self) -> "FeatureServices | None":
         """Serve features as they are; importing Feast's messages takes as long as Feast."""
-        if self._reads is None or self._plans is None or self._feature_repo is None:
+        if self._reads is None or self._plans is None:
             return None
         from headrace.rpc.feature_services import FeatureServices  # noqa: PLC0415 imports Feast
 
@@ -276,7 +283,6 @@ class Gateway:
             self._reads,
             self._plans,
             self.calls,
-            self._feature_repo.entity_join_keys,
             as_feast=self._settings.feast_compat,
             is_ready=lambda: self._features_readable and not self._stopping.is_set(),
         )
@@ -289,6 +295,17 @@ class Gateway:
             self._features_readable = True
         except FeatureStoreUnavailable:
             self._features_readable = False
+
+    def _swap_registry(self, repo: FeatureRepo) -> None:
+        assert self._plans is not None
+        self._plans.swap(repo)
+        self.repository.look_soon()
+
+    def _readiness_notes(self) -> list[str]:
+        """What is not as it should be, and does not keep this server from serving."""
+        if self._registry is not None and not self._registry.is_readable:
+            return ["the feature registry cannot be read; its last good state is served"]
+        return []
 
     def _publish(self, entries: Sequence[ModelEntry]) -> None:
         """Swap the models in, by one assignment; requests look them up anew each time."""

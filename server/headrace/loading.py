@@ -13,7 +13,7 @@ from headrace.batching.batcher import Batcher
 from headrace.batching.policy import BatchPolicy
 from headrace.errors import ModelLoadError
 from headrace.features.join import FeatureJoin
-from headrace.features.repo import FeatureRepo
+from headrace.features.plans import FeaturePlans, Selection
 from headrace.features.store import OnlineStore
 from headrace.monitoring.records import BatchRecord
 from headrace.predict import Request, ServedModel
@@ -36,7 +36,7 @@ class VersionLoader:
 
     Args:
         settings: Limits that versions get.
-        feature_repo: For models that name a feature service; without one they are refused.
+        plans: For models that name a feature service; without them they are refused.
         store: Where their features are read.
         metrics: Each version gets its own numbers.
         record: Is given every answered batch.
@@ -47,7 +47,7 @@ class VersionLoader:
     def __init__(
         self,
         settings: ServeSettings,
-        feature_repo: FeatureRepo | None,
+        plans: FeaturePlans | None,
         store: OnlineStore | None,
         metrics: Metrics,
         record: Callable[[BatchRecord], None] | None = None,
@@ -58,7 +58,7 @@ class VersionLoader:
         self._record = record
         self._calls = calls
         self._settings = settings
-        self._feature_repo = feature_repo
+        self._plans = plans
         self._store = store
         self._metrics = metrics
 
@@ -128,16 +128,25 @@ class VersionLoader:
         metrics.queue_size = lambda: served.waiting
         return config, served
 
+    def revision(self, config: ModelConfig) -> str:
+        """Describe what of a model lies outside its files: when it changes, load it anew."""
+        if config.feature_service is None or self._plans is None:
+            return ""
+        try:
+            return self._plans.compile(Selection(config.feature_service)).digest
+        except ModelLoadError as error:
+            return str(error)
+
     def _join(self, config: ModelConfig) -> FeatureJoin | None:
         if config.feature_service is None:
             return None
-        if self._feature_repo is None:
+        if self._plans is None:
             raise ModelLoadError(
                 f"needs feature service '{config.feature_service}', and the server has no "
                 "--feature-repo"
             )
         return FeatureJoin(
-            plan=self._feature_repo.compile(config.feature_service),
+            plan=self._plans.compile(Selection(config.feature_service)),
             model_inputs=config.inputs,
             model=config.name,
             feature_order=config.feature_order,

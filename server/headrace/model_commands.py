@@ -11,6 +11,7 @@ from rich.table import Table
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from headrace.errors import ModelLoadError, StartupError
+from headrace.features.plans import FeaturePlans
 from headrace.features.repo import open_feature_repo
 from headrace.loading import VersionLoader
 from headrace.repository.sandbox import OnnxChecker
@@ -80,7 +81,8 @@ def verify(root: Path, feature_repo: Path | None, *, as_json: bool) -> int:
     settings = load_settings({"model_repository": root})
     features = None if feature_repo is None else open_feature_repo(feature_repo)
     store = None if features is None else features.online_store()
-    loader = VersionLoader(settings, features, store, Metrics())
+    plans = None if features is None else FeaturePlans(features)
+    loader = VersionLoader(settings, plans, store, Metrics())
     states: list[VersionState] = []
     with OnnxChecker() as checker:
         for folder in scan(root):

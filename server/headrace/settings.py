@@ -118,6 +118,13 @@ class ServeSettings(Settings):
         description="Longest that one batch waits for its features, in seconds; its requests then "
         "fail with UNAVAILABLE.",
     )
+    registry_poll_s: float = Field(
+        2.0,
+        ge=0.1,
+        le=3600,
+        description="How often to look whether the feature registry's file has changed, in "
+        "seconds. A registry that is no file is read anew as its cache_ttl_seconds says.",
+    )
     feast_compat: bool = Field(
         default=False,
         description="Whether Feast's services answer as Feast itself does: every status is "

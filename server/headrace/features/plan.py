@@ -6,6 +6,7 @@ keys come from the same request columns is in the same Redis hash, so one HMGET 
 them all) and the bytes of the commands around the entity's own values.
 """
 
+import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -170,6 +171,12 @@ class FeaturePlan:
     block_widths: Mapping[np.dtype[Any], int] = field(init=False, repr=False)
     block_columns: tuple[tuple[np.dtype[Any], int], ...] = field(init=False, repr=False)
     is_float32: bool = field(init=False)
+
+    @property
+    def digest(self) -> str:
+        """What reading takes, as hexadecimal text: equal for plans that read the same."""
+        content = self.project, self.join_keys, self.features, self.views
+        return hashlib.sha256(repr(content).encode()).hexdigest()
 
     def __post_init__(self) -> None:
         widths: dict[np.dtype[Any], int] = {}

@@ -2,6 +2,7 @@
 
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from headrace.errors import (
@@ -48,58 +49,79 @@ class Selection:
 
 class FeaturePlans:
     """
-    Finds plans by selection. Safe for several threads at once.
+    Finds plans by selection, as the registry is now. Safe for several threads at once.
 
     Args:
         repo: Compiles them.
     """
 
     def __init__(self, repo: FeatureRepo) -> None:
-        self.repo = repo
+        self._repo = repo
         self._lock = threading.Lock()
         self._plans: OrderedDict[Selection, FeaturePlan] = OrderedDict()
 
-    def find(self, selection: Selection) -> FeaturePlan:
+    @property
+    def entity_join_keys(self) -> Mapping[str, str]:
+        """Join keys by entity name."""
+        return self._repo.entity_join_keys
+
+    def swap(self, repo: FeatureRepo) -> None:
+        """Compile from another state of the registry from now on; reads under way go on."""
+        with self._lock:
+            self._repo = repo
+            self._plans.clear()
+
+    def compile(self, selection: Selection) -> FeaturePlan:
         """
         Return the plan of a selection; compiling one takes milliseconds.
 
         Raises:
-            InvalidRequest: nothing is selected, too much, or references that are none.
-            FeaturesNotFound: no such service, view or feature.
-            FeaturesNotServable: they are registered, and cannot be read.
+            UnknownFeatures: no such service, view or feature.
+            FeaturePlanError: they cannot be read.
         """
         with self._lock:
             plan = self._plans.get(selection)
             if plan is not None:
                 self._plans.move_to_end(selection)
                 return plan
-        plan = self._compile(selection)
+            repo = self._repo
+        full = selection.full_feature_names
+        if selection.service:
+            plan = repo.compile(selection.service, full_feature_names=full)
+        else:
+            plan = repo.compile_references(selection.references, full_feature_names=full)
         with self._lock:
-            self._plans[selection] = plan
-            if len(self._plans) > PLANS_MAX:
-                self._plans.popitem(last=False)
+            if repo is self._repo:
+                self._plans[selection] = plan
+                if len(self._plans) > PLANS_MAX:
+                    self._plans.popitem(last=False)
         return plan
 
-    def services(self) -> tuple[str, ...]:
-        """Return the names of all feature services, sorted."""
-        return self.repo.services()
+    def find(self, selection: Selection) -> FeaturePlan:
+        """
+        Return the plan of what a caller selects.
 
-    def _compile(self, selection: Selection) -> FeaturePlan:
-        full = selection.full_feature_names
+        Raises:
+            InvalidRequest: nothing is selected, too much, or references that are none.
+            FeaturesNotFound: no such service, view or feature.
+            FeaturesNotServable: they are registered, and cannot be read.
+        """
+        if not selection.service and not selection.references:
+            raise InvalidRequest("request names no feature service and no features")
+        if len(selection.references) > REFERENCES_MAX:
+            raise InvalidRequest(
+                f"request has {len(selection.references)} features; "
+                f"at most {REFERENCES_MAX} are accepted"
+            )
         try:
-            if selection.service:
-                return self.repo.compile(selection.service, full_feature_names=full)
-            if not selection.references:
-                raise InvalidRequest("request names no feature service and no features")
-            if len(selection.references) > REFERENCES_MAX:
-                raise InvalidRequest(
-                    f"request has {len(selection.references)} features; "
-                    f"at most {REFERENCES_MAX} are accepted"
-                )
-            return self.repo.compile_references(selection.references, full_feature_names=full)
+            return self.compile(selection)
         except UnknownFeatures as error:
             raise FeaturesNotFound(str(error)) from None
         except FeaturePlanError as error:
             if selection.service:
                 raise FeaturesNotServable(str(error)) from None
             raise InvalidRequest(str(error)) from None
+
+    def services(self) -> tuple[str, ...]:
+        """Return the names of all feature services, sorted."""
+        return self._repo.services()

@@ -75,12 +75,23 @@ def open_feature_repo(path: Path) -> "FeatureRepo":
         raise StartupError(
             f"feature repository {path} has no registry {missing}; run `feast apply` in it"
         )
-    if all(service.spec.project != config.project for service in registry.feature_services):
-        raise StartupError(
-            f"feature repository {path} has no feature service in project '{config.project}'; "
-            "define one and run `feast apply` in it"
-        )
-    return FeatureRepo(store, registry)
+    _refuse_empty(registry, config.project, path)
+    return FeatureRepo(store, registry, path)
+
+
+def reopen(repo: "FeatureRepo") -> "FeatureRepo":
+    """
+    Read a repository's registry again; its `feature_store.yaml` stays as it was.
+
+    Raises:
+        StartupError: it cannot be read, or holds no feature service of the project any more.
+    """
+    try:
+        return repo.read_again()
+    except StartupError:
+        raise
+    except Exception as error:
+        raise StartupError(f"the registry cannot be read: {_first_line(error)}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +112,17 @@ class StoredView:
 
 class FeatureRepo:
     """
-    A feature repository as its registry was when it was opened. The registry is not read again.
+    A feature repository as its registry was when it was read.
 
     Args:
         store: Feast's client.
         registry: The `feast.core.Registry` message.
+        path: The repository's folder.
     """
 
-    def __init__(self, store: Any, registry: Any) -> None:
+    def __init__(self, store: Any, registry: Any, path: Path) -> None:
         self._store = store
+        self._path = path
         self._config = store.config
         project = store.config.project
         self.project: str = project
@@ -146,6 +159,26 @@ class FeatureRepo:
         }
         """Join keys by entity name: Feast takes either from its callers."""
         self._has_versions = bool(store.config.registry.enable_online_feature_view_versioning)
+
+    @property
+    def registry_file(self) -> Path | None:
+        """The registry's file; None if it is not in one."""
+        settings = self._config.registry
+        if settings.registry_type != "file" or "://" in str(settings.path):
+            return None
+        return self._path / str(settings.path)
+
+    @property
+    def registry_ttl_s(self) -> float:
+        """How long Feast's own clients may use a registry that they have read."""
+        return float(self._config.registry.cache_ttl_seconds)
+
+    def read_again(self) -> "FeatureRepo":
+        """Read the registry anew; see `reopen`."""
+        self._store.refresh_registry()
+        registry = self._store.registry.proto()
+        _refuse_empty(registry, self.project, self._path)
+        return FeatureRepo(self._store, registry, self._path)
 
     def services(self) -> tuple[str, ...]:
         """Return the names of the project's feature services, sorted."""
@@ -398,6 +431,14 @@ def _enum_name(message: Any, field: str) -> str:
     values = message.DESCRIPTOR.fields_by_name[field].enum_type.values_by_number
     number = getattr(message, field)
     return values[number].name if number in values else str(number)
+
+
+def _refuse_empty(registry: Any, project: str, path: Path) -> None:
+    if all(service.spec.project != project for service in registry.feature_services):
+        raise StartupError(
+            f"feature repository {path} has no feature service in project '{project}'; "
+            "define one and run `feast apply` in it"
+        )
 
 
 def _missing_registry(path: Path, settings: Any) -> str | None:

@@ -59,6 +59,8 @@ class RepositoryManager(Generic[ServedT]):
             `config.pbtxt` beside it), or raises `ModelLoadError`. Called by one thread.
         publish: Told of every change, with all models; must swap them in before it returns.
         on_load: Told of every attempt: model, and whether it succeeded.
+        revision: Describes what of a model lies outside its files, as a feature service does; its
+            versions are loaded anew when that changes.
         mode: What makes versions come and go.
         settle_s: As above.
         poll_s: How often to look without being told of a change.
@@ -72,6 +74,7 @@ class RepositoryManager(Generic[ServedT]):
         load: Callable[[str, VersionFolder], tuple[ModelConfig, ServedT]],
         publish: Callable[[Sequence[ModelEntry[ServedT]]], None],
         on_load: Callable[[str, bool], None],
+        revision: Callable[[ModelConfig], str] = lambda _config: "",
         mode: ControlMode = "poll",
         settle_s: float = 1.0,
         poll_s: float = 5.0,
@@ -81,6 +84,7 @@ class RepositoryManager(Generic[ServedT]):
         self._load = load
         self._publish_entries = publish
         self._on_load = on_load
+        self._revision = revision
         self._mode = mode
         self._settle_s = settle_s
         self._poll_s = poll_s
@@ -146,6 +150,10 @@ class RepositoryManager(Generic[ServedT]):
             TimeoutError: it takes longer; it goes on.
         """
         self._command(lambda: self._unload_now(name), timeout_s)
+
+    def look_soon(self) -> None:
+        """Look without waiting for the next time: something outside the files has changed."""
+        self._wake.set()
 
     @property
     def mode(self) -> ControlMode:
@@ -277,10 +285,12 @@ class RepositoryManager(Generic[ServedT]):
     def _see(self, model: Model[ServedT], folder: ModelFolder | None, *, is_settled: bool) -> None:
         now_s = time.monotonic()
         model.folder = folder
+        if folder is not None:
+            self._read_config(model, folder)
         on_disk = {} if folder is None else {version.number: version for version in folder.versions}
         for number in on_disk.keys() | model.seen.keys():
             version = on_disk.get(number)
-            found = None if version is None else fingerprint(version.path)
+            found = None if version is None else self._fingerprint(model, version)
             seen = model.seen.get(number)
             if seen is None or seen.fingerprint != found:
                 seen = Seen(version, found, now_s, is_settled or _matches_manifest(version))
@@ -291,8 +301,14 @@ class RepositoryManager(Generic[ServedT]):
                 model.failed.pop(number, None)
                 if seen.is_settled and number not in model.builds:
                     del model.seen[number]
-        if folder is not None:
-            self._read_config(model, folder)
+
+    def _fingerprint(self, model: Model[ServedT], version: VersionFolder) -> str:
+        """Describe a version's files, and what of it lies outside them."""
+        files = fingerprint(version.path)
+        if model.config is None or model.reason is not None:
+            return files
+        revision = self._revision(model.config)
+        return f"{files} {revision}" if revision else files
 
     def _read_config(self, model: Model[ServedT], folder: ModelFolder) -> None:
         before, model.reason = model.reason, folder.reason
@@ -375,7 +391,7 @@ class RepositoryManager(Generic[ServedT]):
         check_manifest(version.path)  # links are refused where they lie, not copied
         with tempfile.TemporaryDirectory(prefix="headrace-") as folder:
             path = copy(version.path, Path(folder))
-            if fingerprint(version.path) != seen:
+            if self._fingerprint(model, version) != seen:
                 raise ChangedMeanwhileError
             copied = VersionFolder(version.number, path, has_model=version.has_model)
             if version.has_model:

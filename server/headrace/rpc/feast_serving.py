@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 from headrace.errors import InvalidRequest, ServingError
 from headrace.feature_reads import FeatureRead, FeatureReads, FeatureRequest
 from headrace.features.plan import FeaturePlan, JoinKey
-from headrace.features.plans import Selection
+from headrace.features.plans import FeaturePlans, Selection
 from headrace.features.values import ValueType
 from headrace.rpc.entities import check_values, equal_length, missing_key, refuse_large, wrong_type
 from headrace.rpc.feast_reply import FeastReplies, FeastReplyPlan
@@ -50,8 +50,8 @@ class GetOnlineFeatures:
     Args:
         service: `SERVING_SERVICE` or `FEATURE_SERVER`.
         reads: Takes the requests.
+        plans: What there is.
         calls: Decides which calls are traced, and is told of those that fail.
-        entity_join_keys: Join keys by entity name, which Feast takes as well.
         as_feast: Whether to answer with Feast's own statuses.
     """
 
@@ -59,14 +59,14 @@ class GetOnlineFeatures:
         self,
         service: str,
         reads: FeatureReads,
+        plans: FeaturePlans,
         calls: CallRecorder,
-        entity_join_keys: Mapping[str, str],
         *,
         as_feast: bool,
     ) -> None:
         self.method = f"{service}/GetOnlineFeatures"
         self.path = f"/{self.method}"
-        self.entity_join_keys = entity_join_keys
+        self.plans = plans
         self._reads = reads
         self.calls = calls
         self._sample = calls.sample
@@ -185,7 +185,7 @@ class _Request(FeatureRequest):
         if key.name in self._entities:
             return key.name
         for name in self._entities:
-            if self._owner.entity_join_keys.get(name) == key.name:
+            if self._owner.plans.entity_join_keys.get(name) == key.name:
                 return name
         raise missing_key(key, self._entities)
 

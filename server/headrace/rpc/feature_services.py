@@ -3,7 +3,7 @@
 Importing this imports Feast, which takes seconds: only where there is a feature repository.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from headrace.feature_reads import FeatureReads
 from headrace.features.plans import FeaturePlans
@@ -20,7 +20,6 @@ class FeatureServices:
         reads: Takes the requests.
         plans: What there is.
         calls: Decides which calls are traced, and is told of those that fail.
-        entity_join_keys: Join keys by entity name.
         as_feast: Whether Feast's services answer as Feast itself does.
         is_ready: Whether features can be read.
 
@@ -35,7 +34,6 @@ class FeatureServices:
         reads: FeatureReads,
         plans: FeaturePlans,
         calls: CallRecorder,
-        entity_join_keys: Mapping[str, str],
         *,
         as_feast: bool,
         is_ready: Callable[[], bool],
@@ -47,7 +45,7 @@ class FeatureServices:
         self.hot_methods = [HotMethod(own.path, own.accept)]
         for service in feast_services:
             method = feast_serving.GetOnlineFeatures(
-                service, reads, calls, entity_join_keys, as_feast=as_feast
+                service, reads, plans, calls, as_feast=as_feast
             )
             self.hot_methods.append(HotMethod(method.path, method.accept))
         metadata = features.FeatureMetadataServicer(plans)

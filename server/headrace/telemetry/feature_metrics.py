@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,6 +85,36 @@ class FeatureReadMetrics(Collector):
             ]
         for name, buckets, total in histograms:
             yield HistogramMetricFamily(name, METRICS[name], buckets=buckets, sum_value=total)
+
+
+class RegistryNumbers(Protocol):
+    """What the registry's watch says of itself."""
+
+    is_readable: bool
+    reads: int
+    failures: int
+
+
+class RegistryMetrics(Collector):
+    """
+    Numbers of the feature registry.
+
+    Args:
+        watch: Reads it.
+    """
+
+    def __init__(self, watch: RegistryNumbers) -> None:
+        self._watch = watch
+
+    def collect(self) -> Iterable[Metric]:
+        """Make Prometheus' numbers of it."""
+        name = "headrace_registry_readable"
+        yield GaugeMetricFamily(name, METRICS[name], value=int(self._watch.is_readable))
+        name = "headrace_registry_reads_total"
+        reads = CounterMetricFamily(name.removesuffix("_total"), METRICS[name], labels=["result"])
+        reads.add_metric(["changed"], self._watch.reads)
+        reads.add_metric(["failed"], self._watch.failures)
+        yield reads
 
 
 class _Counts(NamedTuple):

@@ -3,7 +3,7 @@
 import socket
 import socketserver
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -33,6 +33,7 @@ class HttpEndpoint:
         port: 0 takes a free one.
         is_ready: Answers /readyz.
         collector: Answers /metrics.
+        notes: What /readyz says besides, a line each.
         pages: What else there is, by path: each returns (content type, body). One that raises is
             answered with 503.
 
@@ -47,6 +48,7 @@ class HttpEndpoint:
         is_ready: Callable[[], bool],
         collector: Collector,
         pages: Mapping[str, Callable[[], tuple[str, bytes]]] | None = None,
+        notes: Callable[[], Sequence[str]] = tuple,
     ) -> None:
         own_pages = pages
         registry = CollectorRegistry()
@@ -56,11 +58,7 @@ class HttpEndpoint:
             pages = {  # noqa: RUF012 set once
                 **{path: _found(page) for path, page in (own_pages or {}).items()},
                 "/healthz": lambda: (HTTPStatus.OK, "text/plain", b"ok\n"),
-                "/readyz": lambda: (
-                    (HTTPStatus.OK, "text/plain", b"ready\n")
-                    if is_ready()
-                    else (HTTPStatus.SERVICE_UNAVAILABLE, "text/plain", b"not ready\n")
-                ),
+                "/readyz": lambda: _readiness(is_ready=is_ready(), notes=notes()),
                 "/metrics": lambda: (
                     HTTPStatus.OK,
                     CONTENT_TYPE_LATEST,
@@ -90,6 +88,12 @@ class HttpEndpoint:
             self._server.shutdown()
             self._thread.join(5)
         self._server.server_close()
+
+
+def _readiness(*, is_ready: bool, notes: Sequence[str]) -> tuple[HTTPStatus, str, bytes]:
+    lines = ["ready" if is_ready else "not ready", *notes]
+    status = HTTPStatus.OK if is_ready else HTTPStatus.SERVICE_UNAVAILABLE
+    return status, "text/plain", "".join(f"{line}\n" for line in lines).encode()
 
 
 class _Server(ThreadingHTTPServer):

@@ -51,6 +51,9 @@ METRICS: dict[str, str] = {
     "status.",
     "headrace_view_age_seconds": "Ages of the rows read, by view: they grow when materialization "
     "stops.",
+    "headrace_registry_readable": "Whether the feature registry could be read at the last look.",
+    "headrace_registry_reads_total": "Looks at the feature registry that found a new state, or "
+    "failed, by result.",
     "headrace_model_loads_total": "Attempts to load a model version, by result.",
     "headrace_rpc_errors_total": "Hot calls refused or failed, by gRPC code.",
     "headrace_rpc_open_calls": "Hot calls received and not yet finished.",
