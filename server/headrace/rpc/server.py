@@ -63,11 +63,11 @@ class GrpcServer:
         catalog: Returns the models as they are now.
         repository: Loads and unloads them on request.
         is_ready: Whether the server as a whole is ready.
-        features: The services that read features as they are; None without a feature repository.
         metrics: Counts.
         calls: Is told of calls that fail, and decides which are traced.
         max_message_bytes: In and out.
         with_reflection: Whether to serve reflection.
+        features: The services that read features as they are; None without a feature repository.
 
     Raises:
         StartupError: the address cannot be listened on.
@@ -82,11 +82,11 @@ class GrpcServer:
         catalog: Callable[[], Catalog],
         repository: oip.Repository,
         is_ready: Callable[[], bool],
-        features: "FeatureServices | None",
         metrics: Metrics,
         calls: CallRecorder,
         max_message_bytes: int,
         with_reflection: bool,
+        features: "FeatureServices | None" = None,
     ) -> None:
         refuse_taken_port("--grpc-address", host, port)
         self._catalog = catalog

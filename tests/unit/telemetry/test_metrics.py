@@ -1,5 +1,7 @@
 """The numbers add up, and Prometheus can read them."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from headrace.monitoring.stream import PredictionStream
 from headrace.telemetry.calls import CallRecorder
-from headrace.telemetry.metrics import METRICS, SECONDS_BOUNDS, Metrics, _Histogram
+from headrace.telemetry.feature_metrics import FeatureReadMetrics, RegistryMetrics, ViewMetrics
+from headrace.telemetry.metrics import METRICS, SECONDS_BOUNDS, Histogram, Metrics
 
 
 def samples(metrics):
@@ -28,7 +31,7 @@ def samples(metrics):
     st.sampled_from([0.0, 1000.0]),
 )
 def test_a_batch_of_durations_is_counted_as_each_would_be(durations_s, end_s):
-    together, one_by_one = _Histogram(SECONDS_BOUNDS), _Histogram(SECONDS_BOUNDS)
+    together, one_by_one = Histogram(SECONDS_BOUNDS), Histogram(SECONDS_BOUNDS)
     starts_s = sorted(end_s - duration_s for duration_s in durations_s)
 
     together.observe_since(starts_s, end_s)
@@ -45,7 +48,7 @@ def test_a_batch_of_durations_is_counted_as_each_would_be(durations_s, end_s):
 
 @given(st.lists(st.floats(1e-6, 20.0), max_size=60))
 def test_random_durations_are_counted_as_each_would_be(durations_s):
-    together, one_by_one = _Histogram(SECONDS_BOUNDS), _Histogram(SECONDS_BOUNDS)
+    together, one_by_one = Histogram(SECONDS_BOUNDS), Histogram(SECONDS_BOUNDS)
     starts_s = sorted(-duration_s for duration_s in durations_s)
 
     together.observe_since(starts_s, 0.0)
@@ -116,6 +119,8 @@ def test_every_metric_that_is_listed_is_exported_and_none_besides():
     metrics.rpc_error("ModelInfer", "NOT_FOUND")
     metrics.stream = PredictionStream("127.0.0.1:1", max_queue_bytes=1)
     metrics.calls = CallRecorder(metrics)
+    watch = SimpleNamespace(is_readable=True, reads=0, failures=0)
+    metrics.more = [FeatureReadMetrics(), ViewMetrics(), RegistryMetrics(watch)]
     registry = CollectorRegistry()
     registry.register(metrics)
 
@@ -124,3 +129,34 @@ def test_every_metric_that_is_listed_is_exported_and_none_besides():
         names.add(family.name + "_total" * (family.type == "counter"))
 
     assert names == set(METRICS)
+
+
+def test_views_are_counted_by_status_and_age_whatever_they_are_read_with():
+    views = ViewMetrics()
+    for names in (("a", "b"), ("b",)):
+        views.read(
+            names,
+            np.arange(len(names)),
+            np.array([[1, 3]] * len(names), np.uint8),
+            np.array([[0.5, np.nan], [5.0, 50.0]])[: len(names)],
+        )
+
+    values, ages = views.collect()
+
+    counted = {tuple(s.labels.values()): s.value for s in values.samples if s.value}
+    assert counted == {
+        ("a", "PRESENT"): 1,
+        ("a", "NOT_FOUND"): 1,
+        ("b", "PRESENT"): 2,
+        ("b", "NOT_FOUND"): 2,
+    }
+    of_b = {
+        s.labels["le"]: s.value
+        for s in ages.samples
+        if s.labels["view"] == "b" and "le" in s.labels
+    }
+    assert (of_b["1.0"], of_b["10.0"], of_b["60.0"], of_b["+Inf"]) == (1, 2, 3, 3)
+    assert {s.labels["view"]: s.value for s in ages.samples if s.name.endswith("_sum")} == {
+        "a": 0.5,
+        "b": 55.5,
+    }

@@ -98,7 +98,7 @@ def test_a_call_is_under_its_caller_and_says_what_it_was():
     }
 
 
-@given(st.text(max_size=600), st.text(max_size=300), st.text(max_size=40))
+@given(st.text(max_size=600), st.text(min_size=1, max_size=300), st.text(min_size=1, max_size=40))
 def test_whatever_callers_and_models_are_called_is_read_back(state, model, prediction_id):
     call = TracedCall(trace(1, state), "p.S/M", 1.0, 10**9, prediction_id)
     found = batch_spans(batch()._replace(model=model, calls=[call]))
@@ -106,6 +106,13 @@ def test_whatever_callers_and_models_are_called_is_read_back(state, model, predi
     request = attributes_of(by_name(found, b"\1" * 16)["headrace.request"])
     assert (request["headrace.model"], request["headrace.rows"]) == (model, 10**9)
     assert request["headrace.prediction_id"] == prediction_id
+
+
+def test_a_read_of_features_without_a_model_has_no_model_in_it():
+    of = batch()._replace(model="", version="", feature_service="drivers", has_features=True)
+    found = by_name(batch_spans(of), b"\1" * 16)
+    assert set(found) == {"headrace.request", "batch.wait", "features.fetch", "batch.reply"}
+    assert attributes_of(found["headrace.request"])["headrace.feature_service"] == "drivers"
 
 
 def test_a_call_that_began_its_trace_is_under_nobody():
