@@ -11,6 +11,7 @@ from headrace.__main__ import main
 @pytest.fixture
 def run(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.setattr("headrace.__main__.set_up_logs", lambda level: None)  # of the whole process
 
     def run(*arguments):
         code = main(["features", *arguments])
