@@ -14,6 +14,7 @@ from headrace.batching.policy import BatchPolicy
 from headrace.errors import ModelLoadError
 from headrace.features.join import FeatureJoin
 from headrace.features.repo import FeatureRepo
+from headrace.features.skew_log import SkewLog
 from headrace.features.store import OnlineStore
 from headrace.monitoring.records import BatchRecord
 from headrace.predict import Request, ServedModel
@@ -40,6 +41,7 @@ class VersionLoader:
         metrics: Each version gets its own numbers.
         record: Is given every answered batch.
         calls: Is told of sampled calls.
+        skew_log: Keeps the features of sampled rows.
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class VersionLoader:
         metrics: Metrics,
         record: Callable[[BatchRecord], None] | None = None,
         calls: CallRecorder | None = None,
+        skew_log: SkewLog | None = None,
     ) -> None:
+        self._skew_log = skew_log
         self._record = record
         self._calls = calls
         self._settings = settings
@@ -119,6 +123,7 @@ class VersionLoader:
             max_feature_age_s=config.max_feature_age_s,
             record=self._record,
             calls=self._calls,
+            skew_log=self._skew_log,
         )
         metrics.queue_size = lambda: served.waiting
         return config, served
