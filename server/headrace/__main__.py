@@ -10,7 +10,10 @@ os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
 
 import argparse  # noqa: E402
 import json  # noqa: E402
+import re  # noqa: E402
+import time  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
+from datetime import UTC, datetime  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -126,11 +129,34 @@ def _predict(options: dict[str, Any]) -> int:
     )
 
 
+def _features(options: dict[str, Any]) -> int:
+    set_up_logs("error")
+    return _FEATURE_ACTIONS[options.pop("action")](options)
+
+
+def _features_skew(options: dict[str, Any]) -> int:
+    from headrace import skew_command  # noqa: PLC0415 it takes seconds
+
+    return skew_command.skew(
+        options["log"],
+        options["feature_repo"],
+        service=options["service"],
+        since_s=options["since"],
+        tolerance=(options["relative_tolerance"], options["absolute_tolerance"]),
+        max_mismatch_share=options["max_mismatch_share"],
+        chunk_rows=options["chunk_rows"],
+        as_json=options["json"],
+    )
+
+
+_FEATURE_ACTIONS = {"skew": _features_skew}
+
 _COMMANDS = {
     "serve": _serve,
     "monitor": _monitor,
     "predict": _predict,
     "models": _models,
+    "features": _features,
     "demo": _demo,
     "up": _up,
 }
@@ -152,6 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(monitor, MonitorSettings)
     _add_predict(commands)
     _add_models(commands.add_parser("models", help="what serves, and whether a folder could"))
+    _add_features(commands.add_parser("features", help="whether features are what they should be"))
     for name, text in {
         "demo": "real home sales through the whole path, from a checkout; exits by itself",
         "up": "the demo's stack, serving until Ctrl-C",
@@ -214,6 +241,84 @@ def _add_models(models: argparse.ArgumentParser) -> None:
     )
     for action in (listing, verify):
         action.add_argument("--json", action="store_true", help="for machines")
+
+
+def _add_features(features: argparse.ArgumentParser) -> None:
+    actions = features.add_subparsers(dest="action", required=True, metavar="ACTION")
+    _add_features_skew(actions)
+
+
+def _add_features_skew(actions: Any) -> None:
+    text = (
+        "compare a skew log with the offline store, point in time; exit code 0 if no feature "
+        "mismatches too often, 1 if one does, 2 if it could not be found out"
+    )
+    skew = actions.add_parser("skew", help=text, description=text)
+    skew.add_argument("--feature-repo", type=Path, required=True, metavar="DIR")
+    skew.add_argument(
+        "--log", type=Path, required=True, metavar="DIR", help="of `headrace serve --skew-log-dir`"
+    )
+    skew.add_argument("--service", metavar="NAME", help="one feature service only")
+    skew.add_argument(
+        "--since",
+        type=_moment,
+        metavar="TIME",
+        help="leave out older requests: 2026-01-31T12:00Z, or as long ago as 90min, 6h, 7d",
+    )
+    skew.add_argument(
+        "--max-mismatch-share",
+        type=_share,
+        default=0.01,
+        metavar="SHARE",
+        help="of a feature's compared rows (default: 0.01)",
+    )
+    for name, default in (("relative", 1e-6), ("absolute", 0.0)):
+        skew.add_argument(
+            f"--{name}-tolerance",
+            type=_tolerance,
+            default=default,
+            metavar="X",
+            help=f"of floating-point values (default: {default:g})",
+        )
+    skew.add_argument(
+        "--chunk-rows",
+        type=_rows,
+        default=10_000,
+        metavar="N",
+        help="rows that the offline store is asked for at once: memory against the number of "
+        "queries (default: 10000)",
+    )
+    skew.add_argument("--json", action="store_true", help="for machines")
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 <= share <= 1:
+        raise ValueError  # argparse says which flag
+    return share
+
+
+def _tolerance(text: str) -> float:
+    tolerance = float(text)
+    if not 0 <= tolerance < float("inf"):
+        raise ValueError  # likewise
+    return tolerance
+
+
+def _rows(text: str) -> int:
+    rows = int(text)
+    if not 1 <= rows <= 10_000_000:
+        raise ValueError  # likewise
+    return rows
+
+
+def _moment(text: str) -> float:
+    """Return Unix seconds; a moment without a zone is in UTC."""
+    ago = re.fullmatch(r"([0-9]{1,6})(s|min|h|d)", text)
+    if ago is not None:
+        return time.time() - int(ago[1]) * {"s": 1, "min": 60, "h": 3_600, "d": 86_400}[ago[2]]
+    moment = datetime.fromisoformat(text)
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
 if __name__ == "__main__":

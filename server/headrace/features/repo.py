@@ -7,7 +7,7 @@ of an on-demand or stream view unpickles code that the registry holds.
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headrace.errors import ModelLoadError, StartupError
 from headrace.features.feast_store import FeastStore
@@ -22,6 +22,9 @@ from headrace.features.redis_connection import RedisOptions
 from headrace.features.redis_store import RedisStore
 from headrace.features.store import OnlineStore
 from headrace.features.values import ValueType
+
+if TYPE_CHECKING:  # pandas takes a while to import, and a server does without
+    from headrace.features.offline import FeastOffline
 
 DEFAULT_TAG = "headrace.default"
 """The tag of a Feast `Field` whose text is the value used where the feature is missing."""
@@ -157,6 +160,16 @@ class FeatureRepo:
                 f"{self._config.entity_key_serialization_version}; only {_KEY_VERSION} is supported"
             )
         return RedisStore(RedisOptions.parse(settings.connection_string))
+
+    def offline_features(self) -> "FeastOffline":
+        """Make the client of the repository's offline store, for slow work beside the requests."""
+        from headrace.features.offline import FeastOffline  # noqa: PLC0415 see above
+
+        features = {
+            name: frozenset(column.name for column in view.spec.features)
+            for name, view in self._views.items()
+        }
+        return FeastOffline(self._store, has_versions=self._has_versions, views=features)
 
     def _source(self, service: str, projection: Any) -> ViewSource:
         name = projection.feature_view_name

@@ -58,12 +58,12 @@ class LoggedView:
     Args:
         name: The name under which the store holds it.
         column: Of its event times.
-        join_keys: (name in the view, name in the log) each.
+        join_keys: (name in the view, name in the log, `ValueType`'s number) each.
     """
 
     name: str
     column: str
-    join_keys: tuple[tuple[str, str], ...]
+    join_keys: tuple[tuple[str, str, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class LoggedPlan:
                     LoggedView(
                         view["name"],
                         view["column"],
-                        tuple((base, name) for base, name in view["join_keys"]),
+                        tuple((base, name, kind) for base, name, kind in view["join_keys"]),
                     )
                     for view in fields["views"]
                 ),
@@ -145,12 +145,15 @@ def logged_plan(plan: FeaturePlan) -> LoggedPlan:
     for view in plan.views:
         group = plan.groups[view.group]
         suffix = f"#{view.group}" if names.count(view.name) > 1 else ""
-        keys = [plan.join_keys[at].name for at in group.join_keys]
+        keys = [plan.join_keys[at] for at in group.join_keys]
         views.append(
             LoggedView(
                 view.name,
                 f"event_time.{view.name}{suffix}",
-                tuple(zip(group.base_names, keys, strict=True)),
+                tuple(
+                    (base, key.name, int(key.value_type))
+                    for base, key in zip(group.base_names, keys, strict=True)
+                ),
             )
         )
     return LoggedPlan(
