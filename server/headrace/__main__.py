@@ -12,7 +12,7 @@ import argparse  # noqa: E402
 import json  # noqa: E402
 import re  # noqa: E402
 import time  # noqa: E402
-from collections.abc import Sequence  # noqa: E402
+from collections.abc import Callable, Sequence  # noqa: E402
 from datetime import UTC, datetime  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -267,7 +267,7 @@ def _add_features_skew(actions: Any) -> None:
     )
     skew.add_argument(
         "--max-mismatch-share",
-        type=_share,
+        type=_number(0, 1),
         default=0.01,
         metavar="SHARE",
         help="of a feature's compared rows (default: 0.01)",
@@ -275,14 +275,14 @@ def _add_features_skew(actions: Any) -> None:
     for name, default in (("relative", 1e-6), ("absolute", 0.0)):
         skew.add_argument(
             f"--{name}-tolerance",
-            type=_tolerance,
+            type=_number(0, sys.float_info.max),
             default=default,
             metavar="X",
             help=f"of floating-point values (default: {default:g})",
         )
     skew.add_argument(
         "--chunk-rows",
-        type=_rows,
+        type=lambda text: int(_number(1, 10_000_000)(text)),
         default=10_000,
         metavar="N",
         help="rows that the offline store is asked for at once: memory against the number of "
@@ -291,33 +291,25 @@ def _add_features_skew(actions: Any) -> None:
     skew.add_argument("--json", action="store_true", help="for machines")
 
 
-def _share(text: str) -> float:
-    share = float(text)
-    if not 0 <= share <= 1:
-        raise ValueError  # argparse says which flag
-    return share
+def _number(least: float, most: float) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        if not least <= (value := float(text)) <= most:
+            raise argparse.ArgumentTypeError(f"expected {least:g} to {most:g}, got '{text}'")
+        return value
 
-
-def _tolerance(text: str) -> float:
-    tolerance = float(text)
-    if not 0 <= tolerance < float("inf"):
-        raise ValueError  # likewise
-    return tolerance
-
-
-def _rows(text: str) -> int:
-    rows = int(text)
-    if not 1 <= rows <= 10_000_000:
-        raise ValueError  # likewise
-    return rows
+    return number
 
 
 def _moment(text: str) -> float:
     """Return Unix seconds; a moment without a zone is in UTC."""
+    expected = f"expected 2026-01-31T12:00Z or the like, or 90min, 6h, 7d, got '{text}'"
     ago = re.fullmatch(r"([0-9]{1,6})(s|min|h|d)", text)
     if ago is not None:
         return time.time() - int(ago[1]) * {"s": 1, "min": 60, "h": 3_600, "d": 86_400}[ago[2]]
-    moment = datetime.fromisoformat(text)
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(expected) from None
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 

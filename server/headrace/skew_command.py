@@ -236,11 +236,13 @@ def _show(console: Console, report: ServiceReport, max_mismatch_share: float) ->
             printable(of.feature),
             printable(of.view),
             f"{of.compared:,}",
-            Text(f"{of.mismatch_share:.2%}", style),
+            Text(f"{of.mismatch_share:.2%}" if of.compared else "", style),
             *(f"{n:,}" for n in (of.differing, of.missing_online, of.missing_offline, of.late)),
             *("" if x is None else f"{x:.6g}" for x in (of.mean_distance, of.max_distance)),
         )
     console.print(table)
+    if any(of.late for of in report.tallies.values()):
+        console.print("late: right at its own event time, but a newer value was not online yet")
     if report.gone:
         console.print(f"no longer in the registry: {printable(', '.join(sorted(report.gone)))}")
     if len(report.registry_versions) > 1:

@@ -39,7 +39,11 @@ def cafes(ids):
 
 def cities():
     return pd.DataFrame(
-        {"city": ["Bern", "Åbo"], "rain_mm": [5.5, None], "event_timestamp": NOW - timedelta(days=9)}
+        {
+            "city": ["Bern", "Åbo"],
+            "rain_mm": [5.5, None],
+            "event_timestamp": NOW - timedelta(days=9),
+        }
     )
 
 
@@ -159,7 +163,9 @@ def stop(process):
 def metric(address, name):
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as reply:
         lines = reply.read().decode().splitlines()
-    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if name in line}
+    return {
+        line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if name in line
+    }
 
 
 @pytest.fixture(scope="module")

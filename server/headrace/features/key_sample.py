@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 _HASH_VALUES = 1 << 64
 
-# Odd multipliers of a xor-shift-multiply finalizer; source: P. Evensen, "Rrmxmx" (the constant of
-# its second multiplication), and the golden ratio, which spreads what one column adds.
+# Multiplier and last shift are those of P. Evensen's mixing function "rrmxmx"; the other constant is
+# the golden ratio of 64 bits, without which a key of 0 would hash to 0.
 _SPREAD = np.uint64(0x9FB21C651E98DF25)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _HIGH, _MIDDLE = np.uint64(32), np.uint64(28)
@@ -47,6 +47,7 @@ def sampled_rows(columns: Sequence[NDArray[Any]], threshold: np.uint64) -> NDArr
 def key_hashes(columns: Sequence[NDArray[Any]]) -> NDArray[np.uint64]:
     """Return 64 evenly spread bits per row, which depend on its keys and their order only."""
     hashes = _words(columns[0])
+    hashes += _GOLDEN
     for column in columns[1:]:
         _mix(hashes)
         hashes *= _GOLDEN

@@ -53,7 +53,7 @@ class FeastOffline:
         # Feast's file store returns one row for two that are alike, so none may be.
         group = frame.groupby([*keys, _TIME], sort=False, dropna=False).ngroup().to_numpy(np.int64)
         asked = frame.drop_duplicates(ignore_index=True)
-        asked[_ROW] = np.arange(len(asked), dtype=np.int64)
+        asked = asked.assign(**{_ROW: np.arange(len(asked), dtype=np.int64)})
         reference = self._reference(view)
         references = [f"{reference}:{feature}" for feature in features]
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
