@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import structlog
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.features import skew_log as skew_log_module
@@ -184,7 +184,7 @@ BATCHES = st.lists(
 )
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(BATCHES, st.sampled_from([0.05, 0.5, 1.0]))
 def test_exactly_the_rows_of_sampled_keys_are_kept(tmp_path_factory, batches, share):
     folder = tmp_path_factory.mktemp("log")
