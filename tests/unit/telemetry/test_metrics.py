@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from headrace.features.skew_log import SkewLog
 from headrace.monitoring.stream import PredictionStream
 from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.metrics import METRICS, SECONDS_BOUNDS, Metrics, _Histogram
@@ -21,6 +22,11 @@ def samples(metrics):
         for family in families
         for sample in family.samples
     }
+
+
+def skew_log(folder):
+    limits = {"max_queue_bytes": 2**20, "file_rows": 10, "file_s": 60, "folder_bytes": 2**20}
+    return SkewLog(folder, share=0.5, **limits)
 
 
 @given(
@@ -110,12 +116,13 @@ def test_a_version_keeps_its_numbers_when_asked_for_again():
     assert metrics.model("m", "1") is not metrics.model("m", "2")
 
 
-def test_every_metric_that_is_listed_is_exported_and_none_besides():
+def test_every_metric_that_is_listed_is_exported_and_none_besides(tmp_path):
     metrics = Metrics()
     answered(metrics)
     metrics.rpc_error("ModelInfer", "NOT_FOUND")
     metrics.stream = PredictionStream("127.0.0.1:1", max_queue_bytes=1)
     metrics.calls = CallRecorder(metrics)
+    metrics.skew_log = skew_log(tmp_path)
     registry = CollectorRegistry()
     registry.register(metrics)
 
@@ -124,3 +131,19 @@ def test_every_metric_that_is_listed_is_exported_and_none_besides():
         names.add(family.name + "_total" * (family.type == "counter"))
 
     assert names == set(METRICS)
+
+
+def test_the_skew_log_says_what_became_of_its_rows(tmp_path):
+    metrics = Metrics()
+    log = metrics.skew_log = skew_log(tmp_path)
+    log.rows_written, log.rows_dropped, log.rows_failed = 7, 5, 3
+
+    found = samples(metrics)
+
+    rows = {result: found["headrace_skew_log_rows_total", result] for _, result in ROW_RESULTS}
+    assert rows == {result: count for count, result in ROW_RESULTS}
+    assert found["headrace_skew_log_queue_bytes",] == 0
+    assert found["headrace_skew_log_files_deleted_total",] == 0
+
+
+ROW_RESULTS = [(7, "written"), (5, "dropped"), (3, "failed")]
