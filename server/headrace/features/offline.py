@@ -51,7 +51,9 @@ class FeastOffline:
         frame = pd.DataFrame({base: _key_column(*column) for base, column in keys.items()})
         frame[_TIME] = pd.to_datetime(times_us, unit="us", utc=True).astype("datetime64[ns, UTC]")
         # Feast's file store returns one row for two that are alike, so none may be.
-        group = frame.groupby([*keys, _TIME], sort=False, dropna=False).ngroup().to_numpy(np.int64)
+        group: NDArray[Any] = (
+            frame.groupby([*keys, _TIME], sort=False, dropna=False).ngroup().to_numpy()
+        )
         asked = frame.drop_duplicates(ignore_index=True)
         asked = asked.assign(**{_ROW: np.arange(len(asked), dtype=np.int64)})
         reference = self._reference(view)
@@ -80,7 +82,7 @@ def _key_column(value_type: ValueType, values: Sequence[Any]) -> Any:
 
 
 def _column(
-    found: Any, places: NDArray[np.int64], count: int, group: NDArray[np.int64]
+    found: Any, places: NDArray[np.int64], count: int, group: NDArray[Any]
 ) -> OfflineColumn:
     series = found.dt.tz_localize(None) if getattr(found.dtype, "tz", None) is not None else found
     own = series.to_numpy()

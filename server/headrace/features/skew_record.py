@@ -73,7 +73,7 @@ def sampled_record(
     entities: Mapping[str, NDArray[Any]],
     features: FeatureRows,
     *,
-    threshold: np.uint64,
+    threshold: NDArray[np.uint64],
     first_number: int,
     request_rows: Sequence[int],
     time_s: float,
