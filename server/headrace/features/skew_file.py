@@ -190,12 +190,14 @@ def to_columns(records: Sequence[SkewRecord]) -> Columns:
             _joined([record.keys[key.name] for record in records]), key.value_type, None
         )
     statuses = _joined([record.statuses for record in records])
+    matrices = [record.values for record in records if isinstance(record.values, np.ndarray)]
+    matrix = _joined(matrices) if matrices else None  # one for all: a plan is FLOAT or it is not
     for i, feature in enumerate(plan.features):
         known = (statuses[i] == FeatureStatus.PRESENT) | (
             statuses[i] == FeatureStatus.OUTSIDE_MAX_AGE
         )
-        values = _joined([record.values[i] for record in records])
-        columns[f"value.{feature.name}"] = _array(values, feature.value_type, ~known)
+        own = matrix[i] if matrix is not None else _joined([r.values[i] for r in records])
+        columns[f"value.{feature.name}"] = _array(own, feature.value_type, ~known)
         columns[f"status.{feature.name}"] = pa.DictionaryArray.from_arrays(
             pa.array(statuses[i].astype(np.int8)), pa.array(STATUS_NAMES)
         )
@@ -276,6 +278,10 @@ def files_of(path: Path) -> Iterator[Path]:
 def _prediction_ids(records: Sequence[SkewRecord]) -> list[str]:
     ids = []
     for record in records:
+        if not record.request_rows:
+            prefix, first = record.source.id_prefix, record.first_number
+            ids += [f"{prefix}{first + at:010x}/0" for at in record.places.tolist()]
+            continue
         ends = np.cumsum(record.request_rows)
         requests = np.searchsorted(ends, record.places, side="right")
         rows = record.places - (ends - record.request_rows)[requests]

@@ -46,12 +46,13 @@ class SkewRecord(NamedTuple):
     Args:
         source: Whose.
         keys: By join key, shape (k,).
-        values: One per feature of the plan, shape (k,).
+        values: One per feature of the plan, shape (k,); one array of all of them, shape (features,
+            k), where they are all FLOAT.
         statuses: Shape (features, k).
         event_times_s: Shape (views, k).
         places: Where in the batch the rows were, shape (k,).
         first_number: Of the batch's first request; the others follow.
-        request_rows: Rows of each request.
+        request_rows: Rows of each request; none where each has one.
         time_s: When the features were read, Unix seconds.
         byte_count: What it holds in memory, about.
     """
@@ -89,7 +90,7 @@ def sampled_record(
         features: What was found, n rows.
         threshold: See `key_sample`.
         first_number: Of the batch's first request.
-        request_rows: Rows of each request; n together.
+        request_rows: Rows of each request; n together. Not to be changed any more.
         time_s: When the features were read, Unix seconds.
 
     Returns:
@@ -112,6 +113,8 @@ def sampled_record(
     statuses = features.statuses[:, places]
     event_times_s = features.event_times_s[:, places]
     held += sum([_held_bytes(key) for key in own.values()])
+    if len(request_rows) == features.statuses.shape[1]:
+        request_rows = ()
     held += statuses.nbytes + event_times_s.nbytes + places.nbytes + 8 * len(request_rows)
     return SkewRecord(
         source=source,
