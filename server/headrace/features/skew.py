@@ -18,6 +18,9 @@ from headrace.features.skew_file import LoggedFeature, LoggedPlan, LoggedView
 from headrace.features.skew_values import Tolerance, differences
 from headrace.features.values import ValueType
 
+_ASKABLE_US = 9_000_000_000_000_000
+"""Pandas' datetimes reach back so far, to 1684; what lies beyond is damaged."""
+
 AFTER_EVENT_US = 2
 """Added to an event time to be surely not before it: the log rounds it to microseconds."""
 
@@ -71,9 +74,9 @@ class FeatureTally:
     """
     What became of one feature's rows.
 
-    A row is compared when either side has a value. *Late* is a row whose online value is what the
-    offline store had at that value's own event time: right once, but a newer one had not been
-    materialized when it was served. It is compared, and no mismatch.
+    A row is compared when either side has a value. *Late* is a row that mismatches, but whose
+    online value, or null, is what the offline store had at its own event time: right once, but a
+    newer row had not been materialized when it was served. It is compared, and no mismatch.
 
     Args:
         feature: As served.
@@ -118,12 +121,20 @@ class _Side:
     feature: LoggedFeature
     online: NDArray[Any]
     known: NDArray[np.bool_]
-    """Whether the online value is known; the model may not have seen it, being too old."""
+    """Whether there is an online value; the model may not have seen it, being too old."""
+    null: NDArray[np.bool_]
+    """Whether the online store says that there is none."""
     seen: NDArray[np.bool_]
     offline: OfflineColumn
     differs: NDArray[np.bool_]
     distance: NDArray[np.float64]
     late: NDArray[np.bool_]
+
+    @property
+    def suspect(self) -> NDArray[np.bool_]:
+        """Rows that mismatch and may be late."""
+        present = self.offline.present
+        return self.differs | (self.null & present) | (self.seen & ~present)
 
 
 def compare(
@@ -171,10 +182,11 @@ def _compare_view(
     found = offline.read(view.name, names, keys, requested_us)
     sides = [_side(of, rows, found[of.feature], tolerance) for of in features]
     event_us = _microseconds(rows[view.column])
-    has_event = rows[view.column].is_valid().to_numpy()
     suspect = np.zeros(len(rows), np.bool_)
     for side in sides:
-        suspect |= side.differs & has_event
+        suspect |= side.suspect
+    suspect &= rows[view.column].is_valid().to_numpy() & (event_us > -_ASKABLE_US)
+    suspect &= event_us <= requested_us  # what comes from the future is not late
     places = np.flatnonzero(suspect)
     if places.size:
         then = offline.read(
@@ -204,6 +216,7 @@ def _side(
             known &= ~np.isnan(online)  # offline stores do not tell it from null
     status = rows[f"status.{feature.name}"].cast(pa.string())
     seen = known & pc.equal(status, FeatureStatus.PRESENT.name).to_numpy()
+    null = ~known & pc.not_equal(status, FeatureStatus.NOT_FOUND.name).to_numpy()
     differs = np.zeros(len(online), np.bool_)
     distance = np.full(len(online), np.nan)
     both = known & offline.present
@@ -211,13 +224,15 @@ def _side(
         value_type, online[both], offline.values[both], tolerance
     )
     late = np.zeros(len(online), np.bool_)
-    return _Side(feature, online, known, seen, offline, differs, distance, late)
+    return _Side(feature, online, known, null, seen, offline, differs, distance, late)
 
 
 def _mark_late(
     side: _Side, places: NDArray[np.intp], then: OfflineColumn, tolerance: Tolerance
 ) -> None:
-    asked = side.differs[places] & then.present
+    suspect = side.suspect[places]
+    side.late[places[suspect & side.null[places] & ~then.present]] = True
+    asked = suspect & side.known[places] & then.present
     own = places[asked]
     differs, _ = differences(
         ValueType(side.feature.value_type), side.online[own], then.values[asked], tolerance
@@ -229,7 +244,7 @@ def _count(tally: FeatureTally, side: _Side, view: LoggedView, rows: pa.Table) -
     present = side.offline.present
     differing = side.seen & present & side.differs & ~side.late
     missing_online = ~side.seen & present & ~side.late
-    missing_offline = side.seen & ~present
+    missing_offline = side.seen & ~present & ~side.late
     tally.rows += len(rows)
     tally.compared += int((side.seen | present).sum())
     tally.differing += int(differing.sum())

@@ -65,6 +65,7 @@ def served(*rows):
             value, status = value if isinstance(value, tuple) else (value, PRESENT)
             if value is not None:
                 column[at] = value
+            if value is not None or status is NULL:
                 statuses[i, at] = status
         values.append(column)
     records = [
@@ -104,6 +105,7 @@ def verdict(tally):
 
 
 OLD, NEW = (100.0, {"a": 1.0, "b": "x"}), (200.0, {"a": 2.0, "b": "x"})
+FUTURE = (400.0, {"a": 3.0, "b": "x"})
 
 
 @pytest.mark.parametrize(
@@ -119,10 +121,15 @@ OLD, NEW = (100.0, {"a": 1.0, "b": "x"}), (200.0, {"a": 2.0, "b": "x"})
         pytest.param({"a": (2.0, OUTSIDE)}, 200.0, {"missing_online": 1}, id="too old online"),
         pytest.param({"a": (1.0, OUTSIDE)}, 100.0, {"late": 1}, id="late and too old"),
         pytest.param({"a": NAN}, 200.0, {"missing_online": 1}, id="not a number"),
+        pytest.param({"a": (None, NULL)}, 200.0, {"missing_online": 1}, id="null online only"),
+        pytest.param({"a": (None, NULL)}, 50.0, {"late": 1}, id="null, as it was"),
+        pytest.param({}, 50.0, {"missing_online": 1}, id="a feature that was never written"),
+        pytest.param({"a": 1.0}, -1e15, {"differing": 1}, id="a damaged event time"),
+        pytest.param({"a": 3.0}, 400.0, {"differing": 1}, id="from the future"),
     ],
 )
 def test_what_was_served_is_told_apart(values, event_time_s, expected):
-    history = History({("stats", 1): [OLD, NEW]})
+    history = History({("stats", 1): [OLD, NEW, FUTURE]})
 
     tally = tallied(served((1, 300.0, values, {"stats": event_time_s})), history)["a"]
 
@@ -137,6 +144,14 @@ def test_a_value_that_only_the_online_store_has_is_missing_offline():
     assert verdict(tally) == {"missing_offline": 1}
     assert tally.example.online == 1.0
     assert tally.example.offline is None
+
+
+def test_a_value_that_has_become_null_since_is_late():
+    history = History({("stats", 1): [OLD, (200.0, {"a": None})]})
+
+    tally = tallied(served((1, 300.0, {"a": 1.0}, {"stats": 100.0})), history)["a"]
+
+    assert (tally.compared, verdict(tally)) == (1, {"late": 1})
 
 
 def test_what_is_missing_on_both_sides_is_not_compared():
@@ -198,7 +213,7 @@ ROWS = st.lists(
         st.integers(5, 12),  # request time
         st.none() | st.integers(1, 9),  # event time online
         VALUE,  # value online
-        st.sampled_from([PRESENT, OUTSIDE]),
+        st.sampled_from([PRESENT, OUTSIDE, NULL]),
     ),
     min_size=1,
     max_size=8,
@@ -223,24 +238,31 @@ def test_every_row_is_counted_as_the_definitions_say(events, rows):
         ("compared", "differing", "missing_online", "missing_offline", "late"), 0
     )
     for key, time_s, event_s, value, status in rows:
-        online = value if status is PRESENT else None
+        stored = None if status is NULL else value
+        online = stored if status is PRESENT else None
         offline = offline_at(key, time_s)
         expected["compared"] += online is not None or offline is not None
-        if offline is None:
-            expected["missing_offline"] += online is not None
-        elif (
-            value is not None and value != offline and event_s and offline_at(key, event_s) == value
-        ):
+        if online is offline is None or online == offline:
+            continue
+        is_told = event_s and event_s <= time_s and (stored is not None or status is NULL)
+        if is_told and stored != offline and offline_at(key, event_s) == stored:
             expected["late"] += 1
+        elif offline is None:
+            expected["missing_offline"] += 1
         elif online is None:
             expected["missing_online"] += 1
         else:
-            expected["differing"] += online != offline
+            expected["differing"] += 1
 
     tally = tallied(
         served(
             *(
-                (key, float(time_s), {"a": (value, status)}, {"stats": float(event_s or NAN)})
+                (
+                    key,
+                    float(time_s),
+                    {"a": (None if status is NULL else value, status)},
+                    {"stats": float(event_s or NAN)},
+                )
                 for key, time_s, event_s, value, status in rows
             )
         ),
