@@ -31,6 +31,9 @@ FILE_PATTERN = "skew-*.parquet"
 
 STATUS_NAMES = ("INVALID", *(status.name for status in FeatureStatus))
 
+_GROUP_ROWS = 65_536
+"""Of one row group: a reader may have to hold that much."""
+
 _TEMPORARY_PREFIX = ".skew-"
 _TEMPORARY_LIFE_S = 600.0
 """Nobody writes a file for so long: whoever began it has died."""
@@ -240,7 +243,7 @@ class SkewFolder:
         temporary = self._path / f"{_TEMPORARY_PREFIX}{name}.tmp"
         try:
             with temporary.open("wb") as file:
-                pq.write_table(table, file, compression="zstd")
+                pq.write_table(table, file, compression="zstd", row_group_size=_GROUP_ROWS)
                 file.flush()
                 os.fsync(file.fileno())
                 size = file.tell()

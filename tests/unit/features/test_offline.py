@@ -129,3 +129,35 @@ def test_it_knows_what_the_registry_still_has(offline):
     assert offline.has("visits", "spent")
     assert not offline.has("visits", "earned")
     assert not offline.has("purchases", "spent")
+
+
+def test_a_later_version_of_a_view_is_asked_for_by_its_number(tmp_path):
+    (tmp_path / "feature_store.yaml").write_text(
+        "project: offline\nprovider: local\noffline_store: {type: file}\n"
+        "registry: {path: registry.db, enable_online_feature_view_versioning: true}\n"
+        "online_store: {type: sqlite, path: online.db}\nentity_key_serialization_version: 3\n"
+    )
+    row = {"id": [1], "a": [1.5], "b": [2.5], "event_timestamp": [NOON]}
+    pd.DataFrame(row).to_parquet(tmp_path / "stats.parquet")
+    thing = Entity(name="thing", join_keys=["id"], value_type=ValueType.INT64)
+    store = FeatureStore(repo_path=str(tmp_path))
+    for features in (["a"], ["a", "b"]):
+        view = FeatureView(
+            name="stats",
+            entities=[thing],
+            schema=[
+                Field(name="id", dtype=Int64),
+                *(Field(name=f, dtype=Float32) for f in features),
+            ],
+            source=FileSource(path="stats.parquet", timestamp_field="event_timestamp"),
+        )
+        store.apply([thing, view, FeatureService(name="s", features=[view])])
+    repo = open_feature_repo(tmp_path)
+    offline = repo.offline_features()
+
+    (stored,) = repo.compile("s").views
+    found = offline.read(stored.name, ["a", "b"], {"id": (V.INT64, [1])}, at(NOON))
+
+    assert stored.name == "stats_v1"
+    assert offline.has("stats_v1", "b")
+    assert (listed(found["a"]), listed(found["b"])) == ([1.5], [2.5])
