@@ -15,10 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from headrace.errors import StartupError
+from headrace.features.logged_plan import LoggedFeature, LoggedPlan
 from headrace.features.offline import FeastOffline
 from headrace.features.repo import open_feature_repo
 from headrace.features.skew import FeatureTally, compare
-from headrace.features.skew_file import LoggedFeature, LoggedPlan
 from headrace.features.skew_reader import LoggedFile, chunks, scan
 from headrace.features.skew_values import Tolerance
 from headrace.terminal import printable
@@ -105,7 +105,7 @@ def skew(
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise StartupError(f"cannot compare: {type(error).__name__}: {text}") from error
     if not any(of.compared for report in reports for of in report.tallies.values()):
-        raise StartupError(f"--log {log}: nothing to compare with these filters")
+        raise StartupError(f"--log {log}: nothing to compare: neither store has a value in any row")
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=as_json)
     if as_json:
         document = _as_json(reports, max_mismatch_share, len(files), len(unreadable))

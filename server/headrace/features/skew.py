@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from headrace.features.logged_plan import LoggedFeature, LoggedPlan, LoggedView
 from headrace.features.plan import FeatureStatus
-from headrace.features.skew_file import LoggedFeature, LoggedPlan, LoggedView
 from headrace.features.skew_values import Tolerance, differences
 from headrace.features.values import ValueType
 

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from headrace.features.skew_file import METADATA_KEY, LoggedPlan, files_of
+from headrace.features.logged_plan import LoggedPlan
+from headrace.features.skew_file import METADATA_KEY, files_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headrace.features.logged_plan import logged_plan
 from headrace.features.plan import FeatureSource, FeatureStatus, ViewSource, compile_plan
 from headrace.features.skew import FeatureTally, OfflineColumn, compare
-from headrace.features.skew_file import SkewFolder, logged_plan, to_columns
+from headrace.features.skew_file import SkewFolder, to_columns
 from headrace.features.skew_reader import chunks, scan
 from headrace.features.skew_record import SkewRecord, SkewSource
 from headrace.features.skew_values import Tolerance

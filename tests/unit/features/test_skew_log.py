@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 import time
 from functools import partial
 
@@ -247,6 +248,26 @@ def test_a_full_queue_drops_the_newest_and_counts_them(tmp_path):
     assert 2 < len(rows) < 20
     assert [row["key.driver_id"] for row in rows] == list(range(len(rows)))
     assert (log.rows_written, log.rows_dropped) == (len(rows), 100 - len(rows))
+
+
+def test_several_executors_lose_and_double_nothing(tmp_path, fast):
+    log = log_to(tmp_path, file_rows=50)
+    log.start()
+
+    def serve(first):
+        source = source_of(FLOATS, f"model {first}")
+        for driver in range(first, first + 100):
+            put(log, source, {"driver_id": [driver]})
+
+    executors = [threading.Thread(target=serve, args=(100 * i,)) for i in range(4)]
+    for executor in executors:
+        executor.start()
+    for executor in executors:
+        executor.join()
+    log.stop(30)
+
+    assert sorted(row["key.driver_id"] for row in written(tmp_path)) == list(range(400))
+    assert (log.rows_written, log.queued_bytes) == (400, 0)
 
 
 def test_long_values_count_for_what_they_are(tmp_path):
