@@ -10,7 +10,10 @@ os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
 
 import argparse  # noqa: E402
 import json  # noqa: E402
-from collections.abc import Sequence  # noqa: E402
+import re  # noqa: E402
+import time  # noqa: E402
+from collections.abc import Callable, Sequence  # noqa: E402
+from datetime import UTC, datetime  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -113,23 +116,35 @@ def _models(options: dict[str, Any]) -> int:
 
 def _features(options: dict[str, Any]) -> int:
     set_up_logs("error")
-    if options["action"] == "check":
-        from headrace import feature_check  # noqa: PLC0415 it takes seconds
+    return _FEATURE_ACTIONS[options.pop("action")](options)
 
-        return feature_check.check(
-            options["feature_repo"], keys_max=options["keys"], as_json=options["json"]
-        )
+
+def _features_list(options: dict[str, Any]) -> int:
     from headrace import feature_commands  # noqa: PLC0415 it takes seconds
 
-    common = {"timeout_s": options["timeout_s"], "as_json": options["json"]}
-    if options["action"] == "list":
-        return feature_commands.list_services(options["address"], **common)
+    return feature_commands.list_services(
+        options["address"], timeout_s=options["timeout_s"], as_json=options["json"]
+    )
+
+
+def _features_get(options: dict[str, Any]) -> int:
+    from headrace import feature_commands  # noqa: PLC0415 it takes seconds
+
     return feature_commands.get(
         options["address"],
         options["selection"],
         options["pairs"],
         full_feature_names=options["full_feature_names"],
-        **common,
+        timeout_s=options["timeout_s"],
+        as_json=options["json"],
+    )
+
+
+def _features_check(options: dict[str, Any]) -> int:
+    from headrace import feature_check  # noqa: PLC0415 it takes seconds
+
+    return feature_check.check(
+        options["feature_repo"], keys_max=options["keys"], as_json=options["json"]
     )
 
 
@@ -147,6 +162,28 @@ def _predict(options: dict[str, Any]) -> int:
         as_json=options["json"],
     )
 
+
+def _features_skew(options: dict[str, Any]) -> int:
+    from headrace import skew_command  # noqa: PLC0415 it takes seconds
+
+    return skew_command.skew(
+        options["log"],
+        options["feature_repo"],
+        service=options["service"],
+        since_s=options["since"],
+        tolerance=(options["relative_tolerance"], options["absolute_tolerance"]),
+        max_mismatch_share=options["max_mismatch_share"],
+        chunk_rows=options["chunk_rows"],
+        as_json=options["json"],
+    )
+
+
+_FEATURE_ACTIONS = {
+    "list": _features_list,
+    "get": _features_get,
+    "check": _features_check,
+    "skew": _features_skew,
+}
 
 _COMMANDS = {
     "serve": _serve,
@@ -269,6 +306,72 @@ def _add_features(features: argparse.ArgumentParser) -> None:
     )
     for action in (listing, get, check):
         action.add_argument("--json", action="store_true", help="for machines")
+    _add_features_skew(actions)
+
+
+def _add_features_skew(actions: Any) -> None:
+    text = (
+        "compare a skew log with the offline store, point in time; exit code 0 if no feature "
+        "mismatches too often, 1 if one does, 2 if it could not be found out"
+    )
+    skew = actions.add_parser("skew", help=text, description=text)
+    skew.add_argument("--feature-repo", type=Path, required=True, metavar="DIR")
+    skew.add_argument(
+        "--log", type=Path, required=True, metavar="DIR", help="of `headrace serve --skew-log-dir`"
+    )
+    skew.add_argument("--service", metavar="NAME", help="one feature service only")
+    skew.add_argument(
+        "--since",
+        type=_moment,
+        metavar="TIME",
+        help="leave out older requests: 2026-01-31T12:00Z, or as long ago as 90min, 6h, 7d",
+    )
+    skew.add_argument(
+        "--max-mismatch-share",
+        type=_number(0, 1),
+        default=0.01,
+        metavar="SHARE",
+        help="of a feature's compared rows (default: 0.01)",
+    )
+    for name, default in (("relative", 1e-6), ("absolute", 0.0)):
+        skew.add_argument(
+            f"--{name}-tolerance",
+            type=_number(0, sys.float_info.max),
+            default=default,
+            metavar="X",
+            help=f"of floating-point values (default: {default:g})",
+        )
+    skew.add_argument(
+        "--chunk-rows",
+        type=lambda text: int(_number(1, 10_000_000)(text)),
+        default=10_000,
+        metavar="N",
+        help="rows that the offline store is asked for at once: memory against the number of "
+        "queries (default: 10000)",
+    )
+    skew.add_argument("--json", action="store_true", help="for machines")
+
+
+def _number(least: float, most: float) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        if not least <= (value := float(text)) <= most:
+            raise argparse.ArgumentTypeError(f"expected {least:g} to {most:g}, got '{text}'")
+        return value
+
+    return number
+
+
+def _moment(text: str) -> float:
+    """Return Unix seconds; a moment without a zone is in UTC."""
+    expected = f"expected 2026-01-31T12:00Z or the like, or 90min, 6h, 7d, got '{text}'"
+    ago = re.fullmatch(r"([0-9]{1,6})(s|min|h|d)", text)
+    if ago is not None:
+        return time.time() - int(ago[1]) * {"s": 1, "min": 60, "h": 3_600, "d": 86_400}[ago[2]]
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(expected) from None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
 if __name__ == "__main__":

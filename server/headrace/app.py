@@ -17,6 +17,7 @@ from headrace.feature_reads import FeatureReads
 from headrace.features.plans import FeaturePlans
 from headrace.features.registry_watch import RegistryWatch
 from headrace.features.repo import FeatureRepo, open_feature_repo
+from headrace.features.skew_log import SkewLog
 from headrace.features.store import OnlineStore
 from headrace.loading import VersionLoader
 from headrace.monitoring.stream import PredictionStream
@@ -43,6 +44,9 @@ STREAM_STOP_S = 2.0
 
 CALLS_STOP_S = 2.0
 """How long the last spans may take to their collector when stopping."""
+
+SKEW_LOG_STOP_S = 5.0
+"""How long the last rows may take to the skew log's folder when stopping."""
 
 WATCH_PERIOD_S = 1.0
 """How often the threads that carry requests, and the feature store, are looked at."""
@@ -111,8 +115,17 @@ class Gateway:
                 max_queue_bytes=settings.max_queue_bytes,
                 timeout_s=settings.feature_timeout_s,
             )
+        self._skew_log = _skew_log(settings)
+        self.metrics.skew_log = self._skew_log
         loader = VersionLoader(
-            settings, self._plans, self._store, self.metrics, record, self.calls, view_metrics
+            settings,
+            self._plans,
+            self._store,
+            self.metrics,
+            record,
+            self.calls,
+            view_metrics,
+            self._skew_log,
         )
         self.repository = RepositoryManager(
             settings.model_repository,
@@ -180,6 +193,8 @@ class Gateway:
         self.calls.start()
         if self._stream is not None:
             self._stream.start()
+        if self._skew_log is not None:
+            self._skew_log.start()
         self.repository.start()
         _LOG.info(
             "started",
@@ -255,6 +270,8 @@ class Gateway:
         self.calls.stop(min(CALLS_STOP_S, max(0.0, deadline_s - time.monotonic())))
         if self._stream is not None:  # after the last batch
             self._stream.stop(min(STREAM_STOP_S, max(0.0, deadline_s - time.monotonic())))
+        if self._skew_log is not None:  # likewise
+            self._skew_log.stop(min(SKEW_LOG_STOP_S, max(0.0, deadline_s - time.monotonic())))
         for served in models:
             served.close()
         if self._store is not None:
@@ -329,6 +346,19 @@ def _call_recorder(metrics: Metrics) -> CallRecorder:
         calls = CallRecorder(metrics, Sampler(rule), SpanExporter())
     metrics.calls = calls
     return calls
+
+
+def _skew_log(settings: ServeSettings) -> SkewLog | None:
+    if settings.skew_log_dir is None:
+        return None
+    return SkewLog(
+        settings.skew_log_dir,
+        share=settings.skew_sample_share,
+        max_queue_bytes=settings.skew_queue_bytes,
+        file_rows=settings.skew_file_rows,
+        file_s=settings.skew_file_s,
+        folder_bytes=settings.skew_log_bytes,
+    )
 
 
 def _calm_the_collector() -> None:

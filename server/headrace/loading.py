@@ -14,6 +14,7 @@ from headrace.batching.policy import BatchPolicy
 from headrace.errors import ModelLoadError
 from headrace.features.join import FeatureJoin
 from headrace.features.plans import FeaturePlans, Selection
+from headrace.features.skew_log import SkewLog
 from headrace.features.store import OnlineStore
 from headrace.monitoring.records import BatchRecord
 from headrace.predict import Request, ServedModel
@@ -42,6 +43,7 @@ class VersionLoader:
         record: Is given every answered batch.
         calls: Is told of sampled calls.
         view_metrics: Statuses and ages of their features.
+        skew_log: Keeps the features of sampled rows.
     """
 
     def __init__(
@@ -53,8 +55,10 @@ class VersionLoader:
         record: Callable[[BatchRecord], None] | None = None,
         calls: CallRecorder | None = None,
         view_metrics: ViewMetrics | None = None,
+        skew_log: SkewLog | None = None,
     ) -> None:
         self._view_metrics = view_metrics
+        self._skew_log = skew_log
         self._record = record
         self._calls = calls
         self._settings = settings
@@ -124,6 +128,7 @@ class VersionLoader:
             record=self._record,
             calls=self._calls,
             view_metrics=self._view_metrics,
+            skew_log=self._skew_log,
         )
         metrics.queue_size = lambda: served.waiting
         return config, served

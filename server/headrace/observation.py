@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from headrace.backends.base import Backend
 from headrace.features.join import FeatureJoin
+from headrace.features.skew_log import SkewLog
+from headrace.features.skew_record import SkewSource
 from headrace.features.store import FeatureRows
 from headrace.monitoring.records import BatchRecord, Block, RecordSchema, column_names
 from headrace.telemetry.calls import CallRecorder
@@ -48,6 +50,7 @@ class Carried(NamedTuple):
         first_number: Of its first request.
         rows: Of all requests.
         inputs: What the model saw.
+        entities: Whose features were read, by join key; empty without a feature join.
         features: What was read for it, row for row.
         arrays: What the model said, as it returned it.
         started_s: When the batch was taken, on `time.perf_counter`'s clock.
@@ -60,6 +63,7 @@ class Carried(NamedTuple):
     first_number: int
     rows: int
     inputs: dict[str, NDArray[np.generic]]
+    entities: Mapping[str, NDArray[np.generic]]
     features: FeatureRows | None
     arrays: Sequence[NDArray[np.generic]]
     started_s: float
@@ -84,6 +88,7 @@ class BatchObserver:
         view_metrics: Likewise, of features.
         calls: Is told of batches with sampled calls in them.
         record: Is given each batch. Must not block, raise or write to its arrays.
+        skew_log: Keeps the features of sampled rows.
     """
 
     def __init__(
@@ -99,6 +104,7 @@ class BatchObserver:
         view_metrics: ViewMetrics | None,
         calls: CallRecorder | None,
         record: Callable[[BatchRecord], None] | None,
+        skew_log: SkewLog | None,
     ) -> None:
         self._name = name
         self._version = version
@@ -117,6 +123,10 @@ class BatchObserver:
                 tuple(_input_blocks(backend.inputs, join)),
                 tuple([_block(spec) for spec in backend.outputs]),
             )
+        self._skew_log: SkewLog | None = None
+        if skew_log is not None and join is not None:
+            self._skew_log = skew_log
+            self._skew_source = SkewSource(name, version, id_prefix, join.plan)
         self._numbering = threading.Lock()
         self._next_number = 0
 
@@ -163,6 +173,16 @@ class BatchObserver:
                     time_s=carried.now_s,
                     byte_count=_held_bytes(carried.inputs, carried.arrays),
                 )
+            )
+
+        if self._skew_log is not None and carried.features is not None:
+            self._skew_log.put(
+                self._skew_source,
+                carried.entities,
+                carried.features,
+                first_number=carried.first_number,
+                request_rows=[request.rows for request in batch],
+                time_s=carried.now_s,
             )
 
     def _traced(self, batch: Sequence[ObservedRequest], carried: Carried) -> TracedBatch | None:

@@ -33,6 +33,7 @@ from headrace.errors import (
 )
 from headrace.features.join import FeatureJoin
 from headrace.features.plan import FeatureStatus
+from headrace.features.skew_log import SkewLog
 from headrace.features.store import FeatureRows, OnlineStore
 from headrace.monitoring.records import BatchRecord
 from headrace.observation import BatchObserver, Carried, traceparent_of
@@ -194,6 +195,7 @@ class ServedModel:
         record: Is given each answered batch. Must not block, raise or write to its arrays.
         calls: Is told of batches with sampled calls in them.
         view_metrics: Statuses and ages of features, folded once per batch.
+        skew_log: Keeps the features of sampled rows.
     """
 
     def __init__(
@@ -214,6 +216,7 @@ class ServedModel:
         record: Callable[[BatchRecord], None] | None = None,
         calls: CallRecorder | None = None,
         view_metrics: ViewMetrics | None = None,
+        skew_log: SkewLog | None = None,
     ) -> None:
         if (join is None) != (store is None):
             raise ValueError("a feature join needs a store, and a store is for a join")
@@ -246,6 +249,7 @@ class ServedModel:
             view_metrics=view_metrics,
             calls=calls,
             record=record,
+            skew_log=skew_log,
         )
         self._threads = [
             threading.Thread(
@@ -332,10 +336,11 @@ class ServedModel:
         columns = self._join_inputs(batch, rows)
         if self.join is None:
             timing = (started_s, started_s, now_s)
-            self._infer_and_reply(batch, rows, columns, None, None, timing)
+            self._infer_and_reply(batch, rows, columns, {}, None, None, timing)
             return True
+        entities = self._entities(self.join, columns)
         try:
-            features = self._read(self.join, columns, now_s)
+            features = self._read(self.join, entities, now_s)
         except FeatureStoreUnavailable as error:
             _fail_all(batch, error)
             self._metrics.failed(len(batch))
@@ -348,7 +353,7 @@ class ServedModel:
                 return self._carry(kept) if kept else True
         inputs = self.join.assemble(features, columns)
         timing = (started_s, time.perf_counter(), now_s)
-        self._infer_and_reply(batch, rows, inputs, features, missing, timing)
+        self._infer_and_reply(batch, rows, inputs, entities, features, missing, timing)
         return True
 
     def _join_inputs(self, batch: Sequence[Request], rows: int) -> dict[str, NDArray[np.generic]]:
@@ -359,19 +364,26 @@ class ServedModel:
             columns[spec.name] = join(spec, [request.raws[i] for request in batch], shape)
         return columns
 
-    def _read(
-        self, feature_join: FeatureJoin, columns: dict[str, NDArray[np.generic]], now_s: float
-    ) -> FeatureRows:
-        assert self._store is not None
+    @staticmethod
+    def _entities(
+        feature_join: FeatureJoin, columns: dict[str, NDArray[np.generic]]
+    ) -> dict[str, NDArray[np.generic]]:
+        """Take the join keys out of the columns."""
         count = feature_join.join_key_count
         keys = {
             spec.name: columns.pop(spec.name).reshape(-1) for spec in feature_join.inputs[:count]
         }
         if not keys:  # a service without entities: the request-time columns say how many rows
             keys = {name: column.reshape(-1) for name, column in columns.items()}
+        return keys
+
+    def _read(
+        self, feature_join: FeatureJoin, entities: dict[str, NDArray[np.generic]], now_s: float
+    ) -> FeatureRows:
+        assert self._store is not None
         return self._store.read(
             feature_join.plan,
-            keys,
+            entities,
             now_s=now_s,
             timeout_s=self._feature_timeout_s,
             max_age_s=self._max_feature_age_s,
@@ -403,6 +415,7 @@ class ServedModel:
         batch: Sequence[Request],
         rows: int,
         inputs: dict[str, NDArray[np.generic]],
+        entities: dict[str, NDArray[np.generic]],
         features: FeatureRows | None,
         missing: NDArray[np.bool_] | None,
         timing: tuple[float, float, float],
@@ -457,6 +470,7 @@ class ServedModel:
                 first_number=first_number,
                 rows=rows,
                 inputs=inputs,
+                entities=entities,
                 features=features,
                 arrays=arrays,
                 started_s=started_s,

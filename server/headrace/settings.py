@@ -160,6 +160,42 @@ class ServeSettings(Settings):
         "dropped and counted.",
     )
 
+    skew_log_dir: Path | None = Field(
+        None,
+        description="Folder for the features of sampled requests, in Parquet, for `headrace "
+        "features skew`; made if need be, shared by several processes if they like. Without it "
+        "nothing is logged.",
+    )
+    skew_sample_share: float = Field(
+        0.01,
+        gt=0,
+        le=1,
+        description="Share of entity keys whose every read is logged there.",
+    )
+    skew_log_bytes: int = Field(
+        2**30,
+        ge=2**20,
+        description="Bytes of the skew log's files together; the oldest are deleted to make room.",
+    )
+    skew_file_rows: int = Field(
+        100_000,
+        ge=1,
+        le=10_000_000,
+        description="Rows of one model version that make a file of the skew log, about.",
+    )
+    skew_file_s: float = Field(
+        300.0,
+        ge=1,
+        le=86_400,
+        description="Longest that rows wait for their file of the skew log, in seconds.",
+    )
+    skew_queue_bytes: int = Field(
+        32 * 2**20,
+        ge=2**20,
+        description="Bytes of rows that may wait for their file of the skew log; newer ones are "
+        "dropped and counted.",
+    )
+
     @field_validator("grpc_address", "http_address", "monitor_address")
     @classmethod
     def _is_host_and_port(cls, value: str | None) -> str | None:

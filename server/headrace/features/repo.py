@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headrace.errors import FeaturePlanError, StartupError, UnknownFeatures
 from headrace.features.feast_store import FeastStore
@@ -26,6 +26,9 @@ from headrace.features.redis_connection import RedisOptions
 from headrace.features.redis_store import RedisStore
 from headrace.features.store import OnlineStore
 from headrace.features.values import ValueType
+
+if TYPE_CHECKING:  # pandas takes a while to import, and a server does without
+    from headrace.features.offline import FeastOffline
 
 DEFAULT_TAG = "headrace.default"
 """The tag of a Feast `Field` whose text is the value used where the feature is missing."""
@@ -309,6 +312,16 @@ class FeatureRepo:
             if holder != name:
                 found.append(f"features '{holder}' and '{name}' have the same field name")
         return found
+
+    def offline_features(self) -> "FeastOffline":
+        """Make the client of the repository's offline store, for slow work beside the requests."""
+        from headrace.features.offline import FeastOffline  # noqa: PLC0415 see above
+
+        features = {
+            name: frozenset(column.name for column in view.spec.features)
+            for name, view in self._views.items()
+        }
+        return FeastOffline(self._store, has_versions=self._has_versions, views=features)
 
     def _projected(self, service: str, projection: Any) -> ViewSource:
         """Return a view as a feature service projects it."""

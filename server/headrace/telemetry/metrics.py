@@ -62,6 +62,10 @@ METRICS: dict[str, str] = {
     "headrace_stream_rows_total": "Rows handed over to the monitor's stream, or dropped.",
     "headrace_stream_queue_bytes": "Bytes of finished batches that wait for the monitor.",
     "headrace_stream_connected": "Whether the monitor takes predictions, as far as is known.",
+    "headrace_skew_log_rows_total": "Sampled rows written to the skew log, dropped by its full "
+    "queue, or lost because their file could not be written.",
+    "headrace_skew_log_queue_bytes": "Bytes of sampled rows that wait for their file.",
+    "headrace_skew_log_files_deleted_total": "Files of the skew log deleted to make room.",
 }
 """Name and help of every metric; durations in seconds. `docs/operations.md` lists the same."""
 
@@ -186,6 +190,22 @@ class PredictionStreamNumbers(Protocol):
         """Bytes that wait."""
 
 
+class SkewLogNumbers(Protocol):
+    """What the skew log says of itself."""
+
+    rows_written: int
+    rows_dropped: int
+    rows_failed: int
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes that wait."""
+
+    @property
+    def files_deleted(self) -> int:
+        """Files removed to make room."""
+
+
 class Metrics(Collector):
     """All numbers of the process, as Prometheus collects them."""
 
@@ -199,6 +219,7 @@ class Metrics(Collector):
         self.stream: PredictionStreamNumbers | None = None
         self.more: list[Collector] = []
         """Numbers that others keep."""
+        self.skew_log: SkewLogNumbers | None = None
 
     def model(self, name: str, version: str) -> ModelMetrics:
         """Return the numbers of one model version, the same object each time."""
@@ -245,6 +266,8 @@ class Metrics(Collector):
             yield from _stream_metrics(self.stream)
         for collector in self.more:
             yield from collector.collect()
+        if self.skew_log is not None:
+            yield from _skew_log_metrics(self.skew_log)
 
 
 _LABELS = ["model", "version"]
@@ -275,6 +298,19 @@ def _stream_metrics(stream: PredictionStreamNumbers) -> Iterable[Metric]:
         ("headrace_stream_connected", int(stream.is_connected)),
     ):
         yield GaugeMetricFamily(name, METRICS[name], value=value)
+
+
+def _skew_log_metrics(log: SkewLogNumbers) -> Iterable[Metric]:
+    rows = _counter("headrace_skew_log_rows_total", ["result"])
+    rows.add_metric(["written"], log.rows_written)
+    rows.add_metric(["dropped"], log.rows_dropped)
+    rows.add_metric(["failed"], log.rows_failed)
+    yield rows
+    queued = "headrace_skew_log_queue_bytes"
+    yield GaugeMetricFamily(queued, METRICS[queued], value=log.queued_bytes)
+    deleted = _counter("headrace_skew_log_files_deleted_total", [])
+    deleted.add_metric([], log.files_deleted)
+    yield deleted
 
 
 def _model_counters(models: Sequence[ModelMetrics]) -> Iterable[Metric]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from headrace.features.skew_log import SkewLog
 from headrace.monitoring.stream import PredictionStream
 from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.feature_metrics import FeatureReadMetrics, RegistryMetrics, ViewMetrics
@@ -24,6 +25,11 @@ def samples(metrics):
         for family in families
         for sample in family.samples
     }
+
+
+def skew_log(folder):
+    limits = {"max_queue_bytes": 2**20, "file_rows": 10, "file_s": 60, "folder_bytes": 2**20}
+    return SkewLog(folder, share=0.5, **limits)
 
 
 @given(
@@ -113,7 +119,7 @@ def test_a_version_keeps_its_numbers_when_asked_for_again():
     assert metrics.model("m", "1") is not metrics.model("m", "2")
 
 
-def test_every_metric_that_is_listed_is_exported_and_none_besides():
+def test_every_metric_that_is_listed_is_exported_and_none_besides(tmp_path):
     metrics = Metrics()
     answered(metrics)
     metrics.rpc_error("ModelInfer", "NOT_FOUND")
@@ -121,6 +127,7 @@ def test_every_metric_that_is_listed_is_exported_and_none_besides():
     metrics.calls = CallRecorder(metrics)
     watch = SimpleNamespace(is_readable=True, reads=0, failures=0)
     metrics.more = [FeatureReadMetrics(), ViewMetrics(), RegistryMetrics(watch)]
+    metrics.skew_log = skew_log(tmp_path)
     registry = CollectorRegistry()
     registry.register(metrics)
 
@@ -160,3 +167,19 @@ def test_views_are_counted_by_status_and_age_whatever_they_are_read_with():
         "a": 0.5,
         "b": 55.5,
     }
+
+
+def test_the_skew_log_says_what_became_of_its_rows(tmp_path):
+    metrics = Metrics()
+    log = metrics.skew_log = skew_log(tmp_path)
+    log.rows_written, log.rows_dropped, log.rows_failed = 7, 5, 3
+
+    found = samples(metrics)
+
+    rows = {result: found["headrace_skew_log_rows_total", result] for _, result in ROW_RESULTS}
+    assert rows == {result: count for count, result in ROW_RESULTS}
+    assert found["headrace_skew_log_queue_bytes",] == 0
+    assert found["headrace_skew_log_files_deleted_total",] == 0
+
+
+ROW_RESULTS = [(7, "written"), (5, "dropped"), (3, "failed")]
