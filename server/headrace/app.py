@@ -292,9 +292,10 @@ class Gateway:
 
     def _feature_services(self) -> "FeatureServices | None":
         """Serve features as they are; importing Feast's messages takes as long as Feast."""
-        if self._reads is None or self._plans is None:
+        if self._reads is None or self._plans is None or self._feature_repo is None:
             return None
-        from headrace.rpc.feature_services import FeatureServices  # noqa: PLC0415 imports Feast
+        from headrace.rpc.feast_writes import FeatureWrites  # noqa: PLC0415 imports Feast
+        from headrace.rpc.feature_services import FeatureServices  # noqa: PLC0415 likewise
 
         return FeatureServices(
             self._reads,
@@ -302,6 +303,9 @@ class Gateway:
             self.calls,
             as_feast=self._settings.feast_compat,
             is_ready=lambda: self._features_readable and not self._stopping.is_set(),
+            writes=FeatureWrites(
+                self._feature_repo, is_allowed=self._settings.allow_feature_writes
+            ),
         )
 
     def _look_at_features(self) -> None:

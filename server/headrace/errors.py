@@ -12,6 +12,7 @@
     ├── PreconditionFailed        the request is right, the data behind it is not
     │   ├── MissingFeatures           the model's policy is `reject`
     │   └── FeaturesNotServable       they are registered, and cannot be read here
+    ├── PermissionDenied          this server was not started for that
     ├── NotReady                  try again, later or elsewhere
     │   ├── ModelUnavailable          the newest version failed and there is no older one
     │   └── Draining                  this server is stopping
@@ -72,6 +73,10 @@ class MissingFeatures(PreconditionFailed):
 
 class FeaturesNotServable(PreconditionFailed):
     """The features are registered, and something about them keeps this server from reading them."""
+
+
+class PermissionDenied(ServingError):
+    """The operator has not allowed it on this server."""
 
 
 class NotReady(ServingError):

@@ -125,6 +125,11 @@ class ServeSettings(Settings):
         description="How often to look whether the feature registry's file has changed, in "
         "seconds. A registry that is no file is read anew as its cache_ttl_seconds says.",
     )
+    allow_feature_writes: bool = Field(
+        default=False,
+        description="Whether GrpcFeatureServer's Push and WriteToOnlineStore write, through Feast, "
+        "for whoever reaches the port; PERMISSION_DENIED otherwise.",
+    )
     feast_compat: bool = Field(
         default=False,
         description="Whether Feast's services answer as Feast itself does: every status is "

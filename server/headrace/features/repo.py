@@ -291,6 +291,12 @@ class FeatureRepo:
         # Feast's own way of connecting, so that what is looked at is where it writes.
         return RedisOnlineStore()._get_client(settings)  # noqa: SLF001
 
+    def another_store(self) -> Any:
+        """Make another of Feast's clients of this repository, for a thread of its own."""
+        from feast import FeatureStore  # noqa: PLC0415 as above
+
+        return FeatureStore(repo_path=str(self._path))
+
     def stored_views(self) -> list["StoredView"]:
         """Return every view that the store may hold, in its current version, by name."""
         return [

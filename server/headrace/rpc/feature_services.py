@@ -8,6 +8,7 @@ from collections.abc import Callable
 from headrace.feature_reads import FeatureReads
 from headrace.features.plans import FeaturePlans
 from headrace.rpc import feast_serving, features
+from headrace.rpc.feast_writes import FeatureWrites
 from headrace.rpc.ingress import HotMethod
 from headrace.telemetry.calls import CallRecorder
 
@@ -22,6 +23,7 @@ class FeatureServices:
         calls: Decides which calls are traced, and is told of those that fail.
         as_feast: Whether Feast's services answer as Feast itself does.
         is_ready: Whether features can be read.
+        writes: The writing methods.
 
     Attributes:
         names: Of the services.
@@ -37,6 +39,7 @@ class FeatureServices:
         *,
         as_feast: bool,
         is_ready: Callable[[], bool],
+        writes: FeatureWrites,
     ) -> None:
         self.is_ready = is_ready
         feast_services = (feast_serving.SERVING_SERVICE, feast_serving.FEATURE_SERVER)
@@ -49,4 +52,4 @@ class FeatureServices:
             )
             self.hot_methods.append(HotMethod(method.path, method.accept))
         metadata = features.FeatureMetadataServicer(plans)
-        self.handlers = (metadata.handler(), feast_serving.info_handler())
+        self.handlers = (metadata.handler(), feast_serving.info_handler(), writes.handler())
