@@ -212,7 +212,7 @@ def _array(values: NDArray[Any], value_type: ValueType, missing: NDArray[np.bool
         return pa.array(values.tolist(), pa.list_(_LISTS[value_type]))
     if values.dtype.kind != "O":
         return pa.array(values, mask=missing)
-    if value_type is ValueType.BYTES:
+    if value_type is ValueType.BYTES or value_type.is_opaque:
         return pa.array(values.tolist(), pa.binary())
     # A text key that is not UTF-8 names no entity, whatever is written here.
     texts = [v.decode(errors="replace") if isinstance(v, bytes) else v for v in values.tolist()]

@@ -46,9 +46,12 @@ def differences(
         tolerance: For floating point.
 
     Returns:
-        Whether each pair differs, and the distance of each: NaN where there is none, since the
-        values are no numbers, one is infinite, or two lists differ in length.
+        Whether each pair differs (values of opaque types are not compared), and the distance of
+        each: NaN where there is none, since the values are no numbers, one is infinite, or two
+        lists differ in length.
     """
+    if value_type.is_opaque:
+        return np.zeros(len(online), np.bool_), np.full(len(online), np.nan)
     if value_type.name.endswith("_LIST"):
         return _list_differences(value_type, online, offline, tolerance)
     if value_type.dtype.kind == "O":

@@ -37,15 +37,43 @@ class ValueType(IntEnum):
     FLOAT_LIST = 16
     BOOL_LIST = 17
     UNIX_TIMESTAMP_LIST = 18
+    MAP = 20
+    MAP_LIST = 21
+    BYTES_SET = 22
+    STRING_SET = 23
+    INT32_SET = 24
+    INT64_SET = 25
+    DOUBLE_SET = 26
+    FLOAT_SET = 27
+    BOOL_SET = 28
+    UNIX_TIMESTAMP_SET = 29
     JSON = 32
+    JSON_LIST = 33
+    STRUCT = 34
+    STRUCT_LIST = 35
     UUID = 36
     TIME_UUID = 37
+    UUID_LIST = 38
+    TIME_UUID_LIST = 39
+    UUID_SET = 40
+    TIME_UUID_SET = 41
+    VALUE_LIST = 42
+    VALUE_SET = 43
     DECIMAL = 44
+    DECIMAL_LIST = 45
+    DECIMAL_SET = 46
+    SCALAR_MAP = 47
+    ZONED_TIMESTAMP = 48
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The dtype of a column of these; `object` for text (`str`), `bytes` and lists."""
+        """The dtype of a column of these; `object` for text (`str`), `bytes`, lists and opaque."""
         return _DTYPES.get(self, _OBJECT)
+
+    @property
+    def is_opaque(self) -> bool:
+        """Whether values are handed on as they are stored: serialized `Value`s, as `bytes`."""
+        return self not in _TEXT and self not in _DTYPES and not _FIRST_LIST <= self <= _LAST_LIST
 
     @property
     def is_text(self) -> bool:
@@ -75,6 +103,7 @@ TAGS = {
 """First byte of a serialized scalar value: the field number and wire type."""
 
 _SECONDS_TAG, _NANOS_TAG = 0x08, 0x10  # of google.protobuf.Timestamp
+_LENGTH_DELIMITED = 2
 _NULL = b"\x98\x01\x00"  # null_val, the one value of its enum
 _TYPES = {tag: value_type for value_type, tag in TAGS.items()}
 _OBJECT: np.dtype[Any] = np.dtype(np.object_)
@@ -96,6 +125,7 @@ _TEXT = frozenset(
         ValueType.DECIMAL,
     }
 )
+_FIRST_LIST, _LAST_LIST = ValueType.BYTES_LIST, ValueType.UNIX_TIMESTAMP_LIST
 _WIDENINGS = frozenset(
     {
         (ValueType.INT32, ValueType.INT64),
@@ -121,6 +151,8 @@ def decode_value(raw: bytes, value_type: ValueType) -> Any:
     """
     if not raw or raw == _NULL:
         return None
+    if value_type.is_opaque:
+        return _opaque(raw, value_type)
     stored = _TYPES.get(raw[0])
     if stored is None:
         return message_value(_parse_message(raw), value_type)
@@ -138,6 +170,8 @@ def message_value(message: Any, value_type: ValueType) -> Any:
     name = message.WhichOneof("val")
     if name is None or name == "null_val":
         return None
+    if value_type.is_opaque:
+        return _opaque(message.SerializeToString(), value_type)
     stored = ValueType.__members__.get(name.removesuffix("_val").upper())
     if stored is None or (stored is not value_type and (stored, value_type) not in _WIDENINGS):
         raise ValueMismatchError(f"{name} where {value_type.name} is declared")
@@ -147,6 +181,8 @@ def message_value(message: Any, value_type: ValueType) -> Any:
 
 def encode_message(value: Any, value_type: ValueType) -> bytes:
     """Encode a value of a column, not null, as a serialized `Value`; slow, for rare ones."""
+    if value_type.is_opaque:
+        return bytes(value)
     from feast.protos.feast.types.Value_pb2 import Value  # noqa: PLC0415 - seconds to import
 
     message = Value()
@@ -254,6 +290,19 @@ def _decode_scalar(payload: bytes, value_type: ValueType) -> Any:
     if value_type is ValueType.INT32 and not -(1 << 31) <= signed < 1 << 31:
         raise ValueMismatchError("an INT32 out of range")
     return signed
+
+
+def _opaque(raw: bytes, value_type: ValueType) -> bytes:
+    """Check that the one field of a `Value` is of that type, whose number it has, and is whole."""
+    tag, position = decode_varint(raw, 0)
+    number, wire_type = tag >> 3, tag & 7
+    if number != value_type:
+        raise ValueMismatchError(f"field {number} where {value_type.name} is declared")
+    if wire_type == _LENGTH_DELIMITED:
+        length, position = decode_varint(raw, position)
+        if position + length != len(raw):
+            raise ValueMismatchError("a value whose length prefix is wrong")
+    return raw
 
 
 def _parse_message(raw: bytes) -> Any:

@@ -5,6 +5,7 @@ import math
 import struct
 
 import pytest
+from feast.protos.feast.types.Value_pb2 import Value
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +14,8 @@ from headrace.features.values import (
     ValueType,
     decode_time,
     decode_value,
+    encode_message,
+    message_value,
     parse_default,
 )
 
@@ -146,3 +149,46 @@ def test_defaults_are_read_as_their_features_type(text, value_type, expected):
 def test_a_default_that_its_type_cannot_hold_is_refused(text, value_type):
     with pytest.raises(ValueError):
         parse_default(text, value_type)
+
+
+def every_kind_of_value():
+    """A stored value of each type, as Feast writes it."""
+    for field in Value.DESCRIPTOR.fields:
+        if field.name == "null_val":
+            continue
+        message = Value()
+        if field.message_type is None:
+            setattr(
+                message,
+                field.name,
+                {"bytes_val": b"x", "bool_val": True}.get(
+                    field.name, "x" if field.type == field.TYPE_STRING else 1
+                ),
+            )
+        else:
+            getattr(message, field.name).SetInParent()
+        yield ValueType(field.number), message
+
+
+@pytest.mark.parametrize(("value_type", "message"), list(every_kind_of_value()), ids=str)
+def test_every_type_of_feast_is_read(value_type, message):
+    raw = message.SerializeToString()
+
+    decoded = decode_value(raw, value_type)
+
+    assert message_value(message, value_type) == decoded
+    assert encode_message(decoded, value_type) == raw
+
+
+OPAQUE = [(t, m) for t, m in every_kind_of_value() if t.is_opaque]
+
+
+@pytest.mark.parametrize(("value_type", "message"), OPAQUE, ids=str)
+def test_an_opaque_value_is_of_its_type_and_whole(value_type, message):
+    raw = message.SerializeToString()
+    other = next(m for t, m in OPAQUE if t is not value_type).SerializeToString()
+
+    for damaged in (other, raw + b"\0", b"\x18\x01"):
+        with pytest.raises(ValueMismatchError):
+            decode_value(damaged, value_type)
+    assert decode_value(b"", value_type) is None

@@ -34,6 +34,9 @@ VALUES = {
     ValueType.FLOAT_LIST: st.lists(FLOATS, max_size=3),
     ValueType.STRING_LIST: st.lists(st.text(max_size=3), max_size=3),
     ValueType.UUID: st.uuids().map(str),
+    ValueType.STRING_SET: st.lists(st.text(max_size=3), max_size=3).map(
+        lambda texts: Value(string_set_val={"val": texts}).SerializeToString()
+    ),
 }
 TIMES_S = st.sampled_from([0.0, 1.0, 127.0, 128.0, 1.5e9, NOW_S - 5, NOW_S - 4.25, NOW_S - 1e-6])
 
@@ -82,7 +85,9 @@ def expected(plan, rows, start, stop, *, as_feast):
             if status == PRESENT or (as_feast and status == OUTSIDE):
                 found = rows.values[i][row]
                 name = f"{feature.value_type.name.lower()}_val"
-                if isinstance(found, list):
+                if feature.value_type.is_opaque:
+                    value.ParseFromString(found)
+                elif isinstance(found, list):
                     getattr(value, name).SetInParent()
                     getattr(value, name).val.extend(found)
                 else:
