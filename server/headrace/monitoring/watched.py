@@ -197,13 +197,11 @@ class WatchedVersion:
         """Sum up (prediction, outcome) pairs of one window."""
         values = np.array(pairs, np.float64).reshape(-1, 2)
         errors = relative_errors(values[:, 0], values[:, 1])
-        defined = values[values[:, 1] != 0]
-        ratios = defined[:, 0] / defined[:, 1] - 1
         return Performance(
             kept=kept,
             labelled=len(pairs),
-            error=float(np.median(errors)) if len(errors) else None,
-            bias=float(np.median(ratios)) if len(ratios) else None,
+            error=float(np.median(np.abs(errors))) if len(errors) else None,
+            bias=float(np.median(errors)) if len(errors) else None,
         )
 
     def judge_performance(self, performance: Performance) -> list[Change]:
