@@ -5,7 +5,7 @@ Counting is exact and mergeable: counting two halves and adding gives what count
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,9 @@ from headrace.monitoring.profile import (
 
 PRESENT, OUTSIDE_MAX_AGE = 1, 4
 """Feast's statuses of a value that is there, and of one that is too old."""
+
+UNKNOWN_REFERENCE = "?"
+"""Of a window that was kept before windows said what they were counted against."""
 
 
 @dataclass(slots=True)
@@ -62,6 +65,12 @@ class ColumnCounts:
         self.missing += other.missing
         self.invalid += other.invalid
         self.stale += other.stale
+
+    def plus(self, other: "ColumnCounts") -> "ColumnCounts":
+        """Return the counts of both's rows, counted in the same bins."""
+        both = replace(self)
+        both.add(other)
+        return both
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON has it."""
@@ -183,6 +192,7 @@ class WindowCounts:
         rows_lost: Rows that were answered in this time and never came.
         features: By column.
         predictions: By output column.
+        reference: Digest of the profile in whose bins it is counted; empty without one.
     """
 
     start_s: float
@@ -191,6 +201,7 @@ class WindowCounts:
     rows_lost: int = 0
     features: dict[str, ColumnCounts] = field(default_factory=dict)
     predictions: dict[str, ColumnCounts] = field(default_factory=dict)
+    reference: str = ""
 
     @property
     def is_degraded(self) -> bool:
@@ -204,6 +215,7 @@ class WindowCounts:
             "end_s": self.end_s,
             "rows": self.rows,
             "rows_lost": self.rows_lost,
+            "reference": self.reference,
             "features": {name: column.to_json() for name, column in self.features.items()},
             "predictions": {name: column.to_json() for name, column in self.predictions.items()},
         }
@@ -216,7 +228,7 @@ class WindowCounts:
             for group in ("features", "predictions")
         }
         numbers = {key: document[key] for key in ("start_s", "end_s", "rows", "rows_lost")}
-        return cls(**numbers, **columns)
+        return cls(**numbers, **columns, reference=document.get("reference", UNKNOWN_REFERENCE))
 
 
 def _cuts(edges: Sequence[float], dtype: type[np.floating[Any]]) -> NDArray[Any]:
