@@ -11,6 +11,7 @@ from typing import Any
 import structlog
 
 from headrace.errors import ServingError
+from headrace.monitoring.judgement import Rules
 from headrace.monitoring.metrics import MonitorMetrics
 from headrace.monitoring.monitor import Monitor
 from headrace.monitoring.notices import Webhook
@@ -19,7 +20,6 @@ from headrace.monitoring.references import ReferenceFiles
 from headrace.monitoring.report import report
 from headrace.monitoring.state import MonitorState
 from headrace.monitoring.thread import MonitorThread
-from headrace.monitoring.watched import Rules
 from headrace.rpc.monitor import MonitorServer
 from headrace.rpc.server import refuse_taken_port
 from headrace.settings import MonitorSettings, join_address, split_address
@@ -71,7 +71,11 @@ class MonitorProcess:
         )
         self._thread = MonitorThread(monitor)
         self._server = MonitorServer(host, port, self._thread)
-        metrics = MonitorMetrics(self.report, self._webhook_counts, lambda: self._thread.waiting)
+        metrics = MonitorMetrics(
+            lambda: self.report(has_history=False),
+            self._webhook_counts,
+            lambda: self._thread.waiting,
+        )
         self._http = HttpEndpoint(
             http_host,
             http_port,
@@ -79,7 +83,7 @@ class MonitorProcess:
             metrics,
             {
                 "/": lambda: ("text/html; charset=utf-8", page(self.report()).encode()),
-                "/report.json": lambda: ("application/json", json.dumps(self.report()).encode()),
+                "/report.json": lambda: ("application/json", _json(self.report())),
             },
         )
         self.grpc_address = join_address(host, self._server.port)
@@ -88,15 +92,17 @@ class MonitorProcess:
         if settings.state_dir is None:
             _LOG.warning("state_is_in_memory", effect="a restart forgets everything; --state-dir")
 
-    def report(self) -> dict[str, Any]:
+    def report(self, *, has_history: bool = True) -> dict[str, Any]:
         """
-        Return the report as it is now.
+        Return the report as it is now, with or without what was before.
 
         Raises:
             Overloaded: the monitor has too much to do.
             Draining: it is stopping.
         """
-        return self._thread.ask(lambda monitor: report(monitor, time.time()), REPORT_TIMEOUT_S)
+        return self._thread.ask(
+            lambda monitor: report(monitor, time.time(), has_history=has_history), REPORT_TIMEOUT_S
+        )
 
     def start(self) -> None:
         """Begin to take predictions."""
@@ -154,3 +160,7 @@ class MonitorProcess:
 
     def _webhook_counts(self) -> tuple[int, int]:
         return (0, 0) if self._webhook is None else (self._webhook.delivered, self._webhook.failed)
+
+
+def _json(document: dict[str, Any]) -> bytes:
+    return json.dumps(document, allow_nan=False).encode()

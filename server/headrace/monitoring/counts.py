@@ -3,8 +3,9 @@
 Counting is exact and mergeable: counting two halves and adding gives what counting the whole gives.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,14 @@ from headrace.monitoring.profile import (
     ColumnReference,
     NumericReference,
     as_level,
+    as_numbers,
 )
 
 PRESENT, OUTSIDE_MAX_AGE = 1, 4
 """Feast's statuses of a value that is there, and of one that is too old."""
+
+UNKNOWN_REFERENCE = "?"
+"""Of a window that was kept before windows said what they were counted against."""
 
 
 @dataclass(slots=True)
@@ -61,6 +66,12 @@ class ColumnCounts:
         self.invalid += other.invalid
         self.stale += other.stale
 
+    def plus(self, other: "ColumnCounts") -> "ColumnCounts":
+        """Return the counts of both's rows, counted in the same bins."""
+        both = replace(self)
+        both.add(other)
+        return both
+
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON has it."""
         return {
@@ -90,13 +101,15 @@ class ColumnCounter:
     def __init__(self, reference: ColumnReference | None) -> None:
         self.reference = reference
         self._levels: dict[str, int] = {}
-        # What is not above cut 0 is below the least value; not above cut i, in bin i; else above.
-        self._cuts = np.array([-np.inf, np.inf])
+        self._cuts = np.array([-np.inf, np.inf], np.float32)
+        self._cuts_float16 = self._cuts.astype(np.float16)
         if isinstance(reference, NumericReference):
-            edges = reference.edges
-            self._cuts = np.array([np.nextafter(edges[0], -np.inf), *edges[1:]])
+            self._cuts = _cuts(reference.edges, np.float32)
+            self._cuts_float16 = _cuts(reference.edges, np.float16)
         elif isinstance(reference, CategoricalReference):
             self._levels = {level: i for i, level in enumerate(reference.levels)}
+        # A profile may have truth values as levels; where they are joined they come as 0.0 and 1.0.
+        self._is_truth = bool(self._levels) and self._levels.keys() <= {"True", "False"}
 
     def empty(self) -> ColumnCounts:
         """Return counts of no rows."""
@@ -131,24 +144,33 @@ class ColumnCounter:
         return counts
 
     def _count_numbers(self, values: NDArray[Any], counts: ColumnCounts) -> None:
-        finite = np.isfinite(values)
-        if not finite.all():
-            nans = int(np.count_nonzero(np.isnan(values)))
-            counts.missing += nans
-            counts.invalid += int(len(values) - np.count_nonzero(finite)) - nans
-            values = values[finite]
-        places = np.searchsorted(self._cuts, values, side="left")
+        if values.dtype.kind == "f":
+            finite = np.isfinite(values)
+            if not finite.all():
+                nans = int(np.count_nonzero(np.isnan(values)))
+                counts.missing += nans
+                counts.invalid += int(len(values) - np.count_nonzero(finite)) - nans
+                values = values[finite]
+        if values.dtype == np.float16:  # what training had was rounded on its way here
+            places = np.searchsorted(self._cuts_float16, values, side="left")
+        else:
+            places = np.searchsorted(self._cuts, as_numbers(values), side="left")
         sums = np.bincount(places, minlength=len(self._cuts) + 1)
         counts.below += int(sums[0])
         counts.bins += sums[1:-1]
         counts.above += int(sums[-1])
 
     def _count_levels(self, values: NDArray[Any], counts: ColumnCounts) -> None:
-        found: dict[Any, int] = {}
-        for value in values.tolist():
-            found[value] = found.get(value, 0) + 1
-        for value, times in found.items():
-            level = as_level(value)
+        if values.dtype.kind == "f":
+            nans = np.isnan(values)
+            counts.missing += int(np.count_nonzero(nans))
+            values = values[~nans]
+        is_number = values.dtype.kind in "iuf"
+        for value, times in Counter(values.tolist()).items():
+            if is_number and self._is_truth and value in (0, 1):
+                level = as_level(bool(value))
+            else:
+                level = as_level(value)
             place = None if level is None else self._levels.get(level)
             if level is None:
                 counts.missing += times
@@ -170,6 +192,7 @@ class WindowCounts:
         rows_lost: Rows that were answered in this time and never came.
         features: By column.
         predictions: By output column.
+        reference: Digest of the profile in whose bins it is counted; empty without one.
     """
 
     start_s: float
@@ -178,6 +201,7 @@ class WindowCounts:
     rows_lost: int = 0
     features: dict[str, ColumnCounts] = field(default_factory=dict)
     predictions: dict[str, ColumnCounts] = field(default_factory=dict)
+    reference: str = ""
 
     @property
     def is_degraded(self) -> bool:
@@ -191,6 +215,7 @@ class WindowCounts:
             "end_s": self.end_s,
             "rows": self.rows,
             "rows_lost": self.rows_lost,
+            "reference": self.reference,
             "features": {name: column.to_json() for name, column in self.features.items()},
             "predictions": {name: column.to_json() for name, column in self.predictions.items()},
         }
@@ -203,4 +228,21 @@ class WindowCounts:
             for group in ("features", "predictions")
         }
         numbers = {key: document[key] for key in ("start_s", "end_s", "rows", "rows_lost")}
-        return cls(**numbers, **columns)
+        return cls(**numbers, **columns, reference=document.get("reference", UNKNOWN_REFERENCE))
+
+
+def _cuts(edges: Sequence[float], dtype: type[np.floating[Any]]) -> NDArray[Any]:
+    """
+    Return what separates bins: not above cut 0 is below all; not above cut i, in bin i; else above.
+
+    Edges that are one number in `dtype` stay apart by its smallest step: a frequent value's lower
+    edge must not become the value.
+    """
+    with np.errstate(over="ignore"):
+        cuts = np.array(edges, np.float64).astype(dtype)
+    lowest = dtype(-np.inf)
+    cuts[0] = np.nextafter(cuts[0], lowest)
+    for i in reversed(range(len(cuts) - 1)):
+        if cuts[i] >= cuts[i + 1]:
+            cuts[i] = np.nextafter(cuts[i + 1], lowest)
+    return cuts

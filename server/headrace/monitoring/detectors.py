@@ -109,11 +109,13 @@ def psi_excess(reference: ColumnReference, counts: ColumnCounts) -> float | None
     return psi - (bins - 1) * float(1 / n + 1 / m)
 
 
-def rows_needed(reference: ColumnReference) -> int:
-    """Return how many values a window needs before `psi_excess` may alarm."""
+def rows_needed(reference: ColumnReference) -> int | None:
+    """Return how many values `psi_excess` needs before it may alarm; None if it never can."""
     bins = len(reference.counts)
     if isinstance(reference, CategoricalReference):
         bins = min(bins + 1, BIN_COUNT)
+    if bins < 2 or reference.rows == reference.missing:
+        return None
     return ROWS_PER_BIN_MIN * bins
 
 

@@ -10,6 +10,7 @@ METRICS: dict[str, str] = {
     "headrace_monitor_rows_total": "Rows counted since the monitor started.",
     "headrace_monitor_rows_lost_total": "Rows that were answered and never came.",
     "headrace_monitor_predictions_kept": "Predictions that outcomes can be joined to.",
+    "headrace_monitor_predictions_not_kept_total": "Predictions that there was no place for.",
     "headrace_monitor_outcomes_total": "Outcomes reported, by what became of them.",
     "headrace_monitor_alarm": "1 while an incident is open, by signal and column.",
     "headrace_monitor_psi_excess": "PSI of the last judged window, less its mean without drift.",
@@ -21,10 +22,11 @@ METRICS: dict[str, str] = {
     "headrace_monitor_webhook_total": "Notices posted, by result.",
     "headrace_monitor_queue_messages": "Messages that wait to be counted.",
 }
-"""Name and help. `docs/operations.md` lists the same."""
+"""Name and help. `docs/monitoring.md` lists the same."""
 
 _VERSION = ["model", "version"]
-_COLUMN = [*_VERSION, "column"]
+_COLUMN = [*_VERSION, "kind", "column"]
+"""A feature and an output may have one name: `kind` tells them apart."""
 
 
 class MonitorMetrics(Collector):
@@ -32,7 +34,7 @@ class MonitorMetrics(Collector):
     Makes metrics of a report.
 
     Args:
-        report: Returns it.
+        report: Returns it; it needs no history.
         webhook: Returns (delivered, given up).
         waiting: Returns how many messages wait.
     """
@@ -56,6 +58,9 @@ class MonitorMetrics(Collector):
         families = {name: _family(name) for name in METRICS}
         families["headrace_monitor_rows_lost_total"].add_metric([], document["rows_lost"])
         families["headrace_monitor_predictions_kept"].add_metric([], document["predictions_kept"])
+        families["headrace_monitor_predictions_not_kept_total"].add_metric(
+            [], document["predictions_not_kept"]
+        )
         families["headrace_monitor_queue_messages"].add_metric([], self._waiting())
         for result, count in document["outcomes"].items():
             families["headrace_monitor_outcomes_total"].add_metric([result], count)
@@ -73,8 +78,11 @@ def _add_version(families: dict[str, Any], version: dict[str, Any]) -> None:
         families["headrace_monitor_alarm"].add_metric(
             [*labels, alarm["column"], alarm["signal"]], 1
         )
-    for column in (*version["features"], *version["predictions"]):
-        of = [*labels, column["name"]]
+    for kind, column in (
+        *(("feature", column) for column in version["features"]),
+        *(("prediction", column) for column in version["predictions"]),
+    ):
+        of = [*labels, kind, column["name"]]
         statistics = column["statistics"]
         psi = statistics.get("drift", statistics.get("prediction_drift"))
         if psi is not None:
@@ -98,9 +106,10 @@ def _family(name: str) -> Any:
         "headrace_monitor_label_coverage_ratio": _VERSION,
         "headrace_monitor_outcomes_total": ["result"],
         "headrace_monitor_webhook_total": ["result"],
-        "headrace_monitor_alarm": [*_COLUMN, "signal"],
+        "headrace_monitor_alarm": [*_VERSION, "column", "signal"],
         "headrace_monitor_rows_lost_total": [],
         "headrace_monitor_predictions_kept": [],
+        "headrace_monitor_predictions_not_kept_total": [],
         "headrace_monitor_queue_messages": [],
     }.get(name, _COLUMN)
     if name.endswith("_total"):

@@ -3,68 +3,36 @@
 One thread owns it and its state; whoever else wants something asks through `MonitorThread`.
 """
 
-import math
-from collections import deque
+import sqlite3
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 import structlog
 
 from headrace.monitoring.counts import WindowCounts
+from headrace.monitoring.judgement import Change, Judgement, Performance, Rules, end_alarms
+from headrace.monitoring.kept import OutcomeCounts
 from headrace.monitoring.notices import cloud_event
+from headrace.monitoring.outcomes import Outcomes
 from headrace.monitoring.profile import ReferenceProfile
 from headrace.monitoring.records import PredictionRows
-from headrace.monitoring.state import Incident, MonitorState, OutcomeCounts
-from headrace.monitoring.watched import (
-    Change,
-    Performance,
-    Rules,
-    WatchedVersion,
-    Window,
-    alarms_from_json,
-    alarms_to_json,
-)
+from headrace.monitoring.state import Incident, MonitorState
+from headrace.monitoring.version import WINDOWS_SHOWN, VersionRecord, Window
+from headrace.monitoring.watched import WatchedVersion
 
 _LOG = structlog.get_logger(__name__)
 
 VERSIONS_MAX = 200
-"""Model versions watched at once; beyond, the one that was quiet for longest is forgotten."""
+"""Watched at once; beyond, one without a profile or quiet for longest is forgotten."""
 
-WINDOWS_SHOWN = 120
 WINDOWS_KEPT = 1_500
 INCIDENTS_SHOWN = 50
+INCIDENTS_KEPT = 1_000
 SOURCES_KEPT = 10_000
-MEASURED_PER_TICK = 50
-PRUNE_PERIOD_S = 30.0
-DAY_S = 86_400.0
 
+RETIRED_S = 7 * 86_400.0
+"""A version without rows for so long is out of service: its alarms end, which no row would end."""
 
-@dataclass(slots=True)
-class VersionRecord:
-    """
-    One model version as the monitor knows it.
-
-    Args:
-        id: In the state.
-        model: Its name.
-        version: Its number.
-        watched: Folds and judges.
-        windows: The last ones, oldest first.
-        rows: Rows counted since this process began.
-        last_rows_s: When rows came last.
-        dirty: Starts of windows whose outcomes have changed.
-    """
-
-    id: int
-    model: str
-    version: int
-    watched: WatchedVersion
-    windows: deque[Window] = field(default_factory=lambda: deque(maxlen=WINDOWS_SHOWN))
-    rows: int = 0
-    last_rows_s: float = 0.0
-    dirty: set[float] = field(default_factory=set)
+NAMES_LOGGED = 10
 
 
 class Monitor:
@@ -98,31 +66,22 @@ class Monitor:
         self._state = state
         self._find_reference = find_reference
         self._notify = notify
-        self._kept_share = kept_share
-        self._kept_max = kept_max
-        self._kept_days = kept_days
-        self.kept = 0
-        """Predictions that outcomes can be joined to, about."""
-        self._pruned_s = -math.inf
+        self.outcomes = Outcomes(state.kept, share=kept_share, most=kept_max, days=kept_days)
+        self._turn = 0
         self.rows_lost = 0
-        self.outcomes = OutcomeCounts()
         self.versions: dict[tuple[str, int], VersionRecord] = {}
         for stored in state.versions():
+            watched = WatchedVersion(
+                rules,
+                find_reference(stored.model, stored.version),
+                Judgement.from_json(stored.judgement),
+            )
             record = VersionRecord(
-                stored.id,
-                stored.model,
-                stored.version,
-                WatchedVersion(
-                    rules,
-                    find_reference(stored.model, stored.version),
-                    alarms_from_json(stored.alarms),
-                ),
-                last_rows_s=now_s,
+                *(stored.id, stored.model, stored.version, watched),
+                last_rows_s=stored.last_rows_s,
             )
             self.versions[stored.model, stored.version] = record
-            for window in state.windows(stored.id, WINDOWS_SHOWN):
-                if not window.is_open or not record.watched.resume(window.counts):
-                    record.windows.append(Window(window.counts))
+            self._resume(record, now_s)
         for notice, body in state.notices():
             if notify is None:
                 state.remove_notice(notice)
@@ -156,7 +115,9 @@ class Monitor:
         record.rows += rows.rows
         record.last_rows_s = now_s
         start_s = record.watched.fold(rows, now_s)
-        self._keep(record, start_s, rows)
+        reference = record.watched.reference
+        name = reference.prediction if reference else next(iter(rows.predictions), None)
+        self.outcomes.keep(record.id, start_s, rows, name)
 
     def lose(self, rows: int, models: Sequence[tuple[str, int]]) -> None:
         """Note rows that never came: any of the versions that the source serves may miss them."""
@@ -166,29 +127,30 @@ class Monitor:
 
     def join(self, outcomes: Sequence[tuple[str, int, int, float]]) -> OutcomeCounts:
         """Join outcomes (id prefix, request number, row, value) to their predictions."""
-        counts, touched = self._state.join_outcomes(outcomes)
-        self.outcomes = OutcomeCounts(*map(sum, zip(self.outcomes, counts, strict=True)))
-        by_id = {record.id: record for record in self.versions.values()}
-        for of, start_s in touched:
-            if of in by_id:
-                by_id[of].dirty.add(start_s)
-        return counts
+        return self.outcomes.join(outcomes)
 
     def tick(self, now_s: float) -> None:
-        """End windows that are due, judge, and keep everything. Call it about once a second."""
-        for record in list(self.versions.values()):
-            ended = record.watched.close_when_due(now_s)
-            if ended is not None:
-                self._end_window(record, *ended, now_s)
-            elif record.watched.open is not None:
-                self._state.put_window(record.id, record.watched.open, is_open=True)
-            self._measure(record, now_s)
-        if now_s - self._pruned_s >= PRUNE_PERIOD_S:
-            self._pruned_s = now_s
-            oldest_s = now_s - self._kept_days * DAY_S
-            self.kept = self._state.prune_predictions(self._kept_max, oldest_s)
-            self._state.prune_sources(SOURCES_KEPT)
-        self._state.commit()
+        """
+        End windows that are due, judge, and keep everything. Call it about once a second.
+
+        Each version is a transaction of its own: what cannot be written has not happened, is tried
+        again with the next tick, and keeps no other version from its own.
+        """
+        self._commit()
+        self.outcomes.next_tick()
+        records = list(self.versions.values())
+        self._turn += 1
+        first = self._turn % max(1, len(records))
+        for record in (*records[first:], *records[:first]):
+            self._tick_version(record, now_s)
+        still_open = {
+            (record.id, record.watched.open.start_s)
+            for record in self.versions.values()
+            if record.watched.open is not None
+        }
+        self.outcomes.prune(now_s, still_open)
+        self._state.prune_sources(SOURCES_KEPT)
+        self._commit()
 
     def delivered(self, notice: int) -> None:
         """Forget a notice that was delivered or given up."""
@@ -198,101 +160,171 @@ class Monitor:
         """Return the last incidents of a version, newest first."""
         return self._state.incidents(record.id, INCIDENTS_SHOWN)
 
-    def performances(self, record: VersionRecord) -> list[tuple[float, Performance]]:
+    def performances(self, record: VersionRecord, limit: int) -> list[tuple[float, Performance]]:
         """Return what is known of the last windows with outcomes, by their start, oldest first."""
-        rows = self._state.performances(record.id, WINDOWS_SHOWN)
+        rows = self._state.kept.performances(record.id, limit)
         return [(start_s, Performance(**known)) for start_s, known in rows]
 
     def performance_of_open(self, record: VersionRecord) -> Performance | None:
         """Sum up the outcomes of the open window."""
         if record.watched.open is None:
             return None
-        return record.watched.measure(*self._state.labelled(record.id, record.watched.open.start_s))
+        return self.outcomes.sum_up(record.id, record.watched.open.start_s)
+
+    def _resume(self, record: VersionRecord, now_s: float) -> None:
+        watched = record.watched
+        for window in self._state.windows(record.id, WINDOWS_SHOWN):
+            if window.is_open:
+                if watched.resume(window.counts):
+                    continue
+                window.counts.end_s = now_s
+                self._state.put_window(record.id, window.counts, is_open=False)
+            record.windows.append(Window(window.counts))
 
     def _record(self, model: str, version: int, now_s: float) -> VersionRecord:
         record = self.versions.get((model, version))
         if record is None:
             if len(self.versions) >= VERSIONS_MAX:
-                quietest = min(self.versions.values(), key=lambda record: record.last_rows_s)
-                self._state.forget_version(quietest.id)
-                del self.versions[quietest.model, quietest.version]
+                self._evict()
             reference = self._find_reference(model, version)
+            try:
+                of = self._state.add_version(model, version)
+                self._state.commit()  # a rollback must not leave a record without its id
+            except sqlite3.Error:
+                self._state.rollback()
+                raise
             record = VersionRecord(
-                self._state.add_version(model, version),
-                model,
-                version,
-                WatchedVersion(self._rules, reference),
-                last_rows_s=now_s,
+                *(of, model, version, WatchedVersion(self._rules, reference)), last_rows_s=now_s
             )
             self.versions[model, version] = record
-            _LOG.info(
-                "version_seen", model=model, version=version, has_reference=reference is not None
-            )
-        elif record.watched.open is None:
-            reference = self._find_reference(model, version)
-            if reference is not record.watched.reference:
-                record.watched.set_reference(reference)
+            _LOG.info("version_seen", model=model, version=version, **_said_of(reference))
         return record
 
-    def _keep(self, record: VersionRecord, start_s: float, rows: PredictionRows) -> None:
-        reference = record.watched.reference
-        name = reference.prediction if reference else next(iter(rows.predictions), None)
-        if name not in rows.predictions or rows.predictions[name].values.dtype.kind not in "iufb":
-            return
-        requests = np.repeat(np.arange(len(rows.request_rows)), rows.request_rows)
-        starts = np.cumsum(rows.request_rows) - rows.request_rows
-        values = rows.predictions[name].values.astype(np.float64)
-        keep = np.isfinite(values)
-        if self._kept_share < 1:
-            keep &= (_scatter(rows.request_numbers) < self._kept_share)[requests]
-        places = np.flatnonzero(keep)
-        numbers = rows.request_numbers[requests[places]].tolist()
-        within = (places - starts[requests[places]]).tolist()
-        prefix = rows.id_prefix
-        self.kept += len(numbers)
-        self._state.add_predictions(
-            record.id,
-            start_s,
-            [(prefix, *key) for key in zip(numbers, within, values[places].tolist(), strict=True)],
+    def _evict(self) -> None:
+        # Names are the caller's: made-up ones must not push out those that somebody trained.
+        gone = min(
+            self.versions.values(),
+            key=lambda record: (record.watched.reference is not None, record.last_rows_s),
         )
+        _LOG.warning(
+            "version_forgotten",
+            model=gone.model,
+            version=gone.version,
+            reason=f"more than {VERSIONS_MAX} versions",
+            open_alarms=len(gone.watched.judgement.alarmed),
+        )
+        self._state.forget_version(gone.id)
+        del self.versions[gone.model, gone.version]
 
-    def _end_window(
-        self, record: VersionRecord, counts: WindowCounts, changes: Sequence[Change], now_s: float
-    ) -> None:
-        record.windows.append(Window(counts))
-        record.dirty.add(counts.start_s)
-        self._state.put_window(record.id, counts, is_open=False)
+    def _tick_version(self, record: VersionRecord, now_s: float) -> None:
+        before = record.snapshot()
+        told: list[tuple[int, str]] = []
+        try:
+            watched = record.watched
+            ended = watched.end_when_due(now_s)
+            if ended is not None:
+                window, changes = ended
+                self._keep_ended(record, window)
+                told += self._tell(record, changes, now_s)
+            told += self._tell(record, self._renew_reference(record, now_s), now_s)
+            told += self._tell(record, self.outcomes.judge(record.id, watched), now_s)
+            if now_s - record.last_rows_s > RETIRED_S:
+                told += self._tell(record, self._retire(record, now_s), now_s)
+            self._keep_open(record)
+            if watched.judgement is not before.watched.judgement:
+                self._state.put_judgement(record.id, watched.judgement.to_json())
+            self._state.commit()
+        except Exception:  # noqa: BLE001 one version must not keep the others from theirs
+            _LOG.exception("version_not_judged", model=record.model, version=record.version)
+            self._state.rollback()
+            self.versions[record.model, record.version] = before
+            return
+        if self._notify is not None:
+            for notice, body in told:
+                self._notify(notice, body)
+
+    def _keep_ended(self, record: VersionRecord, window: WindowCounts) -> None:
+        record.windows.append(Window(window))
+        self._state.put_window(record.id, window, is_open=False)
+        self._state.put_last_rows(record.id, record.last_rows_s)
         self._state.prune_windows(record.id, WINDOWS_KEPT)
-        self._tell(record, changes, now_s)
-        self._state.put_alarms(record.id, alarms_to_json(record.watched.alarms))
+        unmatched = record.watched.unmatched
+        is_news = unmatched != record.unmatched and any(unmatched)
+        record.unmatched = unmatched
+        if is_news:
+            _LOG.warning(
+                "profile_and_rows_differ",
+                model=record.model,
+                version=record.version,
+                only_in_profile=unmatched.in_profile[:NAMES_LOGGED],
+                only_in_rows=unmatched.in_rows[:NAMES_LOGGED],
+            )
 
-    def _measure(self, record: VersionRecord, now_s: float) -> None:
+    def _keep_open(self, record: VersionRecord) -> None:
+        window = record.watched.open
+        if window is None:
+            return
+        now = (window.start_s, window.rows, window.rows_lost)
+        if now != record.written:
+            record.written = now
+            self._state.put_window(record.id, window, is_open=True)
+            self._state.put_last_rows(record.id, record.last_rows_s)
+
+    def _renew_reference(self, record: VersionRecord, now_s: float) -> Sequence[Change]:
         """
-        Sum up the outcomes of ended windows that have new ones, oldest first.
+        Go on with the profile that is there now.
 
-        The windows may have ended months ago. Some at a time: labels of a year may come at once.
+        Another one ends the open window at once, unjudged: its rows are in the old one's bins. One
+        that is gone, or half written, is missed only when the next window begins.
         """
-        still_open = None if record.watched.open is None else record.watched.open.start_s
-        for start_s in sorted(record.dirty - {still_open})[:MEASURED_PER_TICK]:
-            record.dirty.discard(start_s)
-            performance = record.watched.measure(*self._state.labelled(record.id, start_s))
-            if not performance.labelled:
-                continue
-            known = self._state.performance(record.id, start_s)
-            performance.is_judged = known is not None and bool(known["is_judged"])
-            changes = record.watched.judge_performance(performance)
-            self._state.put_performance(record.id, start_s, _performance_to_json(performance))
-            if performance.is_judged:
-                self._tell(record, changes, now_s)
-                self._state.put_alarms(record.id, alarms_to_json(record.watched.alarms))
+        watched = record.watched
+        found = self._find_reference(record.model, record.version)
+        if found is watched.reference:
+            return watched.adopt_reference()
+        if found is not None and found.digest == watched.digest:
+            watched.reference = found
+            return ()
+        if watched.open is not None:
+            if found is None:
+                return ()
+            self._keep_ended(record, watched.end(now_s))
+        _LOG.info("profile_changed", model=record.model, version=record.version, **_said_of(found))
+        return watched.set_reference(found)
 
-    def _tell(self, record: VersionRecord, changes: Sequence[Change], now_s: float) -> None:
+    def _retire(self, record: VersionRecord, now_s: float) -> list[Change]:
+        watched = record.watched
+        if watched.open is not None:
+            self._keep_ended(record, watched.end(now_s))
+        old = []
+        for signal, subject in watched.judgement.alarmed:
+            since_s = self._state.open_since(record.id, signal, subject)
+            if since_s is None or now_s - since_s > RETIRED_S:
+                old.append((signal, subject))
+        if not old:
+            return []
+        _LOG.info("version_out_of_service", model=record.model, version=record.version)
+        watched.judgement, changes = end_alarms(self._rules, watched.judgement, old)
+        return changes
+
+    def _commit(self) -> None:
+        try:
+            self._state.commit()
+        except sqlite3.Error:
+            _LOG.exception("state_not_written")
+            self._state.rollback()
+
+    def _tell(
+        self, record: VersionRecord, changes: Sequence[Change], now_s: float
+    ) -> list[tuple[int, str]]:
+        """Write incidents down; return the notices that have to go out."""
+        told = []
         for change in changes:
             signal, subject = str(change.signal), change.subject
             if change.is_alarmed:
                 incident: int | None = self._state.open_incident(
                     record.id, signal, subject, now_s, change.statistic, change.threshold
                 )
+                self._state.prune_incidents(record.id, INCIDENTS_KEPT)
             else:
                 incident = self._state.resolve_incident(record.id, signal, subject, now_s)
             _LOG.warning(
@@ -306,18 +338,12 @@ class Monitor:
             )
             if self._notify is not None:
                 body = cloud_event(record.model, record.version, change, incident, now_s)
-                self._notify(self._state.add_notice(body), body)
+                told.append((self._state.add_notice(body), body))
+        return told
 
 
-def _scatter(numbers: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, Any]:
-    """
-    Spread numbers evenly over [0, 1), the same number always to the same place.
-
-    Source: Fibonacci hashing, Knuth, The Art of Computer Programming 3, §6.4.
-    """
-    hashed = numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return (hashed >> np.uint64(11)).astype(np.float64) / 2.0**53
-
-
-def _performance_to_json(performance: Performance) -> dict[str, Any]:
-    return {name: getattr(performance, name) for name in Performance.__slots__}
+def _said_of(reference: ReferenceProfile | None) -> dict[str, bool]:
+    return {
+        "has_reference": reference is not None,
+        "error_is_judged": reference is not None and bool(reference.error),
+    }

@@ -19,7 +19,7 @@ import structlog
 
 from headrace.errors import StartupError
 from headrace.monitoring.detectors import Signal
-from headrace.monitoring.watched import Change
+from headrace.monitoring.judgement import Change
 
 _LOG = structlog.get_logger(__name__)
 

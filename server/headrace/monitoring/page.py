@@ -9,11 +9,12 @@ BARS = (220, 64)
 
 LINE = (560, 140)
 SPARK = (120, 28)
+NAMES_SHOWN = 10
 
 _CAVEATS = {
     "no reference": "There is no usable profile.json beside this version's model: rows are "
     "counted, nothing is judged.",
-    "quiet": "No rows for an hour: out of service, most likely. Its alarms are not counted.",
+    "quiet": "No rows for an hour. Open alarms stay open: for a week, or until new rows end them.",
     "waiting": "No window has ended yet: a window ends when it is old enough and has rows enough.",
 }
 
@@ -67,11 +68,20 @@ def page(report: dict[str, Any]) -> str:
 <p>As of {escape(_short(report["time"]))} UTC. Outcomes: {outcomes["joined"]:,} joined,
 {outcomes["unknown"]:,} of unknown predictions, {outcomes["conflicting"]:,} conflicting;
 {report["predictions_kept"]:,} predictions kept for theirs.
-Rows lost on the way: {report["rows_lost"]:,}.</p>
+Rows lost on the way: {report["rows_lost"]:,}.{_not_kept(report["predictions_not_kept"])}</p>
 {body}
 <h2>What this cannot see</h2><p>{_BLIND}</p>
 </body></html>
 """
+
+
+def _not_kept(count: int) -> str:
+    if not count:
+        return ""
+    return (
+        f" {count:,} predictions were not kept for want of a place: lower "
+        "<code>--kept-share</code>."
+    )
 
 
 def _version(version: dict[str, Any]) -> str:
@@ -80,12 +90,31 @@ def _version(version: dict[str, Any]) -> str:
     parts = [f"<h2>{title} {_badge(verdict, verdict)}</h2>", _summary(version)]
     if verdict in _CAVEATS:
         parts.append(f"<p>{_CAVEATS[verdict]}</p>")
+    parts.append(_unmatched(version["unmatched"]))
     parts.append(_performance(version))
     parts.append(_incidents(version["incidents"]))
     for title, group in (("Predictions", "predictions"), ("Features", "features")):
         if version[group]:
             parts.append(f"<h3>{title}</h3>{_columns(version[group])}")
     return "\n".join(part for part in parts if part)
+
+
+def _unmatched(names: dict[str, list[str]]) -> str:
+    said = (
+        (names["in_profile"], "in the profile and never came, which counts as missing"),
+        (names["in_rows"], "not in the profile, and not judged"),
+    )
+    return "".join(
+        f"<p><span class=bad>Names differ.</span> {len(columns)} "
+        f"{'column is' if len(columns) == 1 else 'columns are'} {what}: {_listed(columns)}.</p>"
+        for columns, what in said
+        if columns
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(f"<code>{escape(name)}</code>" for name in names[:NAMES_SHOWN])
+    return shown if len(names) <= NAMES_SHOWN else f"{shown} …"
 
 
 def _summary(version: dict[str, Any]) -> str:
@@ -109,7 +138,13 @@ def _performance(version: dict[str, Any]) -> str:
         f"Median error {last['error']:.1%} in the last window with outcomes, bias "
         f"{last['bias']:+.1%}; outcomes of {last['coverage']:.0%} of them are known."
     )
-    if reference is not None:
+    if last["outcomes_of_zero"]:
+        text += f" {last['outcomes_of_zero']:,} outcomes of 0 have no relative error: left out."
+    if reference is None:
+        text += " The profile says nothing of it in training: it is not judged."
+    elif reference == 0:
+        text += " In training it was 0, of which nothing is a multiple: it is not judged."
+    else:
         text += f" In training it was {reference:.1%}."
     plot = _line([of["error"] for of in known], reference)
     return f"<h3>Realised error</h3><p>{text}</p>{plot}"
@@ -151,7 +186,7 @@ def _column(column: dict[str, Any]) -> str:
     if alarms:
         name = f"<span class=bad>{name}</span>"
     drift = _drift_of(column)
-    shown = "" if drift == _UNKNOWN else f"{drift:.3f}"
+    shown = _too_few(column) if drift == _UNKNOWN else f"{drift:.3f}"
     bad = " bad" if any(alarm.endswith("drift") for alarm in alarms) else ""
     current = column.get("current")
     rates = "".join(
@@ -165,6 +200,15 @@ def _column(column: dict[str, Any]) -> str:
 
 
 _UNKNOWN = float("-inf")
+
+
+def _too_few(column: dict[str, Any]) -> str:
+    values = column.get("drift_values")
+    if values is None:
+        return ""
+    if values["needed"] is None:
+        return "<span class=soft>one value in training</span>"
+    return f"<span class=soft>{values['waiting']:,} of {values['needed']:,} values</span>"
 
 
 def _drift_of(column: dict[str, Any]) -> float:

@@ -2,11 +2,16 @@
 
 Whoever trains a model calls `build_profile` on the rows that trained it and writes the result as
 `profile.json` into the version's folder. The monitor counts in the bins that it finds there.
+
+Numbers are compared as float32, here and in the monitor: training often has the float64 of what the
+model is sent as float32, and 0.1 must fall into the same bin either way.
 """
 
+import hashlib
 import json
 import math
-from collections.abc import Mapping
+import numbers
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -29,6 +34,12 @@ PROFILE_BYTES_MAX = 4 << 20
 TEXT_BYTES_MAX = 64
 """Of one text value: what comes after is not looked at, here or in the monitor."""
 
+COUNT_MAX = 1 << 53
+RATIO_MAX = 1e6
+"""Relative errors are cut off here: an outcome of 5e-324 must not make them infinite."""
+
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+
 
 @dataclass(frozen=True, slots=True)
 class NumericReference:
@@ -38,7 +49,8 @@ class NumericReference:
     Args:
         edges: Ascending and finite; bin i holds what is above edge i and not above edge i + 1, and
             the first bin its lower edge too. The outermost edges are the least and the greatest
-            value. Values that were frequent have bins of their own.
+            value. Values that were frequent have bins of their own, whose lower edge is the float32
+            just below.
         counts: Rows in each bin.
         missing: Rows without a value.
     """
@@ -64,7 +76,7 @@ class NumericReference:
 @dataclass(frozen=True, slots=True)
 class CategoricalReference:
     """
-    One text or truth column in training.
+    One text column in training.
 
     Args:
         levels: The most frequent values, `TEXT_BYTES_MAX` bytes of each.
@@ -120,6 +132,11 @@ class ReferenceProfile:
         if len(self.features) + len(self.predictions) > COLUMNS_MAX:
             raise ProfileError(f"more than {COLUMNS_MAX} columns")
 
+    @property
+    def digest(self) -> str:
+        """Short, and the same for equal profiles only: it says what counts were counted against."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
     def to_json(self) -> str:
         """Write it down; equal profiles give equal text."""
         columns = {
@@ -157,7 +174,7 @@ class ReferenceProfile:
             )
         except KeyError as error:
             raise ProfileError(f"{error} is missing") from None
-        except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        except (TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
             raise ProfileError(f"not a profile: {error}") from None
 
 
@@ -172,8 +189,8 @@ def build_profile(
     Describe what a model saw and said in training.
 
     Args:
-        features: Column name to n values, as the model sees them. Numbers are binned, and NaN is
-            missing; text and truth values are counted one by one, and None is missing.
+        features: Column name to n values, as the model sees them. Numbers and truth values (0 and
+            1) are binned, text is counted value by value; None and NaN are missing.
         predictions: Output column to n values; the first is what outcomes are compared with.
         outcomes: True values of rows that did not train the model, for the reference error; those
             that are 0 have no relative error and are left out.
@@ -190,7 +207,7 @@ def build_profile(
     error = None
     if outcomes is not None:
         errors = relative_errors(np.asarray(outcome_predictions), np.asarray(outcomes))
-        error = float(np.median(errors)) if len(errors) else None
+        error = float(np.median(np.abs(errors))) if len(errors) else None
     return ReferenceProfile(
         features={name: describe_column(values) for name, values in features.items()},
         predictions={name: describe_column(values) for name, values in predictions.items()},
@@ -211,18 +228,30 @@ def describe_column(values: Any) -> ColumnReference:
         array = array[:, 0]
     if array.ndim != 1 or not len(array):
         raise ProfileError(f"expected a column with rows, got shape {array.shape}")
-    if array.dtype.kind in "iuf":
-        return _describe_numbers(array.astype(np.float64))
-    return _describe_levels(array)
+    if array.dtype.kind in "biuf":
+        return _describe_numbers(array)
+    texts = [None if _is_missing(value) else value for value in array.tolist()]
+    present = [value for value in texts if value is not None]
+    if present and all(isinstance(value, numbers.Real | np.bool_) for value in present):
+        return _describe_numbers(np.array([np.nan if v is None else float(v) for v in texts]))
+    return _describe_levels(texts)
+
+
+def as_numbers(values: NDArray[Any]) -> NDArray[np.float32]:
+    """Return finite numbers or truth values in the precision they are compared in."""
+    if values.dtype == np.float64:
+        values = np.clip(values, -_FLOAT32_MAX, _FLOAT32_MAX)
+    return values.astype(np.float32, copy=False)
 
 
 def relative_errors(predictions: NDArray[Any], outcomes: NDArray[Any]) -> NDArray[np.float64]:
-    """Return |prediction − outcome| / |outcome| where it is defined."""
+    """Return prediction / outcome − 1 where it is defined, cut off at ± `RATIO_MAX`."""
     predictions = predictions.astype(np.float64).ravel()
     outcomes = outcomes.astype(np.float64).ravel()
     defined = (outcomes != 0) & np.isfinite(outcomes) & np.isfinite(predictions)
-    errors: NDArray[np.float64] = np.abs(predictions[defined] / outcomes[defined] - 1)
-    return errors
+    with np.errstate(over="ignore"):
+        ratios: NDArray[np.float64] = predictions[defined] / outcomes[defined] - 1
+    return np.clip(ratios, -RATIO_MAX, RATIO_MAX)
 
 
 def as_level(value: Any) -> str | None:
@@ -233,8 +262,8 @@ def as_level(value: Any) -> str | None:
     return data[:TEXT_BYTES_MAX].decode(errors="replace")
 
 
-def _describe_numbers(values: NDArray[np.float64]) -> NumericReference:
-    finite = values[np.isfinite(values)]
+def _describe_numbers(values: NDArray[Any]) -> NumericReference:
+    finite = as_numbers(values[np.isfinite(values)])
     missing = int(len(values) - len(finite))
     if not len(finite):
         return NumericReference((0.0, 0.0), (0,), missing)
@@ -243,7 +272,8 @@ def _describe_numbers(values: NDArray[np.float64]) -> NumericReference:
     # A value that spans several quantiles gets a bin of its own: its upper edge is the value, its
     # lower edge the number just below, or the value itself for the least one.
     frequent = repeated[times > 1]
-    edges = np.union1d(repeated, np.nextafter(frequent[frequent > repeated[0]], -np.inf))
+    below = np.nextafter(frequent[frequent > repeated[0]], np.float32(-np.inf))
+    edges = np.union1d(repeated, below)
     if repeated[0] in frequent:
         edges = np.concatenate([repeated[:1], edges])
     counts = _count(edges, finite)
@@ -256,16 +286,25 @@ def _describe_numbers(values: NDArray[np.float64]) -> NumericReference:
     )
 
 
-def _count(edges: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.int64]:
+def _count(edges: NDArray[np.float32], values: NDArray[np.float32]) -> NDArray[np.int64]:
     bins = np.searchsorted(edges[1:-1], values, side="left")
     return np.bincount(bins, minlength=len(edges) - 1)
 
 
-def _describe_levels(values: NDArray[Any]) -> CategoricalReference:
+def _is_missing(value: Any) -> bool:
+    if value is None:
+        return True
+    try:
+        return bool(value != value)  # noqa: PLR0124 only NaN and NaT are
+    except TypeError:  # pandas.NA, which is not even true or false
+        return True
+
+
+def _describe_levels(values: Sequence[Any]) -> CategoricalReference:
     counts: dict[str, int] = {}
     missing = 0
-    for value in values.tolist():
-        level = as_level(None if isinstance(value, float) and math.isnan(value) else value)
+    for value in values:
+        level = as_level(value)
         if level is None:
             missing += 1
         else:
@@ -300,5 +339,5 @@ def _read_column(column: dict[str, Any]) -> ColumnReference:
 
 
 def _check_counts(counts: tuple[Any, ...]) -> None:
-    if not all(type(count) is int and count >= 0 for count in counts):
-        raise ProfileError("counts must be whole numbers from 0 on")
+    if not all(type(count) is int and 0 <= count <= COUNT_MAX for count in counts):
+        raise ProfileError(f"counts must be whole numbers from 0 to {COUNT_MAX}")

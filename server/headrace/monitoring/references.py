@@ -18,7 +18,7 @@ _NAME = re.compile(r"[^/\\\x00-\x1f]{1,256}")
 
 class ReferenceFiles:
     """
-    Reads `<model>/<version>/profile.json`. Links are not followed.
+    Reads `<model>/<version>/profile.json`. Links are not followed, wherever in that path.
 
     Args:
         repository: The model repository; None when there is none.
@@ -42,10 +42,9 @@ class ReferenceFiles:
             or not _NAME.fullmatch(model)
         ):
             return None
-        path = self._repository / model / str(version) / FILENAME
         key = (model, version)
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            descriptor = _open(self._repository, model, str(version))
         except OSError:
             self._read.pop(key, None)
             return None
@@ -62,6 +61,19 @@ class ReferenceFiles:
                 _LOG.error("profile_unusable", model=model, version=version, reason=str(error))
             self._read[key] = (stamp, profile)
             return profile
+
+
+def _open(repository: Path, *folders: str) -> int:
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    at = os.open(repository, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for folder in folders:
+            below = os.open(folder, flags | os.O_DIRECTORY, dir_fd=at)
+            os.close(at)
+            at = below
+        return os.open(FILENAME, flags | os.O_NONBLOCK, dir_fd=at)
+    finally:
+        os.close(at)
 
 
 def _read(file: BinaryIO, status: os.stat_result) -> ReferenceProfile:

@@ -4,41 +4,47 @@ One SQLite file, owned by one thread. Everything between two `commit`s is kept o
 """
 
 import json
+import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from headrace.errors import StartupError
 from headrace.monitoring.counts import WindowCounts
+from headrace.monitoring.kept import FROM_FORMAT_1, SCHEMA, KeptPredictions
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FILENAME = "monitor.sqlite3"
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS model_version (
   id INTEGER PRIMARY KEY, model TEXT NOT NULL, version INTEGER NOT NULL,
-  alarms TEXT NOT NULL DEFAULT '{}', UNIQUE (model, version));
+  judgement TEXT NOT NULL DEFAULT '{}', last_rows_s REAL NOT NULL DEFAULT 0,
+  UNIQUE (model, version));
 CREATE TABLE IF NOT EXISTS window (
   of INTEGER NOT NULL, start_s REAL NOT NULL, is_open INTEGER NOT NULL, counts TEXT NOT NULL,
   PRIMARY KEY (of, start_s)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS performance (
-  of INTEGER NOT NULL, start_s REAL NOT NULL, body TEXT NOT NULL,
-  PRIMARY KEY (of, start_s)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS prediction (
-  prefix TEXT NOT NULL, number INTEGER NOT NULL, row INTEGER NOT NULL, of INTEGER NOT NULL,
-  start_s REAL NOT NULL, value REAL NOT NULL, outcome REAL,
-  PRIMARY KEY (prefix, number, row)) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS prediction_window ON prediction (of, start_s);
 CREATE TABLE IF NOT EXISTS incident (
   id INTEGER PRIMARY KEY, of INTEGER NOT NULL, signal TEXT NOT NULL, subject TEXT NOT NULL,
   opened_s REAL NOT NULL, resolved_s REAL, statistic REAL NOT NULL, threshold REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS incident_of ON incident (of, id);
 CREATE TABLE IF NOT EXISTS notice (
   id INTEGER PRIMARY KEY, body TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS source (
   name TEXT PRIMARY KEY, rows_seen INTEGER NOT NULL, rows_dropped INTEGER NOT NULL);
 """
+
+
+_FROM_FORMAT_1 = """
+ALTER TABLE model_version RENAME COLUMN alarms TO judgement;
+UPDATE model_version SET judgement = '{"alarms": ' || judgement || '}';
+ALTER TABLE model_version ADD COLUMN last_rows_s REAL NOT NULL DEFAULT 0;
+UPDATE model_version SET last_rows_s =
+  coalesce((SELECT max(start_s) FROM window WHERE of = model_version.id), 0);
+"""
+"""Its windows do not say what they were counted against: none of them goes on."""
 
 
 class StoredVersion(NamedTuple):
@@ -47,7 +53,8 @@ class StoredVersion(NamedTuple):
     id: int
     model: str
     version: int
-    alarms: dict[str, Any]
+    judgement: dict[str, Any]
+    last_rows_s: float
 
 
 class StoredWindow(NamedTuple):
@@ -69,18 +76,11 @@ class Incident(NamedTuple):
     threshold: float
 
 
-class OutcomeCounts(NamedTuple):
-    """What became of reported outcomes."""
-
-    joined: int = 0
-    duplicate: int = 0
-    conflicting: int = 0
-    unknown: int = 0
-
-
 class MonitorState:
     """
     The file. Its methods are called by one thread; only the constructor may be called by another.
+
+    Nobody but its owner may read it: it has what models said of whom.
 
     Args:
         folder: Made when it is not there; None keeps everything in memory.
@@ -95,21 +95,30 @@ class MonitorState:
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
                 name = str(folder / FILENAME)
+                _make_private(folder / FILENAME)
             self._db = sqlite3.connect(name, timeout=1, check_same_thread=False)
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
             self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
-            self._check_version()
-            self._db.executescript(_SCHEMA)
-            self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            self._db.execute("BEGIN EXCLUSIVE")  # taken now and never given back
-            self._db.commit()
+            before = self._format()
+            # One transaction: a format is changed wholly or not at all. The lock is not given back.
+            self._db.executescript(
+                f"BEGIN EXCLUSIVE; {_FROM_FORMAT_1 if before == 1 else ''} {_SCHEMA} {SCHEMA}"
+                f"{FROM_FORMAT_1 if before == 1 else ''}"
+                f"PRAGMA user_version = {SCHEMA_VERSION}; COMMIT"
+            )
+            self.kept = KeptPredictions(self._db)
         except (OSError, sqlite3.Error) as error:
             raise StartupError(f"--state-dir {folder}: {error}") from None
 
     def commit(self) -> None:
         """Keep everything so far."""
         self._db.commit()
+
+    def rollback(self) -> None:
+        """Forget everything since the last `commit`."""
+        self._db.rollback()
+        self.kept.recount()
 
     def close(self) -> None:
         """Keep everything and let go of the file."""
@@ -118,8 +127,13 @@ class MonitorState:
 
     def versions(self) -> list[StoredVersion]:
         """Return every model version that was seen."""
-        rows = self._db.execute("SELECT id, model, version, alarms FROM model_version")
-        return [StoredVersion(i, model, number, json.loads(a)) for i, model, number, a in rows]
+        rows = self._db.execute(
+            "SELECT id, model, version, judgement, last_rows_s FROM model_version"
+        )
+        return [
+            StoredVersion(i, model, number, json.loads(judgement), last_rows_s)
+            for i, model, number, judgement, last_rows_s in rows
+        ]
 
     def add_version(self, model: str, version: int) -> int:
         """Note a model version; return its id."""
@@ -131,14 +145,19 @@ class MonitorState:
 
     def forget_version(self, of: int) -> None:
         """Remove a model version with everything of it."""
-        for table in ("window", "performance", "prediction", "incident"):
-            self._db.execute(f"DELETE FROM {table} WHERE of = ?", (of,))  # noqa: S608 our names
+        self._db.execute("DELETE FROM window WHERE of = ?", (of,))
+        self._db.execute("DELETE FROM incident WHERE of = ?", (of,))
+        self.kept.forget(of)
         self._db.execute("DELETE FROM model_version WHERE id = ?", (of,))
 
-    def put_alarms(self, of: int, alarms: dict[str, Any]) -> None:
-        """Keep the alarm states of a version."""
-        text = json.dumps(alarms)
-        self._db.execute("UPDATE model_version SET alarms = ? WHERE id = ?", (text, of))
+    def put_judgement(self, of: int, judgement: dict[str, Any]) -> None:
+        """Keep how a version was judged."""
+        text = json.dumps(judgement, allow_nan=False)
+        self._db.execute("UPDATE model_version SET judgement = ? WHERE id = ?", (text, of))
+
+    def put_last_rows(self, of: int, last_rows_s: float) -> None:
+        """Keep when a version's rows came last."""
+        self._db.execute("UPDATE model_version SET last_rows_s = ? WHERE id = ?", (last_rows_s, of))
 
     def put_window(self, of: int, counts: WindowCounts, *, is_open: bool) -> None:
         """Keep a window, open or closed; one with the same start is replaced."""
@@ -147,28 +166,6 @@ class MonitorState:
             " ON CONFLICT DO UPDATE SET is_open = excluded.is_open, counts = excluded.counts",
             (of, counts.start_s, is_open, json.dumps(counts.to_json())),
         )
-
-    def put_performance(self, of: int, start_s: float, performance: dict[str, Any]) -> None:
-        """Keep what is known of a window's outcomes. They may come long after the window."""
-        self._db.execute(
-            "INSERT OR REPLACE INTO performance (of, start_s, body) VALUES (?, ?, ?)",
-            (of, start_s, json.dumps(performance)),
-        )
-
-    def performance(self, of: int, start_s: float) -> dict[str, Any] | None:
-        """Return what is known of one window's outcomes."""
-        found = self._db.execute(
-            "SELECT body FROM performance WHERE of = ? AND start_s = ?", (of, start_s)
-        ).fetchone()
-        return None if found is None else dict(json.loads(found[0]))
-
-    def performances(self, of: int, limit: int) -> list[tuple[float, dict[str, Any]]]:
-        """Return the last windows with outcomes, by their start, oldest first."""
-        rows = self._db.execute(
-            "SELECT start_s, body FROM performance WHERE of = ? ORDER BY start_s DESC LIMIT ?",
-            (of, limit),
-        )
-        return [(start_s, json.loads(body)) for start_s, body in rows][::-1]
 
     def windows(self, of: int, limit: int) -> list[StoredWindow]:
         """Return the last windows of a version, oldest first."""
@@ -189,77 +186,6 @@ class MonitorState:
             " (SELECT start_s FROM window WHERE of = ? ORDER BY start_s DESC LIMIT 1 OFFSET ?)",
             (of, of, keep),
         )
-
-    def add_predictions(
-        self, of: int, start_s: float, rows: Iterable[tuple[str, int, int, float]]
-    ) -> None:
-        """Keep predictions (id prefix, request number, row, value) of a window."""
-        self._db.executemany(
-            "INSERT OR IGNORE INTO prediction (prefix, number, row, value, of, start_s)"
-            " VALUES (?, ?, ?, ?, ?, ?)",
-            ((*row, of, start_s) for row in rows),
-        )
-
-    def join_outcomes(
-        self, outcomes: Sequence[tuple[str, int, int, float]]
-    ) -> tuple[OutcomeCounts, set[tuple[int, float]]]:
-        """
-        Join outcomes (id prefix, request number, row, value).
-
-        Returns:
-            What became of them, and the (version, window start) that know more now.
-        """
-        joined = duplicate = conflicting = unknown = 0
-        touched: set[tuple[int, float]] = set()
-        for prefix, number, row, value in outcomes:
-            key = (prefix, number, row)
-            found = self._db.execute(
-                "SELECT of, start_s, outcome FROM prediction"
-                " WHERE prefix = ? AND number = ? AND row = ?",
-                key,
-            ).fetchone()
-            if found is None:
-                unknown += 1
-            elif found[2] is None:
-                joined += 1
-                touched.add((found[0], found[1]))
-                self._db.execute(
-                    "UPDATE prediction SET outcome = ? WHERE prefix = ? AND number = ? AND row = ?",
-                    (value, *key),
-                )
-            elif found[2] == value:
-                duplicate += 1
-            else:
-                conflicting += 1
-        return OutcomeCounts(joined, duplicate, conflicting, unknown), touched
-
-    def labelled(self, of: int, start_s: float) -> tuple[int, list[tuple[float, float]]]:
-        """Return how many predictions of a window are kept, and (value, outcome) of the known."""
-        where = "FROM prediction WHERE of = ? AND start_s = ?"
-        kept = self._db.execute(f"SELECT count(*) {where}", (of, start_s)).fetchone()[0]
-        pairs = self._db.execute(
-            f"SELECT value, outcome {where} AND outcome IS NOT NULL",
-            (of, start_s),
-        )
-        return kept, pairs.fetchall()
-
-    def prune_predictions(self, keep: int, oldest_s: float) -> int:
-        """
-        Remove predictions of windows that began before `oldest_s`, and the oldest beyond `keep`.
-
-        Whole windows go, so that no window's coverage is wrong.
-
-        Returns:
-            How many are kept.
-        """
-        self._db.execute("DELETE FROM prediction WHERE start_s < ?", (oldest_s,))
-        self._db.execute("DELETE FROM performance WHERE start_s < ?", (oldest_s,))
-        kept = int(self._db.execute("SELECT count(*) FROM prediction").fetchone()[0])
-        while kept > keep:
-            first = self._db.execute("SELECT min(start_s) FROM prediction").fetchone()[0]
-            gone = self._db.execute("DELETE FROM prediction WHERE start_s <= ?", (first,))
-            kept -= gone.rowcount
-        return kept
 
     def open_incident(
         self,
@@ -300,6 +226,23 @@ class MonitorState:
         )
         return [Incident(*row) for row in rows]
 
+    def open_since(self, of: int, signal: str, subject: str) -> float | None:
+        """Return when the open incident began; None without one."""
+        found = self._db.execute(
+            "SELECT opened_s FROM incident WHERE of = ? AND signal = ? AND subject = ?"
+            " AND resolved_s IS NULL",
+            (of, signal, subject),
+        ).fetchone()
+        return None if found is None else float(found[0])
+
+    def prune_incidents(self, of: int, keep: int) -> None:
+        """Remove all but the last incidents of a version, and those that are open."""
+        self._db.execute(
+            "DELETE FROM incident WHERE of = ? AND resolved_s IS NOT NULL AND id <="
+            " (SELECT id FROM incident WHERE of = ? ORDER BY id DESC LIMIT 1 OFFSET ?)",
+            (of, of, keep),
+        )
+
     def add_notice(self, body: str) -> int:
         """Keep a message that has to be delivered; return its id."""
         added = self._db.execute("INSERT INTO notice (body) VALUES (?)", (body,))
@@ -336,10 +279,21 @@ class MonitorState:
             (keep,),
         )
 
-    def _check_version(self) -> None:
+    def _format(self) -> int:
+        """Return the file's format, 0 for a new one."""
         with closing(self._db.execute("PRAGMA user_version")) as rows:
             found = int(rows.fetchone()[0])
-        if found not in (0, SCHEMA_VERSION):
+        if found not in (0, 1, SCHEMA_VERSION):
             raise sqlite3.Error(
-                f"{FILENAME} is of format {found}, this version reads {SCHEMA_VERSION}"
+                f"{FILENAME} is of format {found}, this version reads up to {SCHEMA_VERSION}"
             )
+        return found
+
+
+def _make_private(path: Path) -> None:
+    # SQLite gives the files it makes beside this one the same mode.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.fchmod(descriptor, 0o600)
+    finally:
+        os.close(descriptor)

@@ -1,118 +1,36 @@
-"""One model version under watch: rows into windows, windows into statistics, those into alarms.
+"""One model version under watch: rows into windows, windows into judgements.
 
 Time comes in as an argument and nothing goes out but return values: `monitor` keeps and tells.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import NamedTuple
 
 from headrace.monitoring.counts import ColumnCounter, ColumnCounts, WindowCounts
-from headrace.monitoring.detectors import (
-    AlarmState,
-    Signal,
-    Threshold,
-    psi_excess,
-    rate_excesses,
-    rows_needed,
-    step,
+from headrace.monitoring.judgement import (
+    Change,
+    Judgement,
+    Performance,
+    Rules,
+    judge_anew,
+    judge_error,
+    judge_window,
 )
-from headrace.monitoring.profile import COLUMNS_MAX, ReferenceProfile, relative_errors
+from headrace.monitoring.profile import COLUMNS_MAX, ColumnReference, ReferenceProfile
 from headrace.monitoring.records import Column, PredictionRows
 
-Subject = tuple[Signal, str]
-"""A signal and the column it is about."""
 
-
-@dataclass(frozen=True, slots=True)
-class Rules:
+class Unmatched(NamedTuple):
     """
-    When windows end and what is too much. One for the whole monitor.
+    Names that only one side has: a profile of other names watches nothing.
 
     Args:
-        window_s: Shortest window.
-        rows_min: Fewest rows of a window; it stays open until it has them.
-        thresholds: By signal.
-        coverage_min: Least share of a window's kept predictions whose outcomes must be known
-            before its error is judged: those that come first are not like the rest.
-        outcomes_min: Fewest outcomes, likewise.
+        in_profile: Columns of the profile that never came.
+        in_rows: Columns that came and are not in the profile.
     """
 
-    window_s: float = 60.0
-    rows_min: int = 1_000
-    thresholds: Mapping[Signal, Threshold] = field(
-        default_factory=lambda: {
-            Signal.DRIFT: Threshold(0.1, 0.05),
-            Signal.PREDICTION_DRIFT: Threshold(0.1, 0.05),
-            Signal.PREDICTION_MISSING: Threshold(0.01, 0.005),
-            Signal.MISSING: Threshold(0.05, 0.02),
-            Signal.OUT_OF_RANGE: Threshold(0.05, 0.02),
-            Signal.STALE: Threshold(0.05, 0.02),
-            Signal.ERROR: Threshold(1.5, 1.25),
-        }
-    )
-    coverage_min: float = 0.5
-    outcomes_min: int = 50
-
-
-class Change(NamedTuple):
-    """
-    An alarm that began or ended.
-
-    Args:
-        signal: What was watched.
-        subject: The column.
-        is_alarmed: Whether it began.
-        statistic: What the window showed.
-        threshold: What it was compared with.
-    """
-
-    signal: Signal
-    subject: str
-    is_alarmed: bool
-    statistic: float
-    threshold: float
-
-
-@dataclass(slots=True)
-class Performance:
-    """
-    What is known of one window's outcomes.
-
-    Args:
-        kept: Predictions that outcomes can be joined to.
-        labelled: Those whose outcome is known.
-        error: Median of |prediction − outcome| / |outcome|; None without one that is not 0.
-        bias: Median of prediction / outcome − 1, likewise.
-        is_judged: Whether the alarm has taken it into account.
-    """
-
-    kept: int
-    labelled: int
-    error: float | None
-    bias: float | None
-    is_judged: bool = False
-
-    @property
-    def coverage(self) -> float:
-        """Share of the kept predictions whose outcome is known."""
-        return self.labelled / max(1, self.kept)
-
-
-@dataclass(slots=True)
-class Window:
-    """
-    A window that has ended, with what became known since.
-
-    Args:
-        counts: Of its rows.
-        drift: Each column's, by group and name, once it was asked for.
-    """
-
-    counts: WindowCounts
-    drift: dict[tuple[str, str], float | None] = field(default_factory=dict)
+    in_profile: tuple[str, ...] = ()
+    in_rows: tuple[str, ...] = ()
 
 
 class WatchedVersion:
@@ -122,44 +40,58 @@ class WatchedVersion:
     Args:
         rules: When and what.
         reference: What is normal; without one rows are counted and nothing is judged.
-        alarms: States to go on with.
+        judgement: To go on with.
     """
 
     def __init__(
         self,
         rules: Rules,
         reference: ReferenceProfile | None,
-        alarms: Mapping[Subject, AlarmState] | None = None,
+        judgement: Judgement | None = None,
     ) -> None:
         self._rules = rules
-        self.alarms: dict[Subject, AlarmState] = dict(alarms or {})
-        self.statistics: dict[Subject, float] = {}
-        """Of the last window in which each could be had."""
         self.open: WindowCounts | None = None
+        self.judgement = Judgement() if judgement is None else judgement
         self.reference = reference
+        self.digest = "" if reference is None else reference.digest
         self._features: dict[str, ColumnCounter] = {}
         self._predictions: dict[str, ColumnCounter] = {}
 
-    def set_reference(self, reference: ReferenceProfile | None) -> None:
-        """Go on with another reference; the open window, if any, must have been closed."""
+    def set_reference(self, reference: ReferenceProfile | None) -> list[Change]:
+        """
+        Go on with another reference; the open window, if any, must have been ended.
+
+        Alarms outlive a profile that is gone: that is no recovery. One that replaces it ends those
+        of columns that it does not have.
+        """
         self.reference = reference
-        self._features.clear()
-        self._predictions.clear()
+        self.digest = "" if reference is None else reference.digest
+        self._features, self._predictions = {}, {}
+        return self.adopt_reference()
+
+    def adopt_reference(self) -> list[Change]:
+        """Judge by the reference from now on, and end the alarms that it knows nothing of."""
+        if self.reference is None or self.digest == self.judgement.reference:
+            return []
+        self.judgement, changes = judge_anew(
+            self._rules, self.judgement, self.reference, self.digest
+        )
+        return changes
 
     def resume(self, window: WindowCounts) -> bool:
         """
         Go on with a window that was open at the last stop.
 
         Returns:
-            False when it was counted in other bins: it cannot go on.
+            False when it was counted against another reference: it cannot go on.
         """
-        for counter, counts in (
-            *((self._feature(name), counts) for name, counts in window.features.items()),
-            *((self._prediction(name), counts) for name, counts in window.predictions.items()),
-        ):
-            if counter is None or len(counter.empty().bins) != len(counts.bins):
-                return False
+        if window.reference != self.digest:
+            return False
         self.open = window
+        for name in window.features:
+            self._feature(name)
+        for name in window.predictions:
+            self._prediction(name)
         return True
 
     def fold(self, rows: PredictionRows, now_s: float) -> float:
@@ -170,7 +102,7 @@ class WatchedVersion:
             The start of the window they went to, which names it.
         """
         if self.open is None:
-            self.open = WindowCounts(now_s, now_s + self._rules.window_s)
+            self.open = WindowCounts(now_s, now_s + self._rules.window_s, reference=self.digest)
         window = self.open
         window.rows += rows.rows
         for name, column in rows.features.items():
@@ -184,79 +116,49 @@ class WatchedVersion:
         if self.open is not None:
             self.open.rows_lost += rows
 
-    def close_when_due(self, now_s: float) -> tuple[WindowCounts, list[Change]] | None:
+    @property
+    def unmatched(self) -> Unmatched:
+        """What is only in the profile, and only in the rows, since it was given."""
+        if self.reference is None or not (self._features or self._predictions):
+            return Unmatched()
+        known = (*self.reference.features, *self.reference.predictions)
+        seen = (*self._features, *self._predictions)
+        return Unmatched(
+            tuple(dict.fromkeys(name for name in known if name not in seen)),
+            tuple(dict.fromkeys(name for name in seen if name not in known)),
+        )
+
+    def end_when_due(self, now_s: float) -> tuple[WindowCounts, list[Change]] | None:
         """End the open window if it is old and full enough, and judge it."""
         window = self.open
         if window is None or now_s < window.end_s or window.rows < self._rules.rows_min:
             return None
+        changes: list[Change] = []
+        if self.reference is not None and not window.is_degraded:
+            _complete(window.features, self.reference.features, window.rows)
+            _complete(window.predictions, self.reference.predictions, window.rows)
+            changes += self.adopt_reference()
+            self.judgement, found = judge_window(
+                self._rules, self.reference, self.judgement, window
+            )
+            changes += found
+        return self.end(now_s), changes
+
+    def end(self, now_s: float) -> WindowCounts:
+        """End the open window, which must be there, as it is."""
+        window = self.open
+        assert window is not None
         window.end_s = now_s
         self.open = None
-        return window, [] if window.is_degraded else self._judge(window)
+        return window
 
-    def measure(self, kept: int, pairs: list[tuple[float, float]]) -> Performance:
-        """Sum up (prediction, outcome) pairs of one window."""
-        values = np.array(pairs, np.float64).reshape(-1, 2)
-        errors = relative_errors(values[:, 0], values[:, 1])
-        defined = values[values[:, 1] != 0]
-        ratios = defined[:, 0] / defined[:, 1] - 1
-        return Performance(
-            kept=kept,
-            labelled=len(pairs),
-            error=float(np.median(errors)) if len(errors) else None,
-            bias=float(np.median(ratios)) if len(ratios) else None,
-        )
-
-    def judge_performance(self, performance: Performance) -> list[Change]:
+    def judge_error(self, performance: Performance, start_s: float) -> list[Change]:
         """Take an ended window's outcomes into account, once there are enough of them."""
-        reference = None if self.reference is None else self.reference.error
-        if (
-            performance.is_judged
-            or performance.error is None
-            or not reference
-            or self.reference is None
-            or performance.labelled < self._rules.outcomes_min
-            or performance.coverage < self._rules.coverage_min
-        ):
+        judged = judge_error(self._rules, self.reference, self.judgement, performance, start_s)
+        if judged is None:
             return []
         performance.is_judged = True
-        subject = (Signal.ERROR, self.reference.prediction)
-        return self._step({subject: performance.error / reference})
-
-    def _judge(self, window: WindowCounts) -> list[Change]:
-        if self.reference is None:
-            return []
-        statistics: dict[Subject, float] = {}
-        for name, reference in self.reference.features.items():
-            counts = window.features.get(name)
-            if counts is None:
-                continue
-            excess = psi_excess(reference, counts)
-            if excess is not None and counts.present >= rows_needed(reference):
-                statistics[Signal.DRIFT, name] = excess
-            for signal, rate in rate_excesses(reference, counts).items():
-                statistics[signal, name] = rate
-        for name, reference in self.reference.predictions.items():
-            counts = window.predictions.get(name)
-            if counts is None:
-                continue
-            excess = psi_excess(reference, counts)
-            if excess is not None and counts.present >= rows_needed(reference):
-                statistics[Signal.PREDICTION_DRIFT, name] = excess
-            missing = rate_excesses(reference, counts)[Signal.MISSING]
-            statistics[Signal.PREDICTION_MISSING, name] = missing
-        return self._step(statistics)
-
-    def _step(self, statistics: Mapping[Subject, float]) -> list[Change]:
-        changes = []
-        for subject, statistic in statistics.items():
-            threshold = self._rules.thresholds[subject[0]]
-            before = self.alarms.get(subject, AlarmState())
-            after = step(threshold, before, statistic)
-            self.statistics[subject] = statistic
-            self.alarms[subject] = after
-            if after.is_alarmed != before.is_alarmed:
-                limit = threshold.enter if after.is_alarmed else threshold.leave
-                changes.append(Change(*subject, after.is_alarmed, statistic, limit))
+        self.judgement, changes = judged
         return changes
 
     def _feature(self, name: str) -> ColumnCounter | None:
@@ -268,26 +170,8 @@ class WatchedVersion:
         return _counter(self._predictions, name, references)
 
 
-def alarms_to_json(alarms: Mapping[Subject, AlarmState]) -> dict[str, Any]:
-    """Return alarm states as JSON has them, but for those that say nothing."""
-    return {
-        f"{signal}:{name}": [state.is_alarmed, state.streak]
-        for (signal, name), state in alarms.items()
-        if state != AlarmState()
-    }
-
-
-def alarms_from_json(document: Mapping[str, Any]) -> dict[Subject, AlarmState]:
-    """Read what `alarms_to_json` returned."""
-    alarms = {}
-    for key, (is_alarmed, streak) in document.items():
-        signal, _, name = key.partition(":")
-        alarms[Signal(signal), name] = AlarmState(bool(is_alarmed), int(streak))
-    return alarms
-
-
 def _counter(
-    counters: dict[str, ColumnCounter], name: str, references: Mapping[str, Any]
+    counters: dict[str, ColumnCounter], name: str, references: Mapping[str, ColumnReference]
 ) -> ColumnCounter | None:
     counter = counters.get(name)
     if counter is None:
@@ -307,3 +191,14 @@ def _count(
         window[name].add(counts)
     else:
         window[name] = counts
+
+
+def _complete(
+    window: dict[str, ColumnCounts], references: Mapping[str, ColumnReference], rows: int
+) -> None:
+    """Count as missing what the profile has and rows came without: a vanished column is no calm."""
+    for name, reference in references.items():
+        counts = window.get(name)
+        if counts is None:
+            counts = window[name] = ColumnCounter(reference).empty()
+        counts.missing += rows - counts.rows

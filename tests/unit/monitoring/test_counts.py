@@ -3,12 +3,17 @@
 import json
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from headrace.monitoring.counts import ColumnCounter, ColumnCounts, WindowCounts
-from headrace.monitoring.profile import describe_column
+from headrace.monitoring.profile import (
+    CategoricalReference,
+    NumericReference,
+    describe_column,
+)
 
 VALUES = hnp.arrays(
     np.float32,
@@ -64,7 +69,64 @@ def test_levels_are_counted_and_new_ones_are_out_of_range():
 def test_truth_values_are_counted_as_training_counted_them():
     reference = describe_column(np.array([True, False, True]))
     counts = ColumnCounter(reference).count(np.array([False, False, True]), None)
-    assert counts.bins.tolist() == [1, 2]
+    assert counts.bins.tolist() == [2, 1]
+
+
+KINDS = {
+    "numbers": ([0.1, 0.2, 0.3, 0.6, 0.7], ["f4", "f8"]),
+    "half": ([0.1, 0.2, 0.3, 0.6, 0.7], ["f2"]),
+    "integers": ([0, 1, 2, 16_777_217], ["i4", "i8", "u8", "f4", "f8"]),
+    "truth": ([False, True], ["?", "i1", "f2", "f4", "f8"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("trained", "live", "values"),
+    [
+        (trained, live, values)
+        for values, kinds in KINDS.values()
+        for trained in (*kinds, "f8", "O")
+        for live in kinds
+    ],
+)
+def test_the_same_values_fall_into_the_same_bins_whatever_their_datatype(trained, live, values):
+    values = np.array(values * 20)
+    reference = describe_column(values.astype(trained))
+    counts = ColumnCounter(reference).count(values.astype(live), None)
+    assert counts.bins.tolist() == list(reference.counts)
+    assert counts.present == counts.bins.sum()
+
+
+@given(
+    hnp.arrays(np.float32, st.integers(1, 200), elements=st.floats(-1e6, 1e6, width=32)),
+    st.booleans(),
+)
+def test_training_in_double_precision_changes_no_bin(values, noisy):
+    trained = values.astype(np.float64)
+    if noisy:  # what is rounded to these very numbers on the wire
+        trained = trained * (1 + 2.0**-26)
+    reference = describe_column(trained)
+    counts = ColumnCounter(reference).count(trained.astype(np.float32), None)
+    assert counts.bins.tolist() == list(reference.counts)
+    assert (counts.below, counts.above) == (0, 0)
+
+
+def test_a_profile_with_truth_values_as_levels_counts_them_as_numbers_too():
+    reference = CategoricalReference(("True", "False"), (2, 1), 0, 0)
+    for values in ([True, False, True], [1.0, 0.0, 1.0]):
+        assert ColumnCounter(reference).count(np.array(values), None).bins.tolist() == [2, 1]
+
+
+def test_bins_of_double_precision_edges_keep_frequent_values_apart():
+    below = np.nextafter(0.1, 0)
+    reference = NumericReference((0.0, below, 0.1, 1.0), (5, 90, 5), 0)
+    counts = ColumnCounter(reference).count(np.array([0.05, 0.1, 0.1, 0.5], np.float32), None)
+    assert counts.bins.tolist() == [1, 2, 1]
+
+
+def test_a_missing_number_is_missing_where_training_had_text():
+    reference = describe_column(np.array(["a", "b"], dtype=object))
+    assert ColumnCounter(reference).count(np.array([np.nan, np.nan]), None).missing == 2
 
 
 def test_without_a_reference_rows_are_counted_all_the_same():

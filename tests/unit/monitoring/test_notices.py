@@ -10,8 +10,8 @@ import pytest
 from headrace.errors import StartupError
 from headrace.monitoring import notices
 from headrace.monitoring.detectors import Signal
+from headrace.monitoring.judgement import Change
 from headrace.monitoring.notices import Webhook, cloud_event
-from headrace.monitoring.watched import Change
 
 
 class Receiver:

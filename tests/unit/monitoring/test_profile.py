@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,9 +12,11 @@ from hypothesis.extra import numpy as hnp
 from headrace.errors import ProfileError
 from headrace.monitoring.profile import (
     LEVELS_MAX,
+    RATIO_MAX,
     CategoricalReference,
     NumericReference,
     ReferenceProfile,
+    as_numbers,
     build_profile,
     describe_column,
 )
@@ -39,7 +42,8 @@ def test_the_outermost_edges_are_the_least_and_the_greatest_value(values):
     column = describe_column(values)
     present = values[~np.isnan(values)]
     if len(present):
-        assert (column.edges[0], column.edges[-1]) == (present.min(), present.max())
+        least, greatest = as_numbers(np.array([present.min(), present.max()]))
+        assert (column.edges[0], column.edges[-1]) == (least, greatest)
 
 
 def test_distinct_values_fill_ten_bins_alike():
@@ -82,8 +86,34 @@ def test_text_is_counted_by_level_and_rare_levels_together():
     assert (len(column.levels), column.other, column.missing) == (LEVELS_MAX, 5, 1)
 
 
-def test_truth_values_are_levels():
-    assert describe_column(np.array([True, False, True])).levels == ("True", "False")
+def test_truth_values_are_zero_and_one():
+    column = describe_column(np.array([True, False, True]))
+    assert column == describe_column(np.array([1.0, 0.0, 1.0]))
+
+
+@pytest.mark.parametrize(
+    "values", [[1.5, 2.5, None], [np.float32(1.5), 2.5, np.nan], [True, False, pd.NA]]
+)
+def test_numbers_among_missing_values_are_numbers(values):
+    column = describe_column(np.array(values, dtype=object))
+    assert isinstance(column, NumericReference)
+    assert (sum(column.counts), column.missing) == (2, 1)
+
+
+def test_text_among_missing_values_is_counted_by_level():
+    column = describe_column(np.array(["a", np.nan, pd.NA, None, "a"], dtype=object))
+    assert (column.levels, column.counts, column.missing) == (("a",), (2,), 3)
+
+
+def test_numbers_too_large_for_a_float32_are_counted_all_the_same():
+    assert sum(describe_column(np.array([-1e300, 0.0, 1e300])).counts) == 3
+
+
+def test_equal_profiles_have_equal_digests_and_others_do_not():
+    values = np.arange(20.0)
+    profile = build_profile({"x": values}, {"y": values})
+    assert ReferenceProfile.from_json(profile.to_json()).digest == profile.digest
+    assert build_profile({"x": values + 1}, {"y": values}).digest != profile.digest
 
 
 @given(NUMBERS)
@@ -103,7 +133,16 @@ def test_the_reference_error_is_the_median_relative_one():
     assert profile.error == pytest.approx(0.1)
 
 
+def test_an_outcome_next_to_nothing_does_not_make_the_reference_error_infinite():
+    profile = build_profile(
+        {}, {"y": [1.0]}, outcomes=np.array([5e-324]), outcome_predictions=np.array([1.0])
+    )
+    assert profile.error == RATIO_MAX
+    assert ReferenceProfile.from_json(profile.to_json()) == profile
+
+
 PROFILE = build_profile({"x": np.arange(20.0)}, {"y": np.arange(20.0)})
+NUMERIC = {"kind": "numeric", "edges": [0, 1], "counts": [1], "missing": 0}
 
 
 @pytest.mark.parametrize(
@@ -115,6 +154,9 @@ PROFILE = build_profile({"x": np.arange(20.0)}, {"y": np.arange(20.0)})
         ({"features": {"x": {"kind": "numeric"}}}, "missing"),
         ({"features": {"x": {"kind": "image"}}}, "neither numeric nor categorical"),
         ({"features": []}, "not a profile"),
+        ({"error": 10**400}, "not a profile"),
+        ({"features": {"x": {**NUMERIC, "edges": [0, 10**400]}}}, "not a profile"),
+        ({"features": {"x": {**NUMERIC, "counts": [10**400]}}}, "counts"),
     ],
 )
 def test_what_is_no_profile_is_refused_with_the_reason(change, complaint):

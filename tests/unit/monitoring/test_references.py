@@ -1,6 +1,7 @@
 """Reference profiles are found beside the models, and nowhere else."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,12 @@ import structlog
 
 from headrace.monitoring.profile import build_profile
 from headrace.monitoring.references import ReferenceFiles
+
+HUGE = b'{"headrace_profile": 1, "features": {}, "error": 1%s,' % (b"0" * 400) + (
+    b'"predictions": {"y": {"kind": "numeric", "edges": [0, 1], "counts": [1], "missing": 0}},'
+    b'"prediction": "y"}'
+)
+"""A profile but for an error that no float holds."""
 
 TEXT = build_profile({"x": np.arange(50.0)}, {"y": np.arange(50.0)}).to_json()
 
@@ -55,7 +62,24 @@ def test_a_link_is_not_followed(repository, tmp_path):
     assert ReferenceFiles(repository).find("homes", 2) is None
 
 
-@pytest.mark.parametrize("content", [b"{}", b"\xff", b"x" * ((4 << 20) + 1)])
+def test_a_folder_that_is_a_link_is_not_followed(repository):
+    (repository / "homes" / "2").symlink_to(repository / "homes" / "1")
+    (repository / "linked").symlink_to(repository / "homes")
+    files = ReferenceFiles(repository)
+    assert files.find("homes", 2) is None
+    assert files.find("linked", 1) is None
+
+
+def test_looking_often_leaves_no_file_open(repository):
+    files = ReferenceFiles(repository)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(20):
+        files.find("homes", 1)
+        files.find("homes", 2)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.mark.parametrize("content", [b"{}", b"\xff", HUGE, b"x" * ((4 << 20) + 1)])
 def test_a_file_that_is_no_profile_is_said_once(repository, content):
     (repository / "homes" / "1" / "profile.json").write_bytes(content)
     files = ReferenceFiles(repository)
