@@ -79,7 +79,7 @@ class MonitorProcess:
         self._http = HttpEndpoint(
             http_host,
             http_port,
-            lambda: self._thread.is_alive,
+            lambda: self._dead_thread() is None,
             metrics,
             {
                 "/": lambda: ("text/html; charset=utf-8", page(self.report()).encode()),
@@ -132,8 +132,8 @@ class MonitorProcess:
         self.start()
         on_ready()
         while not asked.wait(WATCH_PERIOD_S):
-            if not self._thread.is_alive:
-                _LOG.critical("monitor_thread_died")
+            if (name := self._dead_thread()) is not None:
+                _LOG.critical("thread_died", thread=name)
                 return 1
         self.stop()
         return 0
@@ -151,6 +151,14 @@ class MonitorProcess:
         if not self._thread.is_alive:
             self._state.close()
         _LOG.info("stopped")
+
+    def _dead_thread(self) -> str | None:
+        """Name a thread that should run and does not."""
+        if not self._thread.is_alive:
+            return "monitor"
+        if self._webhook is not None and not self._webhook.is_alive:
+            return "webhook"
+        return None
 
     def _forget_notice(self, notice: int) -> None:
         try:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from headrace.app import Gateway
 from headrace.errors import StartupError
 from headrace.monitor_app import MonitorProcess
 from headrace.monitoring.profile import build_profile
+from headrace.monitoring.state import MonitorState
 from headrace.settings import MonitorSettings, load, load_settings
 from headrace.v1 import monitor_service_pb2 as pb
 from headrace.v1 import monitor_service_pb2_grpc as pb_grpc
@@ -251,6 +253,31 @@ def test_drift_is_reported_once_and_kept_over_a_restart(start, one_model, tmp_pa
     for key in ("verdict", "alarms", "windows", "incidents"):
         assert restarted[key] == version[key]
     assert len(events) == 3, "told once"
+
+
+def test_a_notice_waits_out_its_receiver_and_restarts_of_the_monitor(start, tmp_path, webhook):
+    url, events = webhook
+    with socket.create_server(("127.0.0.1", 0)) as unheard:
+        nobody = f"http://127.0.0.1:{unheard.getsockname()[1]}/"
+    state = MonitorState(tmp_path / "state")
+    state.add_notice(json.dumps({"id": "homes/2/7/opened"}))
+    state.close()
+
+    def restarted(webhook_url):
+        settings = monitor_settings(tmp_path, tmp_path / "state", webhook_url=webhook_url)
+        return start(MonitorProcess, settings)
+
+    for _ in range(2):
+        monitor = restarted(nobody)
+        time.sleep(0.3)
+        monitor.stop()
+    monitor = restarted(url)
+    soon(lambda: events)
+    monitor.stop()
+    monitor = restarted(url)
+    time.sleep(0.3)
+    monitor.stop()
+    assert events == [{"id": "homes/2/7/opened"}], "told, and told once"
 
 
 def test_a_restart_of_the_monitor_loses_nothing(start, one_model, tmp_path):

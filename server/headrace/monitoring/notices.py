@@ -4,12 +4,14 @@ Source: CloudEvents 1.0.2, "HTTP Protocol Binding", structured content mode.
 """
 
 import json
+import math
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from datetime import UTC, datetime
+from http.client import HTTPException
 from ipaddress import ip_address
 from queue import Empty, Full, Queue
 from typing import Any
@@ -25,9 +27,15 @@ _LOG = structlog.get_logger(__name__)
 
 QUEUE_SIZE = 1_000
 TIMEOUT_S = 5.0
-ATTEMPTS = 6
 FIRST_PAUSE_S = 0.5
-"""Doubled after each failure."""
+"""Doubled after each failure, up to `LONGEST_PAUSE_S`."""
+
+LONGEST_PAUSE_S = 300.0
+PATIENCE_S = 24 * 3600.0
+"""A receiver that is away for a night misses nothing."""
+
+REFUSED_PATIENCE_S = 3600.0
+"""For one that is there and says no: it will hardly change its mind, and others wait behind."""
 
 _TYPES = {
     Signal.DRIFT: "io.headrace.drift.detected",
@@ -64,45 +72,42 @@ def cloud_event(
             "incident": incident,
             "signal": str(change.signal),
             "column": change.subject,
-            "statistic": change.statistic,
+            "statistic": change.statistic if math.isfinite(change.statistic) else None,
             "threshold": change.threshold,
         },
     }
-    return json.dumps(event)
+    return json.dumps(event, allow_nan=False)
 
 
 class Webhook:
     """
-    Posts notices in order, one at a time; tries again when it fails.
+    Posts notices in order, one at a time; tries again, ever less often, when it fails.
 
     Args:
         url: `http` or `https`.
         done: Is told of each notice that was delivered or given up. Called by the webhook's thread.
 
     Raises:
-        StartupError: the URL is not one.
+        StartupError: the URL is not one that can be posted to.
     """
 
     def __init__(self, url: str, done: Callable[[int], None]) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise StartupError("--webhook-url: expected http://… or https://…")
+        host = _host_of(url)
         self._url = url
         self._done = done
         handlers: list[urllib.request.BaseHandler] = [_NoRedirect()]
-        if _is_loopback(parts.hostname):  # a proxy has no business between us and ourselves
+        if _is_loopback(host):  # a proxy has no business between us and ourselves
             handlers.append(urllib.request.ProxyHandler({}))
         self._opener = urllib.request.build_opener(*handlers)
-        self._queue: Queue[tuple[int, str]] = Queue(QUEUE_SIZE)
+        self._queue: Queue[tuple[int, str, float]] = Queue(QUEUE_SIZE)
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._deliver, name="webhook", daemon=True)
-        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="webhook", daemon=True)
         self.delivered = self.failed = 0
 
     def put(self, notice: int, body: str) -> None:
         """Queue a notice; when too many wait it stays in the state until the next start."""
         try:
-            self._queue.put_nowait((notice, body))
+            self._queue.put_nowait((notice, body, time.monotonic()))
         except Full:
             _LOG.error("webhook_queue_full", notice=notice)
 
@@ -116,51 +121,59 @@ class Webhook:
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
 
-    def _deliver(self) -> None:
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def _run(self) -> None:
         while not self._stopping.is_set():
             try:
-                notice, body = self._queue.get(timeout=0.2)
+                notice, body, put_s = self._queue.get(timeout=0.2)
             except Empty:
                 continue
-            if self._post_patiently(body):
-                self.delivered += 1
-            elif self._stopping.is_set():
-                return  # at the next start
-            else:
-                self.failed += 1
-                _LOG.error("webhook_given_up", notice=notice, attempts=ATTEMPTS)
-            self._done(notice)
+            try:
+                self._deliver(notice, body, put_s)
+            except Exception:  # noqa: BLE001 one notice must not end the thread: it stays in the state
+                _LOG.exception("webhook_error", notice=notice)
 
-    def _post_patiently(self, body: str) -> bool:
+    def _deliver(self, notice: int, body: str, put_s: float) -> None:
         pause_s = FIRST_PAUSE_S
-        for attempt in range(ATTEMPTS):
-            if attempt and self._stopping.wait(pause_s):
-                return False
-            if self._post(body):
-                return True
-            pause_s *= 2
-        return False
+        while (reason := self._post(body)) is not None:
+            is_refused = isinstance(reason, int) and 400 <= reason < 500 and reason not in _LATER
+            waited_s = time.monotonic() - put_s
+            if waited_s > (REFUSED_PATIENCE_S if is_refused else PATIENCE_S):
+                self.failed += 1
+                _LOG.error("webhook_given_up", notice=notice, reason=reason, waited_s=int(waited_s))
+                break
+            _LOG.warning("webhook_failed", notice=notice, reason=reason, retry_in_s=pause_s)
+            if self._stopping.wait(pause_s):
+                return  # it goes out at the next start
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        else:
+            self.delivered += 1
+        self._done(notice)
 
-    def _post(self, body: str) -> bool:
+    def _post(self, body: str) -> int | str | None:
+        """Try once; return the status or the error that it failed with."""
         headers = {"Content-Type": "application/cloudevents+json; charset=utf-8"}
         request = urllib.request.Request(  # noqa: S310 checked in the constructor
             self._url, body.encode(), headers, method="POST"
         )
-        started_s = time.monotonic()
-        reason: Any
         try:
             with self._opener.open(request, timeout=TIMEOUT_S) as response:
-                if 200 <= response.status < 300:
-                    return True
-                reason = response.status
+                status = int(response.status)
         except urllib.error.HTTPError as error:
-            reason = error.code
+            status = error.code
             error.close()
-        except (OSError, ValueError) as error:
-            reason = type(error).__name__
-        took_s = round(time.monotonic() - started_s, 3)
-        _LOG.warning("webhook_failed", reason=reason, took_s=took_s)
-        return False
+        # An answer that is not HTTP is an HTTPException, and that is no OSError.
+        except (OSError, ValueError, HTTPException) as error:
+            return type(error).__name__
+        return None if 200 <= status < 300 else status
+
+
+_LATER = (408, 425, 429)
+"""Of the refusals, those that say: come back."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -175,3 +188,22 @@ def _is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _host_of(url: str) -> str:
+    """
+    Return the host of a web address.
+
+    Raises:
+        StartupError: it is none, or one that no request could be made of.
+    """
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port  # a port that is no number is a ValueError
+    except ValueError:
+        host = None
+    if host is None or parts.scheme not in ("http", "https"):
+        raise StartupError("--webhook-url: expected http://… or https://…")
+    if not url.isascii() or not url.isprintable() or " " in url or "@" in parts.netloc:
+        raise StartupError("--webhook-url: has a user, a space, or a character beyond ASCII")
+    return host

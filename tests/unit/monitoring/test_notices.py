@@ -1,6 +1,7 @@
 """Alarms going out: delivered once they can be, in order, to the one address that was named."""
 
 import json
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,7 +18,7 @@ from headrace.monitoring.notices import Webhook, cloud_event
 class Receiver:
     """A real web server that answers as it is told."""
 
-    def __init__(self):
+    def __init__(self, port=0):
         self.answers, self.got = [], []
         receiver = self
 
@@ -33,7 +34,7 @@ class Receiver:
             def log_message(self, *_):
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
         self.thread.start()
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/alarms"
@@ -109,12 +110,88 @@ def test_a_failure_is_tried_again(webhook, receiver, done):
     assert (webhook.delivered, webhook.failed) == (1, 0)
 
 
-def test_a_receiver_that_never_takes_it_is_given_up(webhook, receiver, done):
-    receiver.answers = [500] * 100
+@pytest.mark.parametrize(("status", "patience"), [(500, "PATIENCE_S"), (404, "REFUSED_PATIENCE_S")])
+def test_a_receiver_that_never_takes_it_is_given_up_when_patience_ends(
+    webhook, receiver, done, monkeypatch, status, patience
+):
+    monkeypatch.setattr(notices, patience, 0.2)
+    receiver.answers = [status] * 100
     webhook.put(1, EVENT)
-    soon(lambda: done == [1])
-    assert len(receiver.got) == notices.ATTEMPTS
-    assert webhook.failed == 1
+    webhook.put(2, EVENT)
+    soon(lambda: done == [1, 2])
+    assert 2 <= len(receiver.got) < 100
+    assert (webhook.delivered, webhook.failed) == (0, 2)
+
+
+def test_a_notice_waits_for_hours_until_its_receiver_is_back(done):
+    """The clock is made to run ten minutes a second; no pause may be longer than five minutes."""
+    began_s, pauses_s = time.monotonic(), []
+
+    class HurriedEvent(threading.Event):
+        def wait(self, timeout=None):
+            pauses_s.append(timeout)
+            return super().wait(timeout / 600)
+
+    receiver = Receiver()
+    receiver.close()
+    webhook = Webhook(receiver.url, done.append)
+    webhook._stopping = HurriedEvent()
+    webhook.start()
+    webhook.put(1, EVENT)
+    soon(lambda: sum(pauses_s) > 1_200)
+    assert done == []
+    back = Receiver(receiver.server.server_address[1])
+    try:
+        soon(lambda: done == [1])
+    finally:
+        webhook.stop(5)
+        back.close()
+    assert time.monotonic() - began_s < 10
+    assert max(pauses_s) <= 300
+    assert [body["id"] for _, body in back.got] == ["homes/2/7/opened"]
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [b"220 mail.example.com ESMTP\r\n", b"HTTP/1.1 200\r\n" + b"x" * 70_000, b"\x15\x03\x01", b""],
+)
+def test_an_answer_that_is_not_http_is_a_failure_and_no_more(done, monkeypatch, garbage):
+    monkeypatch.setattr(notices, "FIRST_PAUSE_S", 0.01)
+    answers = [garbage, garbage, b"HTTP/1.1 204 No Content\r\n\r\n"]
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve():
+            for answer in answers:
+                connection, _ = listening.accept()
+                with connection:
+                    connection.recv(65_536)
+                    connection.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        webhook = Webhook(f"http://127.0.0.1:{listening.getsockname()[1]}/", done.append)
+        webhook.start()
+        webhook.put(1, EVENT)
+        soon(lambda: done == [1])
+        assert webhook.is_alive
+        assert (webhook.delivered, webhook.failed) == (1, 0)
+        webhook.stop(5)
+
+
+def test_a_fault_of_our_own_ends_no_thread(receiver, done, monkeypatch):
+    webhook = Webhook(receiver.url, done.append)
+    monkeypatch.setattr(webhook, "_post", lambda body: {}[body])
+    webhook.start()
+    webhook.put(1, EVENT)
+    soon(lambda: webhook._queue.empty())
+    monkeypatch.undo()
+    webhook.put(2, EVENT)
+    soon(lambda: done == [2])
+    webhook.stop(5)
+
+
+def test_a_statistic_without_a_number_is_still_json():
+    change = Change(Signal.ERROR, "", True, float("inf"), 1.5)
+    assert json.loads(cloud_event("m", 1, change, 1, 0.0))["data"]["statistic"] is None
 
 
 def test_a_redirection_is_not_followed(webhook, receiver, done):
@@ -134,7 +211,20 @@ def test_a_stop_leaves_what_was_not_delivered_for_the_next_start(receiver, done)
     assert done == []
 
 
-@pytest.mark.parametrize("url", ["ftp://host/", "file:///etc/passwd", "host:80", "http://", ""])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("ftp://host/", "file:///etc/passwd", "host:80", "http://", "", "http://host:abc/"),
+        *(
+            "http://host:99999/",
+            "http://[::1/",
+            "http://host/a b",
+            "http://host/\x00",
+            "http://höst/",
+        ),
+        *("http://user:secret@host/", "http://host/\n"),
+    ],
+)
 def test_only_web_addresses_are_taken(url):
     with pytest.raises(StartupError, match="--webhook-url"):
         Webhook(url, lambda _: None)
