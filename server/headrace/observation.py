@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 
 from headrace.backends.base import Backend
@@ -15,13 +16,15 @@ from headrace.features.join import FeatureJoin
 from headrace.features.skew_log import SkewLog
 from headrace.features.skew_record import SkewSource
 from headrace.features.store import FeatureRows
-from headrace.monitoring.records import BatchRecord, Block, RecordSchema, column_names
+from headrace.monitoring.records import BatchRecord, Block, RecordSchema, column_names, fitting
 from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.feature_metrics import ViewMetrics
 from headrace.telemetry.metrics import ModelMetrics
 from headrace.telemetry.spans import INFER, TracedBatch, TracedCall
 from headrace.telemetry.trace_context import Trace, format_traceparent
 from headrace.tensors import TensorSpec
+
+_LOG = structlog.get_logger(__name__)
 
 _RECORD_BYTES = 2_048
 """What a record holds besides its arrays' contents, about."""
@@ -83,7 +86,7 @@ class BatchObserver:
         id_prefix: What its prediction ids begin with.
         backend: Runs it.
         join: Its feature join.
-        is_batched: Whether the first dimension of its tensors is the row.
+        max_batch_size: Rows of a batch; 0 for a model without a batch dimension.
         metrics: Folded into.
         view_metrics: Likewise, of features.
         calls: Is told of batches with sampled calls in them.
@@ -99,7 +102,7 @@ class BatchObserver:
         id_prefix: str,
         backend: Backend,
         join: FeatureJoin | None,
-        is_batched: bool,
+        max_batch_size: int,
         metrics: ModelMetrics,
         view_metrics: ViewMetrics | None,
         calls: CallRecorder | None,
@@ -117,12 +120,8 @@ class BatchObserver:
         self._calls = None if calls is None or calls.sample is None else calls
         self._record = record
         self._schema: RecordSchema | None = None
-        if record is not None and is_batched:
-            self._schema = RecordSchema(
-                *(name, int(version), id_prefix),
-                tuple(_input_blocks(backend.inputs, join)),
-                tuple([_block(spec) for spec in backend.outputs]),
-            )
+        if record is not None and max_batch_size:
+            self._schema = _schema((name, int(version), id_prefix), backend, join, max_batch_size)
         self._skew_log: SkewLog | None = None
         if skew_log is not None and join is not None:
             self._skew_log = skew_log
@@ -227,6 +226,22 @@ def traceparent_of(batch: Sequence[ObservedRequest], called_s: float) -> str | N
             trace.called_s = called_s
             return format_traceparent(trace.trace_id, trace.id_of(INFER))
     return None
+
+
+def _schema(
+    named: tuple[str, int, str], backend: Backend, join: FeatureJoin | None, rows_max: int
+) -> RecordSchema:
+    """Settle what is recorded; what a monitor would not take is left out, and said once."""
+    inputs = _input_blocks(backend.inputs, join)
+    outputs = [_block(spec) for spec in backend.outputs]
+    kept_inputs = fitting(inputs, rows_max)
+    kept_outputs = fitting([block for block in outputs if block is not None], rows_max)
+    kept = {block.tensor for block in (*kept_inputs, *kept_outputs)}
+    tensors = [spec.name for spec in (*backend.inputs, *backend.outputs)]
+    if left_out := [name for name in tensors if name not in kept]:
+        _LOG.warning("not_recorded", model=named[0], version=named[1], tensors=left_out[:16])
+    outputs = [block if block in kept_outputs else None for block in outputs]
+    return RecordSchema(*named, tuple(kept_inputs), tuple(outputs))
 
 
 def _input_blocks(inputs: Sequence[TensorSpec], join: FeatureJoin | None) -> list[Block]:

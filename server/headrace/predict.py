@@ -244,7 +244,7 @@ class ServedModel:
             id_prefix=self._prediction_prefix,
             backend=backend,
             join=join,
-            is_batched=bool(signature.max_batch_size),
+            max_batch_size=signature.max_batch_size,
             metrics=metrics,
             view_metrics=view_metrics,
             calls=calls,

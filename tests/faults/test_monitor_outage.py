@@ -18,6 +18,9 @@ import pytest
 from onnx import TensorProto, helper
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from headrace.monitoring.records import BatchRecord, Block, RecordSchema
+from headrace.monitoring.stream import PredictionStream
+
 LOOPBACK = ["--grpc-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0"]
 QUEUE_BYTES = 1 << 20
 
@@ -162,3 +165,82 @@ def test_a_monitor_that_dies_and_one_that_hangs_disturb_no_request(
         f"p99 calm {calm_s * 1e3:.1f} ms, hung {hung_s * 1e3:.1f}, dead {dead_s * 1e3:.1f}, "
         f"back {again_s * 1e3:.1f}; grown {grown / 2**20:.1f} MiB",
     )
+
+
+def rows_counted(serving):
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"http://{serving['http_address']}/report.json", timeout=10) as page:
+        report = json.load(page)
+    return sum(of["open_window"]["rows"] for of in report["versions"]), report["rows_lost"]
+
+
+@pytest.fixture
+def feeding():
+    """A stream that is fed a few hundred rows a second, all the while."""
+    streams = []
+
+    def feed(address):
+        stream = PredictionStream(address, max_queue_bytes=8 << 20)
+        schema = RecordSchema("echo", 1, "a" * 16, (Block("x", ("x",), "FP32"),), ())
+        stopping = threading.Event()
+
+        def run():
+            number = 0
+            while not stopping.wait(0.01):
+                values = np.full((10, 1), 0.5, np.float32)
+                stream.put(
+                    BatchRecord(
+                        schema, number, [10], 10, {"x": values}, None, [], time.time(), 1_000
+                    )
+                )
+                stream.put_rows = number * 10 + 10
+                number += 1
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        stream.start()
+        streams.append((stream, stopping, thread))
+        return stream, stopping, thread
+
+    yield feed
+    for stream, stopping, thread in streams:
+        stopping.set()
+        thread.join()
+        stream.stop(5)
+
+
+@pytest.mark.timeout(120)
+def test_a_monitor_that_was_stopped_for_a_while_counts_every_row_once(tmp_path, feeding):
+    with monitor(tmp_path) as (running, serving):
+        stream, stopping, thread = feeding(serving["grpc_address"])
+        soon(lambda: stream.rows_sent > 0)
+        for _ in range(2):
+            running.send_signal(signal.SIGSTOP)
+            soon(lambda: not stream.is_connected)  # a shipment was given up half way, perhaps
+            running.send_signal(signal.SIGCONT)
+            soon(lambda: stream.is_connected)
+        stopping.set()
+        thread.join()
+        soon(lambda: stream.rows_sent == stream.put_rows)
+
+        assert (stream.rows_dropped, stream.rows_refused) == (0, 0)
+        soon(lambda: rows_counted(serving) == (stream.put_rows, 0))
+
+
+@pytest.mark.timeout(120)
+def test_a_monitor_that_is_killed_loses_a_second_at_most_and_says_so(tmp_path, feeding):
+    with monitor(tmp_path) as (running, serving):
+        stream, stopping, thread = feeding(serving["grpc_address"])
+        soon(lambda: stream.rows_sent > 1_000)
+        running.kill()
+        running.wait()
+    sent = stream.rows_sent
+    with monitor(tmp_path, serving["grpc_address"]) as (_, again):
+        soon(lambda: stream.rows_sent > sent)
+        stopping.set()
+        thread.join()
+        soon(lambda: stream.rows_sent == stream.put_rows)
+        soon(lambda: sum(rows_counted(again)) == stream.put_rows)
+
+        # Ten rows every ten milliseconds; state is written once a second.
+        assert rows_counted(again)[1] <= 2_500

@@ -456,3 +456,38 @@ def test_a_monitor_that_cannot_start_says_why_in_one_line(flags, complaint):
     assert done.returncode == 2
     assert complaint in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_shipments_that_send_nothing_shut_out_neither_outcomes_nor_health(
+    start, one_model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("headrace.rpc.monitor.STREAM_TIME_MAX_S", 1.0)
+    monitor = start(MonitorProcess, monitor_settings(one_model, tmp_path / "state"))
+    release = threading.Event()
+
+    def nothing():
+        release.wait(30)
+        yield from ()
+
+    with grpc.insecure_channel(monitor.grpc_address) as channel:
+        stub = pb_grpc.MonitorServiceStub(channel)
+        idle = [stub.RecordPredictions.future(nothing(), timeout=30) for _ in range(64)]
+        watches = [
+            health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            for _ in range(64)
+        ]
+        outcome = pb.ReportOutcomesRequest()
+        outcome.outcomes.add(prediction_id=f"{'a' * 16}{0:010x}/0", value=1.0)
+        assert stub.ReportOutcomes(outcome, timeout=5).unknown_count == 1
+        check = health_pb2_grpc.HealthStub(channel).Check(
+            health_pb2.HealthCheckRequest(), timeout=5
+        )
+        assert check.status == health_pb2.HealthCheckResponse.SERVING
+        # Their time over, their places are free.
+        ended = {call.exception(timeout=15).code() for call in idle}
+        assert ended <= {grpc.StatusCode.CANCELLED, grpc.StatusCode.RESOURCE_EXHAUSTED}
+        rows = stub.RecordPredictions(iter([pb.RecordPredictionsRequest(source="s")]), timeout=5)
+        assert rows.row_count == 0
+        release.set()
+        for watch in watches:
+            watch.cancel()

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from headrace.errors import InvalidTensor
 from headrace.monitoring.profile import COLUMNS_MAX, TEXT_BYTES_MAX
-from headrace.tensors import NUMPY_DTYPES, check_bytes, encode, iterate_bytes
+from headrace.tensors import BYTES_ELEMENTS_MAX, NUMPY_DTYPES, check_bytes, encode, iterate_bytes
 from headrace.v1 import monitor_service_pb2 as pb
 
 WIDTH_MAX = 256
@@ -22,6 +22,11 @@ ID_PREFIX_LENGTH_MAX = 64
 NAME_LENGTH_MAX = 256
 
 _PRESENT = 1
+_BLOCK_BYTES_MAX = 24 << 20
+"""Of a batch's inputs, and of its outputs: both are one message at the most."""
+
+_TEXTS_MAX = BYTES_ELEMENTS_MAX // 2
+"""Elements of text in one batch: several batches share a block."""
 
 
 class Block(NamedTuple):
@@ -141,6 +146,32 @@ def column_names(tensor: str, trailing: Sequence[int]) -> tuple[str, ...] | None
     return (tensor,) if width == 1 else tuple(f"{tensor}[{i}]" for i in range(width))
 
 
+def fitting(blocks: Iterable[Block], rows_max: int) -> list[Block]:
+    """
+    Keep the blocks that a monitor takes; a message that is over its limits would be lost whole.
+
+    Args:
+        blocks: Of inputs or of outputs.
+        rows_max: Of a batch.
+    """
+    kept: list[Block] = []
+    width = size = 0
+    for block in blocks:
+        own = len(block.columns)
+        itemsize = TEXT_BYTES_MAX if block.datatype == "BYTES" else _itemsize(block.datatype)
+        texts = own * rows_max if block.datatype == "BYTES" else 0
+        if (
+            all(len(name) <= NAME_LENGTH_MAX for name in block.columns)
+            and texts <= _TEXTS_MAX
+            and width + own <= COLUMNS_MAX
+            and size + own * itemsize * rows_max <= _BLOCK_BYTES_MAX
+        ):
+            kept.append(block)
+            width += own
+            size += own * itemsize * rows_max
+    return kept
+
+
 def to_wire(records: Iterable[BatchRecord]) -> list[pb.PredictionBatch]:
     """Put batches of one version together, in order: columns are joined once for all of them."""
     groups: dict[int, list[BatchRecord]] = {}
@@ -245,6 +276,10 @@ def _statuses(block: Block, group: Sequence[BatchRecord]) -> bytes:
         if feature is not None:
             columns[i] = statuses[feature]
     return columns.tobytes()
+
+
+def _itemsize(datatype: str) -> int:
+    return NUMPY_DTYPES[datatype].itemsize
 
 
 def _columns(blocks: Iterable[pb.ValueBlock], rows: int) -> dict[str, Column]:

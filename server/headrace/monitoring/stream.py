@@ -44,8 +44,9 @@ class PredictionStream:
     Ships records to a monitor on a thread of its own.
 
     `put` never blocks and never fails: what does not fit the queue is dropped, newest first, and
-    counted. A monitor that is away, hangs or comes back disturbs nobody. What it has not
-    acknowledged is sent again; it knows by the row count what it has already.
+    counted. Every row that was put is sent, dropped or refused in the end. A monitor that is away,
+    hangs or comes back disturbs nobody. What it has not acknowledged is sent again; it knows by
+    the row count what it has already.
 
     Args:
         address: The monitor's host:port.
@@ -65,9 +66,13 @@ class PredictionStream:
         self.rows_sent = 0
         """Acknowledged by the monitor."""
         self.rows_dropped = 0
-        """Did not fit the queue."""
+        """Did not fit the queue, or still waited when there was no more time."""
+        self.rows_refused = 0
+        """The monitor will never take them, or they could not be written down."""
         self.is_connected = False
         """Whether the monitor took the last shipment."""
+        self._is_careful = False  # one message per call, to find the one that is refused
+        self._stop_at_s = 0.0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="prediction-stream", daemon=True)
 
@@ -91,7 +96,8 @@ class PredictionStream:
         self._thread.start()
 
     def stop(self, timeout_s: float) -> None:
-        """Ship what waits if the monitor takes it in time; end."""
+        """Ship what waits as far as the monitor takes it in time; end."""
+        self._stop_at_s = time.monotonic() + timeout_s
         self._stopping.set()
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
@@ -112,6 +118,9 @@ class PredictionStream:
                     continue
                 failure = self._ship(record)
                 if is_last:
+                    while self._messages and failure is None and time.monotonic() < self._stop_at_s:
+                        failure = self._ship(record)
+                    self.rows_dropped += sum(rows for _, rows in self._messages)
                     return
                 if failure is None:
                     more_s = 0.0 if self._messages else SHIP_PERIOD_S
@@ -127,7 +136,7 @@ class PredictionStream:
         for message in self._messages:
             messages.append(message)
             size += len(message[0])
-            if size > SHIPMENT_BYTES_MAX:
+            if size > SHIPMENT_BYTES_MAX or self._is_careful:
                 break
         if not messages and self.is_connected:
             return None
@@ -135,10 +144,14 @@ class PredictionStream:
             record(iter([message for message, _ in messages]), timeout=CALL_TIMEOUT_S)
         except grpc.RpcError as error:
             self.is_connected = False
-            if error.code() in _HOPELESS:  # it would be refused for ever
-                self._forget(messages)
+            if error.code() in _HOPELESS:  # one of them would be refused for ever
+                if len(messages) == 1:
+                    self.rows_refused += messages[0][1]
+                    self._forget(messages)
+                self._is_careful = len(messages) > 1
             return str(error.code().name)
         self.is_connected = True
+        self._is_careful = self._is_careful and len(self._messages) > 1
         self.rows_sent += sum(rows for _, rows in messages)
         self._forget(messages)
         return None
@@ -164,6 +177,7 @@ class PredictionStream:
                 ).SerializeToString()
                 self._messages.append((written, rows))
             except Exception:  # noqa: BLE001 what cannot be written must not end the stream
+                self.rows_refused += rows
                 _LOG.exception("prediction_stream_failed", rows=rows)
             self._rows_written += rows  # those that could not be written count as lost
             with self._lock:

@@ -1,8 +1,10 @@
 """`headrace.v1.MonitorService`: prediction streams and outcomes in, to the monitor's thread."""
 
 import math
+import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
 
@@ -24,7 +26,23 @@ SERVICE = "headrace.v1.MonitorService"
 THREADS = 64
 """Gateways take turns: each ships for some milliseconds, twice a second."""
 
+CALLS_MAX = 1_024
+"""Open at once, those that watch health among them."""
+
+STREAMS_MAX = 48
+"""At once; the other threads are for outcomes and health. One more is refused, and comes again."""
+
+STREAM_TIME_MAX_S = 10.0
+"""Of one shipment, however little it sends. Gateways give up after two seconds."""
+
+REAP_PERIOD_S = 0.5
 MESSAGE_BYTES_MAX = 64 << 20
+HELD_BYTES_MAX = 256 << 20
+"""Of messages that wait for the monitor's thread; the next ones wait in their gateways."""
+
+KEEPALIVE_S = 30
+"""How soon a gateway that has vanished without a word is noticed."""
+
 OUTCOMES_MAX = 10_000
 SOURCE_LENGTH_MAX = 64
 BATCHES_MAX = 1_000
@@ -44,21 +62,39 @@ class MonitorServicer(pb_grpc.MonitorServiceServicer):  # type: ignore[misc]
 
     def __init__(self, thread: MonitorThread) -> None:
         self._thread = thread
+        self._room = threading.Condition()
+        self._held_bytes = 0
+        self._streams: dict[int, tuple[grpc.ServicerContext, float]] = {}
 
     def RecordPredictions(  # noqa: N802 gRPC's name
         self, request_iterator: Iterator[pb.RecordPredictionsRequest], context: grpc.ServicerContext
     ) -> pb.RecordPredictionsResponse:
         """Take a shipment; a full queue makes the gateway wait."""
         taken = 0
+        with self._room:
+            if len(self._streams) >= STREAMS_MAX:
+                _abort(context, Overloaded(f"{STREAMS_MAX} shipments are on their way already"))
+            self._streams[id(context)] = context, time.monotonic() + STREAM_TIME_MAX_S
         try:
             for request in request_iterator:
                 batches = _batches(request)
                 rows = sum(batch.rows for batch in batches)
-                self._put_patiently(_Fold(request, batches, rows), context)
+                self._put_patiently(_Fold(request, batches, rows, self._release), context)
                 taken += rows
         except ServingError as error:
             _abort(context, error)
+        finally:
+            with self._room:
+                self._streams.pop(id(context), None)
         return pb.RecordPredictionsResponse(row_count=taken)
+
+    def end_overdue_streams(self) -> None:
+        """Cancel shipments that have had their time: one that sends nothing holds a thread."""
+        now_s = time.monotonic()
+        with self._room:
+            overdue = [context for context, end_s in self._streams.values() if end_s < now_s]
+        for context in overdue:
+            context.cancel()  # type: ignore[no-untyped-call]
 
     def ReportOutcomes(  # noqa: N802 gRPC's name
         self, request: pb.ReportOutcomesRequest, context: grpc.ServicerContext
@@ -78,14 +114,29 @@ class MonitorServicer(pb_grpc.MonitorServiceServicer):  # type: ignore[misc]
         )
 
     def _put_patiently(self, work: "_Fold", context: grpc.ServicerContext) -> None:
+        with self._room:
+            while self._held_bytes and self._held_bytes + work.byte_count > HELD_BYTES_MAX:
+                self._room.wait(PATIENCE_S)
+                if not context.is_active():
+                    raise Draining("the stream has ended")
+            self._held_bytes += work.byte_count
         while True:
             try:
                 self._thread.put(work, PATIENCE_S)
             except Overloaded:
                 if context.is_active():
                     continue
+                self._release(work.byte_count)
                 raise Draining("the stream has ended") from None
+            except ServingError:
+                self._release(work.byte_count)
+                raise
             return
+
+    def _release(self, byte_count: int) -> None:
+        with self._room:
+            self._held_bytes -= byte_count
+            self._room.notify_all()
 
 
 class MonitorServer:
@@ -105,14 +156,21 @@ class MonitorServer:
         refuse_taken_port("--grpc-address", host, port)
         self._server = grpc.server(
             futures.ThreadPoolExecutor(THREADS, thread_name_prefix="monitor-rpc"),
-            maximum_concurrent_rpcs=THREADS,
+            maximum_concurrent_rpcs=CALLS_MAX,
             options=[
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+                ("grpc.keepalive_time_ms", KEEPALIVE_S * 1_000),
+                ("grpc.keepalive_timeout_ms", KEEPALIVE_S * 1_000 // 3),
             ],
         )
-        pb_grpc.add_MonitorServiceServicer_to_server(MonitorServicer(thread), self._server)
-        self._health = health.HealthServicer()
+        self._servicer = MonitorServicer(thread)
+        pb_grpc.add_MonitorServiceServicer_to_server(self._servicer, self._server)
+        # A Watch lasts as long as its caller likes: it must not hold a thread.
+        self._health = health.HealthServicer(
+            experimental_non_blocking=True,
+            experimental_thread_pool=futures.ThreadPoolExecutor(1, thread_name_prefix="health"),
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         for name in ("", SERVICE):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -121,37 +179,71 @@ class MonitorServer:
             self.port = self._server.add_insecure_port(address)
         except RuntimeError:
             raise StartupError(f"--grpc-address {address}: cannot be listened on") from None
+        self._stopping = threading.Event()
+        self._reaper = threading.Thread(target=self._reap, name="stream-reaper", daemon=True)
 
     def start(self) -> None:
         """Begin to take calls."""
         self._server.start()
+        self._reaper.start()
 
     def stop(self, grace_s: float) -> None:
         """Take no more; whatever is taken already is in the thread's queue."""
         self._health.enter_graceful_shutdown()
         self._server.stop(grace_s).wait(grace_s + 5)
+        self._stopping.set()
+        if self._reaper.ident is not None:
+            self._reaper.join(5)
+
+    def _reap(self) -> None:
+        while not self._stopping.wait(REAP_PERIOD_S):
+            self._servicer.end_overdue_streams()
 
 
 class _Fold:
-    """One message on its way to the monitor's thread."""
+    """
+    One message on its way to the monitor's thread.
+
+    Args:
+        request: The message.
+        batches: What is in it.
+        rows: Of all batches.
+        release: Is told its bytes when it is done with.
+    """
 
     def __init__(
-        self, request: pb.RecordPredictionsRequest, batches: list[PredictionRows], rows: int
+        self,
+        request: pb.RecordPredictionsRequest,
+        batches: list[PredictionRows],
+        rows: int,
+        release: Callable[[int], None],
     ) -> None:
+        self.byte_count = request.ByteSize()
         self._source = request.source
         self._sent_before, self._dropped = request.rows_sent_before, request.rows_dropped
         self._batches = batches
         self._rows = rows
+        self._release = release
 
     def __call__(self, monitor: Monitor) -> None:
+        try:
+            self._fold(monitor)
+        finally:
+            self._release(self.byte_count)
+
+    def _fold(self, monitor: Monitor) -> None:
         now_s = time.time()
         lost = monitor.source_seen(self._source, self._sent_before, self._dropped, self._rows)
         if lost is None:
             return
+        rows_of: Counter[tuple[str, int]] = Counter()
         for batch in self._batches:
             monitor.fold(batch, now_s)
-        if lost:
-            monitor.lose(lost, [(batch.model, batch.version) for batch in self._batches])
+            rows_of[batch.model, batch.version] += batch.rows
+        # Nobody knows whose they were: most likely they are shared out as those that came.
+        for version, rows in rows_of.items():
+            if share := round(lost * rows / self._rows):
+                monitor.lose(share, [version])
 
 
 def _batches(request: pb.RecordPredictionsRequest) -> list[PredictionRows]:

@@ -59,7 +59,7 @@ METRICS: dict[str, str] = {
     "headrace_rpc_open_calls": "Hot calls received and not yet finished.",
     "headrace_spans_total": "Spans built, by what became of them.",
     "headrace_call_records_dropped_total": "Sampled and failed calls not told of.",
-    "headrace_stream_rows_total": "Rows handed over to the monitor's stream, or dropped.",
+    "headrace_stream_rows_total": "Rows of predictions for the monitor, by what became of them.",
     "headrace_stream_queue_bytes": "Bytes of finished batches that wait for the monitor.",
     "headrace_stream_connected": "Whether the monitor takes predictions, as far as is known.",
     "headrace_skew_log_rows_total": "Sampled rows written to the skew log, dropped by its full "
@@ -183,6 +183,7 @@ class PredictionStreamNumbers(Protocol):
 
     rows_sent: int
     rows_dropped: int
+    rows_refused: int
     is_connected: bool
 
     @property
@@ -292,6 +293,7 @@ def _stream_metrics(stream: PredictionStreamNumbers) -> Iterable[Metric]:
     rows = _counter("headrace_stream_rows_total", ["result"])
     rows.add_metric(["sent"], stream.rows_sent)
     rows.add_metric(["dropped"], stream.rows_dropped)
+    rows.add_metric(["refused"], stream.rows_refused)
     yield rows
     for name, value in (
         ("headrace_stream_queue_bytes", stream.queued_bytes),
