@@ -1,9 +1,9 @@
 """Numbers of requests for features, and of every feature view that is read."""
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,9 @@ AGE_BOUNDS_S = (
     *(1.0, 10.0, 60.0, 300.0, 900.0, 3600.0, 21_600.0),
     *(86_400.0, 172_800.0, 604_800.0, 2_592_000.0, 31_536_000.0),
 )
+COMBINATIONS_MAX = 1_024
+"""Of views that are read together, until they are added up."""
+
 _STATUS_COUNT = len(FEATURE_STATUSES)
 _AGE_COUNT = len(AGE_BOUNDS_S) + 1
 
@@ -132,6 +135,7 @@ class ViewMetrics(Collector):
         self._lock = threading.Lock()
         # By the views that are read together, so that a batch is a few additions of arrays.
         self._counts: dict[tuple[str, ...], _Counts] = {}
+        self._totals: dict[str, _Counts] = {}
 
     def read(
         self,
@@ -163,6 +167,8 @@ class ViewMetrics(Collector):
         with self._lock:
             counts = self._counts.get(views)
             if counts is None:
+                if len(self._counts) >= COMBINATIONS_MAX:  # callers may select as they like
+                    self._add_up()
                 counts = self._counts[views] = _Counts(
                     np.zeros(len(views) * _STATUS_COUNT, np.int64),
                     np.zeros(len(views) * (_AGE_COUNT + 1), np.int64),
@@ -174,7 +180,9 @@ class ViewMetrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Make Prometheus' numbers of it."""
-        totals = self._totals()
+        with self._lock:
+            self._add_up()
+            totals = dict(sorted(self._totals.items()))
         name = "headrace_view_values_total"
         values = CounterMetricFamily(
             name.removesuffix("_total"), METRICS[name], labels=["view", "status"]
@@ -193,22 +201,22 @@ class ViewMetrics(Collector):
             )
         return [values, ages]
 
-    def _totals(self) -> Mapping[str, _Counts]:
+    def _add_up(self) -> None:
         """Add up what was read of each view, whatever it was read together with."""
-        totals: dict[str, Any] = {}
-        with self._lock:
-            for views, counts in self._counts.items():
-                parts = zip(
-                    views,
-                    counts.statuses.reshape(len(views), -1),
-                    counts.ages.reshape(len(views), -1),
-                    counts.age_sums_s[:, None],
-                    strict=True,
+        for views, counts in self._counts.items():
+            parts = zip(
+                views,
+                counts.statuses.reshape(len(views), -1),
+                counts.ages.reshape(len(views), -1),
+                counts.age_sums_s[:, None],
+                strict=True,
+            )
+            for view, *own in parts:
+                before = self._totals.get(view, (0, 0, 0.0))
+                self._totals[view] = _Counts(
+                    *(old + new for old, new in zip(before, own, strict=True))
                 )
-                for view, *own in parts:
-                    before = totals.get(view, (0, 0, 0.0))
-                    totals[view] = [old + new for old, new in zip(before, own, strict=True)]
-        return {view: _Counts(*totals[view]) for view in sorted(totals)}
+        self._counts.clear()
 
 
 _AGE_BOUNDS = np.array(AGE_BOUNDS_S)

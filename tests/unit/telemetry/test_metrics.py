@@ -138,7 +138,11 @@ def test_every_metric_that_is_listed_is_exported_and_none_besides(tmp_path):
     assert names == set(METRICS)
 
 
-def test_views_are_counted_by_status_and_age_whatever_they_are_read_with():
+@pytest.mark.parametrize("combinations_max", [1, 1_024])
+def test_views_are_counted_by_status_and_age_whatever_they_are_read_with(
+    combinations_max, monkeypatch
+):
+    monkeypatch.setattr("headrace.telemetry.feature_metrics.COMBINATIONS_MAX", combinations_max)
     views = ViewMetrics()
     for names in (("a", "b"), ("b",)):
         views.read(
@@ -148,7 +152,8 @@ def test_views_are_counted_by_status_and_age_whatever_they_are_read_with():
             np.array([[0.5, np.nan], [5.0, 50.0]])[: len(names)],
         )
 
-    values, ages = views.collect()
+    views.collect()
+    values, ages = views.collect()  # asking changes nothing
 
     counted = {tuple(s.labels.values()): s.value for s in values.samples if s.value}
     assert counted == {
