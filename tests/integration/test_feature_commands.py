@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import structlog
 from redis import Redis
 
 from headrace.__main__ import main
@@ -11,14 +12,17 @@ from headrace.__main__ import main
 @pytest.fixture
 def run(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
-    monkeypatch.setattr("headrace.__main__.set_up_logs", lambda level: None)  # of the whole process
+    # Logs are the whole process's: the gateway's, which runs in it too, would land in what is read.
+    monkeypatch.setattr("headrace.__main__.set_up_logs", lambda level: None)
+    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
 
     def run(*arguments):
         code = main(["features", *arguments])
         printed = capsys.readouterr()
         return code, printed.out, printed.err
 
-    return run
+    yield run
+    structlog.reset_defaults()
 
 
 @pytest.fixture
