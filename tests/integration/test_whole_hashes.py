@@ -6,7 +6,8 @@ from redis import Redis
 
 from headrace.features.layout import feature_field, time_field
 from headrace.features.plan import FeatureSource, FeatureStatus, ViewSource, compile_plan
-from headrace.features.redis_connection import RedisOptions
+from headrace.features.redis_options import RedisOptions
+from headrace.features.redis_pool import RedisPool
 from headrace.features.redis_store import RedisStore
 from headrace.features.values import ValueType, encode_message
 
@@ -54,7 +55,7 @@ def check(rows):
 
 
 def test_a_wide_read_of_small_hashes_takes_them_whole(valkey, redis):
-    store = RedisStore(RedisOptions(port=valkey.port))
+    store = RedisStore(RedisPool.to(RedisOptions(port=valkey.port)))
     for _ in range(3):
         check(read(store))
     store.close()
@@ -66,7 +67,7 @@ def test_a_wide_read_of_small_hashes_takes_them_whole(valkey, redis):
 def test_hashes_with_much_else_in_them_are_read_by_field(valkey, redis):
     for key in redis.scan_iter():
         redis.hset(key, mapping={f"other{i}": 1 for i in range(200)})
-    store = RedisStore(RedisOptions(port=valkey.port))
+    store = RedisStore(RedisPool.to(RedisOptions(port=valkey.port)))
     for _ in range(3):
         check(read(store))
     store.close()
@@ -76,7 +77,9 @@ def test_hashes_with_much_else_in_them_are_read_by_field(valkey, redis):
 
 def test_who_may_not_read_whole_hashes_reads_fields(valkey, redis):
     redis.acl_setuser("plain", enabled=True, nopass=True, keys=["*"], commands=["+hmget", "+echo"])
-    store = RedisStore(RedisOptions(port=valkey.port, username="plain", password="any"))
+    store = RedisStore(
+        RedisPool.to(RedisOptions(port=valkey.port, username="plain", password="any"))
+    )
     check(read(store))
     store.close()
     redis.acl_deluser("plain")
@@ -85,7 +88,7 @@ def test_who_may_not_read_whole_hashes_reads_fields(valkey, redis):
 
 
 def test_a_user_who_loses_the_right_is_served_again_at_once(valkey, redis):
-    store = RedisStore(RedisOptions(port=valkey.port))
+    store = RedisStore(RedisPool.to(RedisOptions(port=valkey.port)))
     check(read(store))
     redis.acl_setuser("default", commands=["-hgetall"])
     try:

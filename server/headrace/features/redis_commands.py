@@ -5,7 +5,7 @@ repeated, into which each key column is copied through a strided view. Text keys
 vary: those commands are put together one by one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +38,22 @@ class PackedCommands:
         inverse: Which of them each row of the batch asked for; None when that is its own.
         parts: Their bytes, in parts of whole commands: several only if within `MAX_PART_BYTES`.
         byte_count: Of all parts.
+        one_by_one: Each command's bytes, made when asked for.
+        key_at: Where, in each, the length of its key begins.
     """
 
     rows: int
     inverse: NDArray[np.intp] | None
     parts: list[Any]
     byte_count: int
+    one_by_one: Callable[[], list[bytes]]
+    key_at: int
+
+    def key_of(self, command: bytes) -> bytes:
+        """Return the key that one of the commands reads."""
+        end = command.index(b"\r\n", self.key_at)
+        start = end + 2
+        return command[start : start + int(command[self.key_at : end])]
 
 
 class CommandPacker:
@@ -76,7 +86,14 @@ class CommandPacker:
         commands = bytearray(self._template) * rows
         for column, place in zip(columns, self._places, strict=True):
             np.ndarray(rows, column.dtype, commands, place, length)[:] = column
-        return PackedCommands(rows, inverse, _parts(commands, length), len(commands))
+        return PackedCommands(
+            rows,
+            inverse,
+            _parts(commands, length),
+            len(commands),
+            lambda: [bytes(commands[i : i + length]) for i in range(0, len(commands), length)],
+            len(self._head) + 1,
+        )
 
     def _pack_text(
         self, columns: list[NDArray[Any]], rows: int, inverse: NDArray[np.intp] | None
@@ -96,16 +113,9 @@ class CommandPacker:
             key = b"".join((group.key_prefix, *values, group.key_suffix))
             commands.append(b"%b$%d\r\n%b%b" % (self._head, len(key), key, self._tail))
         whole = b"".join(commands)
-        if len(whole) <= MAX_PART_BYTES:
-            return PackedCommands(rows, inverse, [whole], len(whole))
-        parts, size = [[commands[0]]], len(commands[0])
-        for command in commands[1:]:
-            size += len(command)
-            if size > MAX_PART_BYTES:
-                parts.append([])
-                size = len(command)
-            parts[-1].append(command)
-        return PackedCommands(rows, inverse, [b"".join(part) for part in parts], len(whole))
+        parts = [whole] if len(whole) <= MAX_PART_BYTES else in_parts(commands)
+        at = len(self._head) + 1
+        return PackedCommands(rows, inverse, parts, len(whole), lambda: commands, at)
 
     def _make_template(self) -> None:
         group = self._group
@@ -120,6 +130,18 @@ class CommandPacker:
         head = self._head + b"$%d\r\n" % len(key)
         self._template = head + bytes(key) + self._tail
         self._places = [len(head) + place for place in places]
+
+
+def in_parts(commands: Sequence[bytes]) -> list[bytes]:
+    """Join commands to parts of at most `MAX_PART_BYTES`, or of one command."""
+    parts, size = [[commands[0]]], len(commands[0])
+    for command in commands[1:]:
+        size += len(command)
+        if size > MAX_PART_BYTES:
+            parts.append([])
+            size = len(command)
+        parts[-1].append(command)
+    return [b"".join(part) for part in parts]
 
 
 def _parts(commands: bytearray, length: int) -> list[Any]:

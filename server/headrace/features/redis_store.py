@@ -1,15 +1,14 @@
 """Online features from Redis, written by Feast: one pipeline and one decode per batch.
 
 For each key group of the plan one HMGET per entity is packed (`redis_commands`), or one HGETALL
-where that costs the server less (`hash_reads`); all are sent and answered in one exchange
-(`redis_connection`), and each group's replies become columns (`cells`).
+where that costs the server less (`hash_reads`); all are sent and answered at once (`redis_pool`,
+`redis_sentinel`, `redis_cluster`), and each group's replies become columns (`cells`).
 """
 
 import math
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,49 +20,37 @@ from headrace.errors import FeatureStoreUnavailable
 from headrace.features.cells import DecodedGroup, GroupDecoder, UnexpectedReplyError
 from headrace.features.hash_reads import PROBE_PERIOD_S, PROBE_ROWS, WANTED_MIN, prefers_whole
 from headrace.features.plan import FeaturePlan, FeatureStatus, KeyGroup, PlannedFeature
-from headrace.features.redis_commands import MAX_PART_BYTES, CommandPacker, PackedCommands
-from headrace.features.redis_connection import RedisConnection, RedisOptions
+from headrace.features.redis_commands import CommandPacker, PackedCommands
+from headrace.features.redis_pool import RedisTopology, Replies
 from headrace.features.store import FeatureRows, RowBlocks, row_count
 
-MAX_IDLE_CONNECTIONS = 8
-CHECK_TIMEOUT_S = 1.0
 PROBE_AGAIN_S = 1.0
 """After hashes that are not there."""
 
-_PROBE = b"*3\r\n$5\r\nHMGET\r\n$14\r\nheadrace:probe\r\n$1\r\nf\r\n"
 _UNAVAILABLE = "the online feature store does not answer"
 _log = structlog.get_logger(__name__)
-
-_Exchange = Sequence[tuple[int, Any]]  # (place of the key group, commands) each
 
 
 class RedisStore:
     """
-    An `OnlineStore` over a standalone Redis or Valkey in Feast's layout.
+    An `OnlineStore` over Redis or Valkey in Feast's layout.
 
-    A connection serves one thread at a time and is closed at the first irregularity. One that turns
-    out to have died while idle is replaced, and the read tried once more. The user that logs in
-    must be allowed HMGET and ECHO, and had better
-    be allowed HGETALL.
+    The user that logs in must be allowed HMGET and ECHO, and had better be allowed HGETALL.
 
     Args:
-        options: Where the server is.
-        connect_timeout_s: The longest that connecting may take, within a read's own time.
+        servers: The server, or the servers that are asked as one.
     """
 
-    def __init__(self, options: RedisOptions, *, connect_timeout_s: float = 1.0) -> None:
+    def __init__(self, servers: RedisTopology) -> None:
         self.mismatches = 0
         """Values met that were damaged or not of their feature's type."""
-        self._options = options
-        self._connect_timeout_s = connect_timeout_s
-        self._idle: deque[RedisConnection] = deque()
+        self._servers = servers
         self._readers: weakref.WeakKeyDictionary[FeaturePlan, list[_GroupReader]] = (
             weakref.WeakKeyDictionary()
         )
         self._lock = threading.Lock()
         self._reported: set[tuple[str, str]] = set()
         self._is_up = True
-        self._is_closed = False
 
     def read(
         self,
@@ -82,28 +69,30 @@ class RedisStore:
             blocks = self._read(plan, readers, ways, entities, rows, deadline_s)
         except UnexpectedReplyError as error:
             if not any(way.is_whole for way in ways):
-                raise self._down(str(error)) from None
+                raise self._unexpected(error) from None
             for reader in readers:  # this user may not HGETALL any more, perhaps
                 reader.choose(is_whole=False)
             try:
                 ways = [reader.way for reader in readers]
                 blocks = self._read(plan, readers, ways, entities, rows, deadline_s)
             except UnexpectedReplyError as error:
-                raise self._down(str(error)) from None
+                raise self._unexpected(error) from None
         self._is_up = True
         return blocks.finish(now_s, max_age_s)
 
     def check(self) -> None:
-        (reply,) = self._converse([[(0, _PROBE)]], time.monotonic() + CHECK_TIMEOUT_S)
-        # A server that is loading its data echoes, and reads nothing. One that forbids this key
-        # may allow those of features.
-        if reply.startswith(b"-") and not reply.startswith(b"-NOPERM"):
-            raise self._down(reply.decode(errors="replace").strip())
+        try:
+            self._servers.check()
+        except OSError as error:
+            raise self._down(str(error)) from None
         self._is_up = True
 
+    def is_held_off(self) -> bool:
+        """Return whether a server has failed so often that it is tried now and then only."""
+        return self._servers.is_held_off()
+
     def close(self) -> None:
-        self._is_closed = True
-        self._drop_idle()
+        self._servers.close()
 
     def _prepare(self, plan: FeaturePlan) -> list["_GroupReader"]:
         readers = [_GroupReader(plan, group, self._note_mismatch) for group in plan.groups]
@@ -120,10 +109,10 @@ class RedisStore:
         deadline_s: float,
     ) -> RowBlocks:
         packed = [way.packer.pack(entities, rows) for way in ways]
-        replies = self._converse(_exchanges(packed), deadline_s)
+        answers = self._ask(packed, deadline_s)
         blocks = RowBlocks(plan, rows)
-        for reader, way, commands, data in zip(readers, ways, packed, replies, strict=True):
-            reader.place(blocks, way.decoder.decode(data, commands.rows), commands)
+        for reader, way, commands, replies in zip(readers, ways, packed, answers, strict=True):
+            reader.place(blocks, way.decoder.decode(replies.data, commands.rows), replies.inverse)
         return blocks
 
     def _way(
@@ -136,9 +125,9 @@ class RedisStore:
         reader.probe_s = now_s + PROBE_PERIOD_S
         some = {name: column[:PROBE_ROWS] for name, column in entities.items()}
         commands = reader.whole.packer.pack(some, len(next(iter(some.values()), (None,))))
-        (reply,) = self._converse(_exchanges([commands]), deadline_s)
+        (replies,) = self._ask([commands], deadline_s)
         try:
-            sample = reader.whole.decoder.sample(reply, commands.rows)
+            sample = reader.whole.decoder.sample(replies.data, commands.rows)
         except UnexpectedReplyError:  # this user may not HGETALL
             reader.choose(is_whole=False)
             return reader.way
@@ -148,54 +137,15 @@ class RedisStore:
             reader.choose(is_whole=prefers_whole(reader.wanted, sample))
         return reader.way
 
-    def _converse(self, exchanges: Sequence[_Exchange], deadline_s: float) -> list[bytes]:
-        """Return each key group's replies."""
+    def _ask(self, packed: Sequence[PackedCommands], deadline_s: float) -> list[Replies]:
         try:
-            idle = self._idle.pop()
-        except IndexError:
-            idle = None
-        try:
-            try:
-                replies = self._converse_on(idle, exchanges, deadline_s)
-            except OSError as error:
-                if idle is not None:  # it died while idle, and the others with it
-                    self._drop_idle()
-                if idle is None or isinstance(error, TimeoutError):
-                    raise
-                # Reading twice is harmless.
-                replies = self._converse_on(None, exchanges, deadline_s)
+            return self._servers.ask(packed, deadline_s)
         except OSError as error:
             raise self._down(str(error)) from None
-        return replies
 
-    def _converse_on(
-        self, connection: RedisConnection | None, exchanges: Sequence[_Exchange], deadline_s: float
-    ) -> list[bytes]:
-        if connection is None:
-            remaining_s = max(deadline_s - time.monotonic(), 0.001)
-            connection = RedisConnection(self._options, min(remaining_s, self._connect_timeout_s))
-        replies: dict[int, list[bytes]] = {}
-        try:
-            for exchange in exchanges:
-                pieces = connection.exchange([commands for _, commands in exchange], deadline_s)
-                for (group, _), piece in zip(exchange, pieces, strict=True):
-                    replies.setdefault(group, []).append(piece)
-        except BaseException:
-            # What is still on its way would be taken for the answer to something else.
-            connection.close()
-            raise
-        if self._is_closed or len(self._idle) >= MAX_IDLE_CONNECTIONS:
-            connection.close()
-        else:
-            self._idle.append(connection)
-        return [b"".join(pieces) for pieces in replies.values()]
-
-    def _drop_idle(self) -> None:
-        while True:
-            try:
-                self._idle.pop().close()
-            except IndexError:
-                return
+    def _unexpected(self, error: UnexpectedReplyError) -> FeatureStoreUnavailable:
+        self._servers.distrust()  # it may be another server than it was
+        return self._down(str(error))
 
     def _down(self, reason: str) -> FeatureStoreUnavailable:
         if self._is_up:
@@ -269,9 +219,11 @@ class _GroupReader:
         """Read whole hashes from now on, or fields."""
         self.way = self.whole if is_whole else self._fields
 
-    def place(self, blocks: RowBlocks, decoded: DecodedGroup, commands: PackedCommands) -> None:
-        """Put what was read into the rows that asked."""
-        rows = slice(None) if commands.inverse is None else commands.inverse
+    def place(
+        self, blocks: RowBlocks, decoded: DecodedGroup, inverse: NDArray[np.intp] | None
+    ) -> None:
+        """Put what was read into the rows that asked; `inverse` says which is whose."""
+        rows = slice(None) if inverse is None else inverse
         for at, values in decoded.columns:
             dtype, own = self._targets[at.start]
             blocks.blocks[dtype][:, own] = values[rows]
@@ -280,13 +232,6 @@ class _GroupReader:
         else:
             blocks.statuses[self._features] = decoded.statuses[rows].T
         blocks.event_times_s[self._views] = decoded.event_times_s[rows].T
-
-
-def _exchanges(packed: Sequence[PackedCommands]) -> list[_Exchange]:
-    """All at once when that is little enough, else part by part."""
-    if sum(commands.byte_count for commands in packed) <= MAX_PART_BYTES:
-        return [[(group, commands.parts[0]) for group, commands in enumerate(packed)]]
-    return [[(group, part)] for group, commands in enumerate(packed) for part in commands.parts]
 
 
 def _as_slice(indices: Sequence[int]) -> slice | NDArray[np.intp]:

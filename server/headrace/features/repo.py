@@ -22,8 +22,8 @@ from headrace.features.plan import (
     ViewSource,
     compile_plan,
 )
-from headrace.features.redis_connection import RedisOptions
 from headrace.features.redis_store import RedisStore
+from headrace.features.redis_topologies import open_redis
 from headrace.features.store import OnlineStore
 from headrace.features.values import ValueType
 
@@ -265,17 +265,13 @@ class FeatureRepo:
         settings = self._config.online_store
         if getattr(settings, "type", None) != "redis":
             return FeastStore(self._store)
-        kind = getattr(settings.redis_type, "value", settings.redis_type)
-        if kind != "redis":
-            raise StartupError(
-                f"online store of redis_type {kind} is not supported yet; use a standalone server"
-            )
         if self._config.entity_key_serialization_version != _KEY_VERSION:
             raise StartupError(
                 "entity_key_serialization_version of the feature repository is "
                 f"{self._config.entity_key_serialization_version}; only {_KEY_VERSION} is supported"
             )
-        return RedisStore(RedisOptions.parse(settings.connection_string))
+        kind = getattr(settings.redis_type, "value", settings.redis_type)
+        return RedisStore(open_redis(kind, settings.connection_string, settings.sentinel_master))
 
     def redis_client(self) -> Any:
         """

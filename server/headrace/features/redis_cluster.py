@@ -1,0 +1,348 @@
+"""Redis Cluster: each key is asked of the node that has its slot.
+
+A batch's commands are sorted by node, sent to all nodes, and only then are the replies read, so
+that a batch takes as long as its slowest node. A node that sends the asker elsewhere is followed.
+One that fails makes the map of slots be read anew; its keys are asked again if they have moved.
+
+Masters only: replicas may lag behind. The map is an immutable snapshot, swapped whole.
+"""
+
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import hiredis
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from headrace.errors import StartupError
+from headrace.features.redis_commands import MAX_PART_BYTES, PackedCommands, in_parts
+from headrace.features.redis_connection import DesynchronizedError
+from headrace.features.redis_options import RedisOptions, RedisServers
+from headrace.features.redis_pool import CHECK_TIMEOUT_S, Conversation, RedisPool, Replies
+from headrace.features.redis_redirects import (
+    SLOTS,
+    DamagedRepliesError,
+    is_unserved,
+    key_slot,
+    may_redirect,
+    read_redirect,
+    split_replies,
+)
+
+MAX_ROUNDS = 5
+"""Times that a key may be sent elsewhere."""
+REFRESH_PERIOD_S = 0.1
+"""While nodes fail, the map is read at most so often."""
+
+_ASKING = b"*1\r\n$6\r\nASKING\r\n"
+_ASKING_REPLY = b"+OK\r\n"
+_log = structlog.get_logger(__name__)
+
+_Address = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _SlotMap:
+    """Which node has which slot; None has none."""
+
+    nodes: tuple[RedisPool | None, ...]
+
+    def masters(self) -> set[RedisPool]:
+        return {node for node in self.nodes if node is not None}
+
+
+class _Question(NamedTuple):
+    """Rows of each key group to ask of one node."""
+
+    node: RedisPool
+    rows: list[tuple[int, list[int]]]  # (key group, its rows)
+    is_asking: bool = False
+
+
+class RedisCluster:
+    """
+    A `RedisTopology` of a Redis Cluster.
+
+    Args:
+        named: Some of its nodes; from them the others are learned, by the addresses that they
+            announce. The login is the same at each.
+        connect_timeout_s: The longest that connecting to a node may take.
+
+    Raises:
+        StartupError: `named` has a database number or a unix socket, of which a cluster has none.
+    """
+
+    def __init__(self, named: RedisServers, *, connect_timeout_s: float = 1.0) -> None:
+        self._login: RedisOptions = named.servers[0]
+        if self._login.db:
+            raise StartupError("db in connection_string does not go with Redis Cluster")
+        if self._login.unix_socket_path is not None:
+            raise StartupError("unix_socket_path in connection_string does not go with a cluster")
+        self._connect_timeout_s = connect_timeout_s
+        self._seeds: list[_Address] = [(server.host, server.port) for server in named.servers]
+        self._pools: dict[_Address, RedisPool] = {}
+        self._map: _SlotMap | None = None
+        self._tried_s = float("-inf")
+        self._lock = threading.Lock()  # of the pools
+        self._refreshing = threading.Lock()
+
+    def ask(self, packed: Sequence[PackedCommands], deadline_s: float) -> list[Replies]:
+        batch = _Batch(packed)
+        slot_map = self._map or self._refresh(deadline_s)
+        questions = self._questions(batch, batch.all_rows(), slot_map)
+        for _ in range(MAX_ROUNDS):
+            lost, error = [], None
+            conversations = [self._start(question, batch, deadline_s) for question in questions]
+            # All are finished, whatever becomes of some: what is on its way must be read.
+            redirected: dict[tuple[RedisPool, bool], list[tuple[int, int]]] = {}
+            for question, conversation in zip(questions, conversations, strict=True):
+                try:
+                    if isinstance(conversation, OSError):
+                        raise conversation
+                    elsewhere = batch.take(question, conversation.finish())
+                except OSError as reason:
+                    error = reason
+                    lost.append(question)
+                    continue
+                for group, row, host, port, is_asking in elsewhere:
+                    node = self._pool((host or question.node.address[0], port))
+                    redirected.setdefault((node, is_asking), []).append((group, row))
+            if error is None and not redirected:
+                return batch.replies()
+            questions = [
+                _Question(node, _by_group(rows), is_asking)
+                for (node, is_asking), rows in redirected.items()
+            ]
+            if any(not is_asking for _, is_asking in redirected) or lost:
+                slot_map = self._refresh(deadline_s, unless=slot_map, avoid=lost)
+            if error is not None:
+                again = self._questions(batch, [pair for q in lost for pair in q.rows], slot_map)
+                failed = {question.node for question in lost}
+                if any(question.node in failed for question in again):
+                    raise error
+                questions += again
+        raise ConnectionError("the nodes of the cluster send one to another")
+
+    def check(self) -> None:
+        slot_map = self._refresh(time.monotonic() + CHECK_TIMEOUT_S, is_forced=True)
+        if None in slot_map.nodes:
+            raise ConnectionError("some slots of the cluster are not served")
+        for node in slot_map.masters():
+            node.check()
+
+    def distrust(self) -> None:
+        self._tried_s = float("-inf")
+        self._map = None
+
+    def is_held_off(self) -> bool:
+        slot_map = self._map
+        return slot_map is not None and any(node.is_held_off() for node in slot_map.masters())
+
+    def close(self) -> None:
+        with self._lock:
+            for pool in self._pools.values():
+                pool.close()
+
+    def _questions(
+        self, batch: "_Batch", rows: Iterable[tuple[int, list[int]]], slot_map: _SlotMap
+    ) -> list[_Question]:
+        by_node: dict[RedisPool, dict[int, list[int]]] = {}
+        for group, own in rows:
+            for row in own:
+                node = slot_map.nodes[batch.slot(group, row)]
+                if node is None:
+                    raise ConnectionError("no node of the cluster serves that slot")
+                by_node.setdefault(node, {}).setdefault(group, []).append(row)
+        return [_Question(node, list(own.items())) for node, own in by_node.items()]
+
+    def _start(
+        self, question: _Question, batch: "_Batch", deadline_s: float
+    ) -> Conversation | OSError:
+        try:
+            return question.node.start(batch.exchanges(question), deadline_s)
+        except OSError as error:
+            return error
+
+    def _refresh(
+        self,
+        deadline_s: float,
+        *,
+        unless: _SlotMap | None = None,
+        avoid: Sequence[_Question] = (),
+        is_forced: bool = False,
+    ) -> _SlotMap:
+        """
+        Read the map anew, unless it is another than `unless` by now, or was read a moment ago.
+
+        Raises:
+            OSError: there is no map, and no node tells.
+        """
+        if not self._refreshing.acquire(timeout=max(deadline_s - time.monotonic(), 0)):
+            raise TimeoutError("no map of the cluster in time")
+        try:
+            current = self._map
+            is_recent = time.monotonic() < self._tried_s + REFRESH_PERIOD_S
+            if current is not None and not is_forced and (current is not unless or is_recent):
+                return current
+            try:
+                self._map = current = self._read_map(deadline_s, avoid)
+            except OSError:
+                if current is None or is_forced:
+                    raise
+            finally:
+                self._tried_s = time.monotonic()
+            return current
+        finally:
+            self._refreshing.release()
+
+    def _read_map(self, deadline_s: float, avoid: Sequence[_Question]) -> _SlotMap:
+        doubtful = {question.node for question in avoid}
+        known = [*self._pools, *(seed for seed in self._seeds if seed not in self._pools)]
+        order = sorted(known, key=lambda address: self._pools.get(address) in doubtful)
+        error: OSError = ConnectionError("no node of the cluster is known")
+        for place, address in enumerate(order):
+            share_s = max(deadline_s - time.monotonic(), 0.002) / (len(order) - place)
+            try:
+                return self._read_map_of(address, time.monotonic() + share_s)
+            except OSError as reason:
+                error = reason
+        raise error
+
+    def _read_map_of(self, address: _Address, deadline_s: float) -> _SlotMap:
+        # Through a pool of its own: how this ends says nothing of how reading ends.
+        node = RedisPool.to(self._login.at(*address), connect_timeout_s=self._connect_timeout_s)
+        reply = node.command("CLUSTER", "SLOTS", deadline_s=deadline_s)
+        if isinstance(reply, hiredis.ReplyError):
+            raise ConnectionError(str(reply))
+        try:
+            ranges = [
+                (int(first), int(last), _announced(host, address[0]), int(port))
+                for first, last, (host, port, *_), *_ in reply
+            ]
+        except (TypeError, ValueError):
+            raise DesynchronizedError("CLUSTER SLOTS is not understood") from None
+        nodes: list[RedisPool | None] = [None] * SLOTS
+        for first, last, host, port in ranges:
+            nodes[first : last + 1] = [self._pool((host, port))] * (last + 1 - first)
+        if len(nodes) != SLOTS:
+            raise DesynchronizedError("CLUSTER SLOTS names slots that there are not")
+        self._forget_others({(host, port) for _, _, host, port in ranges})
+        return _SlotMap(tuple(nodes))
+
+    def _pool(self, address: _Address) -> RedisPool:
+        with self._lock:
+            pool = self._pools.get(address)
+            if pool is None:
+                options = self._login.at(*address)
+                pool = RedisPool.to(options, connect_timeout_s=self._connect_timeout_s)
+                self._pools[address] = pool
+                _log.info("redis_cluster_node", host=address[0], port=address[1])
+            return pool
+
+    def _forget_others(self, addresses: set[_Address]) -> None:
+        with self._lock:
+            for address in self._pools.keys() - addresses:
+                self._pools.pop(address).close()
+
+
+class _Batch:
+    """A batch's commands, and the replies that have come so far."""
+
+    def __init__(self, packed: Sequence[PackedCommands]) -> None:
+        self._packed = packed
+        self._commands = [commands.one_by_one() for commands in packed]
+        self._order: list[list[int]] = [[] for _ in packed]  # rows, as their replies came
+        self._data: list[list[bytes]] = [[] for _ in packed]
+
+    def all_rows(self) -> list[tuple[int, list[int]]]:
+        return [(group, list(range(len(own)))) for group, own in enumerate(self._commands)]
+
+    def slot(self, group: int, row: int) -> int:
+        return key_slot(self._packed[group].key_of(self._commands[group][row]))
+
+    def exchanges(self, question: _Question) -> list[list[tuple[int, Any]]]:
+        parts = []
+        for group, rows in question.rows:
+            commands = [self._commands[group][row] for row in rows]
+            if question.is_asking:
+                commands = [_ASKING + command for command in commands]
+            parts.append([(group, part) for part in in_parts(commands)])
+        if sum(len(part) for own in parts for _, part in own) <= MAX_PART_BYTES:
+            return [[own[0] for own in parts]]
+        return [[part] for own in parts for part in own]
+
+    def take(
+        self, question: _Question, answers: Sequence[bytes]
+    ) -> list[tuple[int, int, str, int, bool]]:
+        """
+        Keep a node's replies; return (group, row, host, port, is it ASK) of rows sent elsewhere.
+
+        Raises:
+            OSError: some replies say that the node cannot tell; nothing is kept.
+        """
+        kept: list[tuple[int, list[int], bytes]] = []
+        elsewhere = []
+        for (group, rows), data in zip(question.rows, answers, strict=True):
+            if not question.is_asking and not may_redirect(data):
+                kept.append((group, rows, data))
+                continue
+            replies = _split(data, len(rows), is_asking=question.is_asking)
+            stay = []
+            for row, reply in zip(rows, replies, strict=True):
+                if is_unserved(reply):
+                    raise ConnectionError(reply.decode(errors="replace").strip())
+                redirect = read_redirect(reply)
+                if redirect is None:
+                    stay.append((row, reply))
+                else:
+                    is_ask = redirect.kind == "ASK"
+                    elsewhere.append((group, row, redirect.host, redirect.port, is_ask))
+            kept.append((group, [row for row, _ in stay], b"".join(reply for _, reply in stay)))
+        for group, rows, data in kept:
+            self._order[group] += rows
+            self._data[group].append(data)
+        return elsewhere
+
+    def replies(self) -> list[Replies]:
+        """Return the replies, once all have come."""
+        return [
+            Replies(b"".join(data), _inverse(order, commands.inverse))
+            for data, order, commands in zip(self._data, self._order, self._packed, strict=True)
+        ]
+
+
+def _inverse(order: list[int], inverse: NDArray[np.intp] | None) -> NDArray[np.intp]:
+    places = np.empty(len(order), np.intp)
+    places[order] = np.arange(len(order))
+    return places if inverse is None else places[inverse]
+
+
+def _split(data: bytes, rows: int, *, is_asking: bool) -> list[bytes]:
+    try:
+        replies = split_replies(data)
+    except DamagedRepliesError as error:
+        raise DesynchronizedError(str(error)) from None
+    if is_asking:
+        if replies[::2] != [_ASKING_REPLY] * rows:
+            raise DesynchronizedError("ASKING is not understood")
+        replies = replies[1::2]
+    if len(replies) != rows:
+        raise DesynchronizedError(f"{len(replies)} replies to {rows} commands")
+    return replies
+
+
+def _by_group(rows: Iterable[tuple[int, int]]) -> list[tuple[int, list[int]]]:
+    by_group: dict[int, list[int]] = {}
+    for group, row in rows:
+        by_group.setdefault(group, []).append(row)
+    return list(by_group.items())
+
+
+def _announced(host: bytes | None, own: str) -> str:
+    """Return the host that CLUSTER SLOTS names, or the one it was asked at."""
+    name = (host or b"").decode(errors="replace")
+    return own if name in {"", "?"} else name
