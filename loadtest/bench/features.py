@@ -299,9 +299,9 @@ def _measure(peer: Peer, shape: Shape, seconds: float) -> Figures:
 
 
 def _cpu_s(pid: int) -> float:
-    """Return the processor time of a process and those it began."""
+    """Return the processor time of a process and those it began, ended ones included."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    own = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    own = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return own + sum(_cpu_s(int(child)) for child in children)
 

@@ -25,7 +25,12 @@ from headrace.repository.manager import RepositoryManager
 from headrace.rpc.server import GrpcServer, refuse_taken_port
 from headrace.settings import ServeSettings, join_address, split_address
 from headrace.telemetry.calls import CallRecorder
-from headrace.telemetry.feature_metrics import FeatureReadMetrics, RegistryMetrics, ViewMetrics
+from headrace.telemetry.feature_metrics import (
+    FeatureReadMetrics,
+    RegistryMetrics,
+    StoreMetrics,
+    ViewMetrics,
+)
 from headrace.telemetry.http import HttpEndpoint
 from headrace.telemetry.metrics import Metrics
 from headrace.telemetry.trace_context import Sampler
@@ -102,6 +107,7 @@ class Gateway:
                 self._feature_repo, self._swap_registry, settings.registry_poll_s
             )
             self.metrics.more.append(RegistryMetrics(self._registry))
+            self.metrics.more.append(StoreMetrics(self._store, lambda: self._features_readable))
             read_metrics = FeatureReadMetrics()
             self.metrics.more += [read_metrics, view_metrics]
             self._reads = FeatureReads(

@@ -89,6 +89,9 @@ class FeastStore:
                     blocks.put(i, row, value)
         return blocks.finish(now_s, max_age_s)
 
+    def is_held_off(self) -> bool:
+        return False
+
     def check(self) -> None:
         """
         Ask Feast's thread for a sign of life; Feast has no way to ask its store for one.

@@ -24,6 +24,7 @@ class MemoryStore:
     def __init__(self) -> None:
         self._rows: dict[tuple[str, _Entity], tuple[dict[str, Any], float]] = {}
         self._lock = threading.Lock()
+        self.mismatches = 0
 
     def put(
         self,
@@ -68,6 +69,9 @@ class MemoryStore:
                         blocks.event_times_s[view, row] = stored[1]
                         _put_row(blocks, view, row, stored[0])
         return blocks.finish(now_s, max_age_s)
+
+    def is_held_off(self) -> bool:
+        return False
 
     def check(self) -> None:
         """Do nothing: memory is always there."""

@@ -88,7 +88,6 @@ class RedisStore:
         self._is_up = True
 
     def is_held_off(self) -> bool:
-        """Return whether a server has failed so often that it is tried now and then only."""
         return self._servers.is_held_off()
 
     def close(self) -> None:

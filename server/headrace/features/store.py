@@ -39,7 +39,12 @@ class OnlineStore(Protocol):
 
     A value that is damaged or of another type than the registry declares is NULL_VALUE, counted and
     logged: one bad writer must not stop the service of every other feature.
+
+    Attributes:
+        mismatches: How many such values have been met.
     """
+
+    mismatches: int
 
     def read(
         self,
@@ -67,6 +72,10 @@ class OnlineStore(Protocol):
         Raises:
             FeatureStoreUnavailable: no answer, not in time, or not one of this store's.
         """
+        ...
+
+    def is_held_off(self) -> bool:
+        """Return whether reads are refused for now, the store having failed too often."""
         ...
 
     def check(self) -> None:

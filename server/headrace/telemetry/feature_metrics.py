@@ -90,6 +90,39 @@ class FeatureReadMetrics(Collector):
             yield HistogramMetricFamily(name, METRICS[name], buckets=buckets, sum_value=total)
 
 
+class StoreNumbers(Protocol):
+    """What an online store says of itself."""
+
+    mismatches: int
+
+    def is_held_off(self) -> bool: ...
+
+
+class StoreMetrics(Collector):
+    """
+    Numbers of the online store.
+
+    Args:
+        store: The store.
+        is_readable: Whether it answered when it was last looked at.
+    """
+
+    def __init__(self, store: StoreNumbers, is_readable: Callable[[], bool]) -> None:
+        self._store = store
+        self._is_readable = is_readable
+
+    def collect(self) -> Iterable[Metric]:
+        """Make Prometheus' numbers of it."""
+        for name, holds in (
+            ("headrace_feature_store_readable", self._is_readable()),
+            ("headrace_feature_store_held_off", self._store.is_held_off()),
+        ):
+            yield GaugeMetricFamily(name, METRICS[name], value=int(holds))
+        name = "headrace_stored_value_mismatches_total"
+        value = self._store.mismatches
+        yield CounterMetricFamily(name.removesuffix("_total"), METRICS[name], value=value)
+
+
 class RegistryNumbers(Protocol):
     """What the registry's watch says of itself."""
 

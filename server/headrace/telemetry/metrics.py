@@ -51,6 +51,11 @@ METRICS: dict[str, str] = {
     "status.",
     "headrace_view_age_seconds": "Ages of the rows read, by view: they grow when materialization "
     "stops.",
+    "headrace_feature_store_readable": "Whether the feature store answered at the last look.",
+    "headrace_feature_store_held_off": "Whether the feature store, or a node of it, failed so "
+    "often that it is tried only now and then.",
+    "headrace_stored_value_mismatches_total": "Stored values that were damaged or not of their "
+    "feature's type.",
     "headrace_registry_readable": "Whether the feature registry could be read at the last look.",
     "headrace_registry_reads_total": "Looks at the feature registry that found a new state, or "
     "failed, by result.",
