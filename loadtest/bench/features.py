@@ -294,7 +294,7 @@ def _measure(peer: Peer, shape: Shape, seconds: float) -> Figures:
         # The warm-up's requests are not counted, its processor time is: they are alike.
         share = seconds / (time.perf_counter() - started_s)
         used_s = (_cpu_s(peer.pid) - before_s) * max(share, seconds / (seconds + 0.5))
-        figures["cpu_ms"] = 1e3 * used_s / figures["requests"]
+        figures["cpu_ms"] = 1e3 * used_s / max(figures["requests"], 1)
     return figures
 
 
