@@ -85,7 +85,7 @@ class Gateway:
         self._store: OnlineStore | None = None
         if settings.feature_repo is not None:
             self._feature_repo = open_feature_repo(settings.feature_repo)
-            self._store = self._feature_repo.online_store()
+            self._store = self._feature_repo.online_store(cache_rows=settings.feature_cache_rows)
         self._reads: FeatureReads | None = None
         view_metrics = ViewMetrics()
         self._features_readable = True

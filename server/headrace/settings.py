@@ -118,6 +118,13 @@ class ServeSettings(Settings):
         description="Longest that one batch waits for its features, in seconds; its requests then "
         "fail with UNAVAILABLE.",
     )
+    feature_cache_rows: int = Field(
+        100_000,
+        ge=0,
+        le=10_000_000,
+        description="Rows of features kept per feature service and entity key, where every view "
+        "of the key has the tag headrace.cache_max_age_s; 0 keeps none. With Redis only.",
+    )
     registry_poll_s: float = Field(
         2.0,
         ge=0.1,

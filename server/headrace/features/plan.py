@@ -7,6 +7,7 @@ them all) and the bytes of the commands around the entity's own values.
 """
 
 import hashlib
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -17,6 +18,9 @@ import numpy as np
 from headrace.errors import FeaturePlanError
 from headrace.features import layout
 from headrace.features.values import KEY_DATATYPES, TAGS, ValueType, parse_default
+
+CACHE_AGE_LIMIT_S = 86_400.0
+"""Of the tag `headrace.cache_max_age_s`: what may be older should be in the store with that age."""
 
 
 class FeatureStatus(IntEnum):
@@ -88,6 +92,7 @@ class PlannedView:
         group: Its key group's place in `FeaturePlan.groups`.
         label: Its name in full feature names: alias and pinned version included.
         version: Its version's number; 0 where views have none.
+        cache_max_age_s: How long its rows may be served after they were read; 0 is not at all.
     """
 
     name: str
@@ -95,6 +100,7 @@ class PlannedView:
     group: int
     label: str
     version: int
+    cache_max_age_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +123,7 @@ class KeyGroup:
         key_suffix: See above.
         command_head: Of an HMGET of `fields`, in RESP, up to the key.
         command_tail: The same command after the key.
+        cache_max_age_s: The smallest of `views`: one key holds them all.
     """
 
     join_keys: tuple[int, ...]
@@ -129,6 +136,7 @@ class KeyGroup:
     key_suffix: bytes
     command_head: bytes
     command_tail: bytes
+    cache_max_age_s: float
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -216,6 +224,7 @@ class ViewSource:
         ttl_s: None is for ever.
         label: Its name in full feature names; `name` when empty.
         version: Its version's number; 0 where views have none.
+        cache_max_age_s: What its `headrace.cache_max_age_s` tag says; None without one.
     """
 
     name: str
@@ -224,6 +233,7 @@ class ViewSource:
     ttl_s: float | None = None
     label: str = ""
     version: int = 0
+    cache_max_age_s: str | None = None
 
 
 def compile_plan(
@@ -250,7 +260,7 @@ def compile_plan(
 
     Raises:
         FeaturePlanError: two columns of one name, one request column of two types, a join key of a
-            type that cannot be one, an unusable default, or two fields of one hash that collide.
+            type that cannot be one, a tag that is unusable, or two fields of one hash that collide.
     """
     what = f"feature service '{service}'" if service else "this list of features"
     sources = [source for source in sources if source.features]  # Feast allows `view[[]]`
@@ -268,7 +278,12 @@ def compile_plan(
         label = source.label or source.name
         view = view_of.setdefault((source.name, group, label), len(views))
         if view == len(views):
-            views.append(PlannedView(source.name, source.ttl_s, group, label, source.version))
+            cache_max_age_s = _cache_max_age_s(source)
+            views.append(
+                PlannedView(
+                    source.name, source.ttl_s, group, label, source.version, cache_max_age_s
+                )
+            )
         features += [
             PlannedFeature(
                 name=f"{label}__{feature.name}" if full_feature_names else feature.name,
@@ -318,6 +333,21 @@ def _join_keys(what: str, sources: Sequence[ViewSource]) -> tuple[JoinKey, ...]:
                     "`with_join_key_map`"
                 )
     return tuple(JoinKey(name, value_type) for name, value_type in types.items())
+
+
+def _cache_max_age_s(source: ViewSource) -> float:
+    if source.cache_max_age_s is None:
+        return 0.0
+    try:
+        age_s = float(source.cache_max_age_s)
+    except ValueError:
+        age_s = math.nan
+    if not 0 <= age_s <= CACHE_AGE_LIMIT_S:
+        raise FeaturePlanError(
+            f"tag headrace.cache_max_age_s of feature view '{source.name}' is not a number of "
+            f"seconds from 0 to {CACHE_AGE_LIMIT_S:g}"
+        )
+    return age_s
 
 
 def _default(what: str, feature: FeatureSource) -> Any:
@@ -408,6 +438,7 @@ def _group(
         key_suffix=project.encode(),
         command_head=b"*%d\r\n$5\r\nHMGET\r\n" % (2 + len(fields)),
         command_tail=b"\r\n" + b"".join(b"$%d\r\n%s\r\n" % (len(name), name) for name in fields),
+        cache_max_age_s=min(views[i].cache_max_age_s for i in own_views),
     )
 
 

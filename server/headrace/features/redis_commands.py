@@ -5,7 +5,7 @@ repeated, into which each key column is copied through a strided view. Text keys
 vary: those commands are put together one by one.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,13 @@ class CommandPacker:
             lambda: [bytes(commands[i : i + length]) for i in range(0, len(commands), length)],
             len(self._head) + 1,
         )
+
+    def keys(self, entities: Mapping[str, NDArray[Any]], rows: int) -> list[Hashable]:
+        """Return what names each row's entity; `entities` as `pack` takes them."""
+        lists = [entities[key.name].tolist() for key in self._join_keys]
+        if not lists:
+            return [()] * rows
+        return lists[0] if len(lists) == 1 else list(zip(*lists, strict=True))
 
     def _pack_text(
         self, columns: list[NDArray[Any]], rows: int, inverse: NDArray[np.intp] | None

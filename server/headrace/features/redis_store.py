@@ -22,6 +22,7 @@ from headrace.features.hash_reads import PROBE_PERIOD_S, PROBE_ROWS, WANTED_MIN,
 from headrace.features.plan import FeaturePlan, FeatureStatus, KeyGroup, PlannedFeature
 from headrace.features.redis_commands import CommandPacker, PackedCommands
 from headrace.features.redis_pool import RedisTopology, Replies
+from headrace.features.row_cache import RowCache, concatenate, take
 from headrace.features.store import FeatureRows, RowBlocks, row_count
 
 PROBE_AGAIN_S = 1.0
@@ -39,12 +40,16 @@ class RedisStore:
 
     Args:
         servers: The server, or the servers that are asked as one.
+        cache_rows: Rows kept per plan and entity key, where all its views allow it (`row_cache`);
+            0 keeps none.
     """
 
-    def __init__(self, servers: RedisTopology) -> None:
+    def __init__(self, servers: RedisTopology, *, cache_rows: int = 0) -> None:
         self.mismatches = 0
         """Values met that were damaged or not of their feature's type."""
+        self.cache_hits = self.cache_misses = 0
         self._servers = servers
+        self._cache_rows = cache_rows
         self._readers: weakref.WeakKeyDictionary[FeaturePlan, list[_GroupReader]] = (
             weakref.WeakKeyDictionary()
         )
@@ -64,20 +69,14 @@ class RedisStore:
         deadline_s = time.monotonic() + timeout_s
         readers = self._readers.get(plan) or self._prepare(plan)
         rows = row_count(plan, entities)
-        ways = [self._way(reader, entities, deadline_s) for reader in readers]
-        try:
-            blocks = self._read(plan, readers, ways, entities, rows, deadline_s)
-        except UnexpectedReplyError as error:
-            if not any(way.is_whole for way in ways):
-                raise self._unexpected(error) from None
-            for reader in readers:  # this user may not HGETALL any more, perhaps
-                reader.choose(is_whole=False)
-            try:
-                ways = [reader.way for reader in readers]
-                blocks = self._read(plan, readers, ways, entities, rows, deadline_s)
-            except UnexpectedReplyError as error:
-                raise self._unexpected(error) from None
-        self._is_up = True
+        blocks = RowBlocks(plan, rows)
+        started_s = time.monotonic()
+        wanted = [_Wanted(reader, entities, rows, started_s) for reader in readers]
+        if any(reader.cache is not None for reader in readers):
+            self._count(wanted)
+            wanted = [one for one in wanted if not one.is_served(blocks)]
+        if wanted:
+            self._fetch(wanted, blocks, deadline_s)
         return blocks.finish(now_s, max_age_s)
 
     def check(self) -> None:
@@ -94,25 +93,47 @@ class RedisStore:
         self._servers.close()
 
     def _prepare(self, plan: FeaturePlan) -> list["_GroupReader"]:
-        readers = [_GroupReader(plan, group, self._note_mismatch) for group in plan.groups]
+        readers = [
+            _GroupReader(plan, group, self._note_mismatch, self._cache_rows)
+            for group in plan.groups
+        ]
         with self._lock:
             return self._readers.setdefault(plan, readers)
 
+    def _count(self, wanted: Sequence["_Wanted"]) -> None:
+        counts = [one.counts() for one in wanted]
+        with self._lock:
+            self.cache_hits += sum(hits for hits, _ in counts)
+            self.cache_misses += sum(misses for _, misses in counts)
+
+    def _fetch(self, wanted: Sequence["_Wanted"], blocks: RowBlocks, deadline_s: float) -> None:
+        ways = [self._way(one.reader, one.entities, deadline_s) for one in wanted]
+        try:
+            self._read(wanted, ways, blocks, deadline_s)
+        except UnexpectedReplyError as error:
+            if not any(way.is_whole for way in ways):
+                raise self._unexpected(error) from None
+            for one in wanted:  # this user may not HGETALL any more, perhaps
+                one.reader.choose(is_whole=False)
+            try:
+                self._read(wanted, [one.reader.way for one in wanted], blocks, deadline_s)
+            except UnexpectedReplyError as error:
+                raise self._unexpected(error) from None
+        self._is_up = True
+
     def _read(
         self,
-        plan: FeaturePlan,
-        readers: Sequence["_GroupReader"],
+        wanted: Sequence["_Wanted"],
         ways: Sequence["_Way"],
-        entities: Mapping[str, NDArray[Any]],
-        rows: int,
+        blocks: RowBlocks,
         deadline_s: float,
-    ) -> RowBlocks:
-        packed = [way.packer.pack(entities, rows) for way in ways]
+    ) -> None:
+        packed = [
+            way.packer.pack(one.entities, one.rows) for one, way in zip(wanted, ways, strict=True)
+        ]
         answers = self._ask(packed, deadline_s)
-        blocks = RowBlocks(plan, rows)
-        for reader, way, commands, replies in zip(readers, ways, packed, answers, strict=True):
-            reader.place(blocks, way.decoder.decode(replies.data, commands.rows), replies.inverse)
-        return blocks
+        for one, way, commands, replies in zip(wanted, ways, packed, answers, strict=True):
+            one.place(blocks, way.decoder.decode(replies.data, commands.rows), replies.inverse)
 
     def _way(
         self, reader: "_GroupReader", entities: Mapping[str, NDArray[Any]], deadline_s: float
@@ -179,8 +200,10 @@ class _GroupReader:
         plan: The plan.
         group: One of its groups.
         on_mismatch: As `GroupDecoder` takes it.
+        cache_rows: How many rows to keep, if the group's views allow it.
 
     Attributes:
+        cache: Rows read before; None when none are kept.
         way: How it is read now.
         whole: How it is read by whole hashes.
         wanted: Fields that are read otherwise.
@@ -192,7 +215,10 @@ class _GroupReader:
         plan: FeaturePlan,
         group: KeyGroup,
         on_mismatch: Callable[[PlannedFeature, str], None],
+        cache_rows: int = 0,
     ) -> None:
+        is_cached = cache_rows and group.cache_max_age_s
+        self.cache = RowCache(group.cache_max_age_s, cache_rows) if is_cached else None
         self._fields = _Way(
             CommandPacker(plan, group),
             decoder := GroupDecoder(plan, group, on_mismatch),
@@ -231,6 +257,83 @@ class _GroupReader:
         else:
             blocks.statuses[self._features] = decoded.statuses[rows].T
         blocks.event_times_s[self._views] = decoded.event_times_s[rows].T
+
+
+class _Wanted:
+    """
+    What a batch wants of one key group, and what of it is to be read.
+
+    Args:
+        reader: Of the key group.
+        entities: The batch's.
+        rows: The batch's.
+        started_s: When it is looked up, on `time.monotonic`'s clock.
+
+    Attributes:
+        entities: Those to be read: the batch's, or of a cached group each distinct one that the
+            cache has not.
+        rows: How many.
+    """
+
+    def __init__(
+        self,
+        reader: _GroupReader,
+        entities: Mapping[str, NDArray[Any]],
+        rows: int,
+        started_s: float,
+    ) -> None:
+        self.reader, self.entities, self.rows = reader, entities, rows
+        self._started_s = started_s
+        self._found: DecodedGroup | None = None
+        if reader.cache is None:
+            return
+        keys = reader.whole.packer.keys(entities, rows)
+        first: dict[Any, int] = {}
+        for row, key in enumerate(keys):
+            first.setdefault(key, row)
+        distinct = list(first)
+        hits, self._found = reader.cache.get(distinct, started_s)
+        is_missing = np.ones(len(distinct), np.bool_)
+        is_missing[hits] = False
+        missing = np.flatnonzero(is_missing)
+        # The rows found come first, then those to be read, in the order of `distinct` each.
+        place = np.empty(len(distinct), np.intp)
+        place[hits] = np.arange(len(hits))
+        place[missing] = np.arange(len(hits), len(distinct))
+        places = dict(zip(distinct, place.tolist(), strict=True))
+        self._inverse = np.array([places[key] for key in keys], np.intp)
+        self._missing_keys = [distinct[i] for i in missing.tolist()]
+        at = np.array([first[key] for key in self._missing_keys], np.intp)
+        self.entities = {name: column[at] for name, column in entities.items()}
+        self.rows = len(missing)
+
+    def counts(self) -> tuple[int, int]:
+        """Return how many distinct rows the cache had, and how many it had not."""
+        if self.reader.cache is None:
+            return 0, 0
+        return 0 if self._found is None else len(self._found.event_times_s), self.rows
+
+    def is_served(self, blocks: RowBlocks) -> bool:
+        """Put the rows into place if the cache had them all."""
+        if self.rows or self._found is None:
+            return False
+        self.reader.place(blocks, self._found, self._inverse)
+        return True
+
+    def place(
+        self, blocks: RowBlocks, decoded: DecodedGroup, inverse: NDArray[np.intp] | None
+    ) -> None:
+        """Put what was read into place, beside what the cache had, and into the cache."""
+        cache = self.reader.cache
+        if cache is None:
+            self.reader.place(blocks, decoded, inverse)
+            return
+        if inverse is not None:
+            decoded = take(decoded, inverse)
+        cache.put(self._missing_keys, decoded, self._started_s)
+        if self._found is not None:
+            decoded = concatenate(self._found, decoded)
+        self.reader.place(blocks, decoded, self._inverse)
 
 
 def _as_slice(indices: Sequence[int]) -> slice | NDArray[np.intp]:

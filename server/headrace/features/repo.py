@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # pandas takes a while to import, and a server does without
     from headrace.features.offline import FeastOffline
 
 DEFAULT_TAG = "headrace.default"
+CACHE_TAG = "headrace.cache_max_age_s"
 """The tag of a Feast `Field` whose text is the value used where the feature is missing."""
 
 # Source: feast 0.67 `FeatureView.proto`, FeatureViewState. A view that is written is
@@ -255,9 +256,12 @@ class FeatureRepo:
             full_feature_names=full_feature_names,
         )
 
-    def online_store(self) -> OnlineStore:
+    def online_store(self, *, cache_rows: int = 0) -> OnlineStore:
         """
         Make the client of the repository's online store.
+
+        Args:
+            cache_rows: As `RedisStore` takes it; of no use with other stores.
 
         Raises:
             StartupError: it is a kind of Redis that is not supported, or badly configured.
@@ -271,7 +275,8 @@ class FeatureRepo:
                 f"{self._config.entity_key_serialization_version}; only {_KEY_VERSION} is supported"
             )
         kind = getattr(settings.redis_type, "value", settings.redis_type)
-        return RedisStore(open_redis(kind, settings.connection_string, settings.sentinel_master))
+        servers = open_redis(kind, settings.connection_string, settings.sentinel_master)
+        return RedisStore(servers, cache_rows=cache_rows)
 
     def redis_client(self) -> Any:
         """
@@ -388,6 +393,7 @@ class FeatureRepo:
             # Source: feast 0.67 `FeatureViewProjection.name_to_use`.
             label=label if version is None else f"{label}@v{version}",
             version=view.meta.current_version_number if version is None else version,
+            cache_max_age_s=view.spec.tags.get(CACHE_TAG),
         )
 
     def _snapshot(self, view: Any, version: int) -> Any:

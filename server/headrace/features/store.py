@@ -42,9 +42,13 @@ class OnlineStore(Protocol):
 
     Attributes:
         mismatches: How many such values have been met.
+        cache_hits: Rows served that had been read before.
+        cache_misses: Rows that were looked for among those, and read.
     """
 
     mismatches: int
+    cache_hits: int
+    cache_misses: int
 
     def read(
         self,

@@ -94,6 +94,8 @@ class StoreNumbers(Protocol):
     """What an online store says of itself."""
 
     mismatches: int
+    cache_hits: int
+    cache_misses: int
 
     def is_held_off(self) -> bool: ...
 
@@ -118,9 +120,12 @@ class StoreMetrics(Collector):
             ("headrace_feature_store_held_off", self._store.is_held_off()),
         ):
             yield GaugeMetricFamily(name, METRICS[name], value=int(holds))
-        name = "headrace_stored_value_mismatches_total"
-        value = self._store.mismatches
-        yield CounterMetricFamily(name.removesuffix("_total"), METRICS[name], value=value)
+        for name, count in (
+            ("headrace_stored_value_mismatches_total", self._store.mismatches),
+            ("headrace_feature_cache_hits_total", self._store.cache_hits),
+            ("headrace_feature_cache_misses_total", self._store.cache_misses),
+        ):
+            yield CounterMetricFamily(name.removesuffix("_total"), METRICS[name], value=count)
 
 
 class RegistryNumbers(Protocol):

@@ -56,6 +56,8 @@ METRICS: dict[str, str] = {
     "often that it is tried only now and then.",
     "headrace_stored_value_mismatches_total": "Stored values that were damaged or not of their "
     "feature's type.",
+    "headrace_feature_cache_hits_total": "Rows of features served that had been read before.",
+    "headrace_feature_cache_misses_total": "Rows of features that may be cached, and were read.",
     "headrace_registry_readable": "Whether the feature registry could be read at the last look.",
     "headrace_registry_reads_total": "Looks at the feature registry that found a new state, or "
     "failed, by result.",

@@ -4,7 +4,7 @@ import struct
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headrace.features.cells import MAX_LAYOUTS, GroupDecoder, UnexpectedReplyError
@@ -112,6 +112,7 @@ def batches(draw):
     return types, rows, times, absent
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no fault of it
 @given(batches(), st.integers(1, 3))
 def test_what_was_stored_is_what_is_decoded_at_first_and_again(batch, repeats):
     types, rows, times, absent = batch
