@@ -221,7 +221,8 @@ def test_stopping_writes_what_waits_row_by_row_as_it_was_served(log):
     assert one["value.motto"] == "no. 7"
     assert (one["status.rating"], one["status.rain_mm"]) == ("PRESENT", "NULL_VALUE")
     assert one["event_time.cafe_stats"] == NOW - timedelta(hours=1)
-    assert one["request_time"] - NOW < timedelta(minutes=5)
+    # This module was imported when the run of tests began.
+    assert timedelta(0) < one["request_time"] - NOW < timedelta(hours=2)
     assert (one["model"], one["version"], one["key.city"]) == ("cafe", "1", "Åbo")
     missing = next(row for row in rows if row["key.cafe_id"] == GONE)
     assert (missing["value.seats"], missing["status.seats"]) == (None, "NOT_FOUND")

@@ -9,10 +9,16 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from headrace.features.memory_store import MemoryStore
 from headrace.features.skew_log import SkewLog
 from headrace.monitoring.stream import PredictionStream
 from headrace.telemetry.calls import CallRecorder
-from headrace.telemetry.feature_metrics import FeatureReadMetrics, RegistryMetrics, ViewMetrics
+from headrace.telemetry.feature_metrics import (
+    FeatureReadMetrics,
+    RegistryMetrics,
+    StoreMetrics,
+    ViewMetrics,
+)
 from headrace.telemetry.metrics import METRICS, SECONDS_BOUNDS, Histogram, Metrics
 
 
@@ -126,7 +132,8 @@ def test_every_metric_that_is_listed_is_exported_and_none_besides(tmp_path):
     metrics.stream = PredictionStream("127.0.0.1:1", max_queue_bytes=1)
     metrics.calls = CallRecorder(metrics)
     watch = SimpleNamespace(is_readable=True, reads=0, failures=0)
-    metrics.more = [FeatureReadMetrics(), ViewMetrics(), RegistryMetrics(watch)]
+    store = StoreMetrics(MemoryStore(), lambda: True)
+    metrics.more = [FeatureReadMetrics(), ViewMetrics(), RegistryMetrics(watch), store]
     metrics.skew_log = skew_log(tmp_path)
     registry = CollectorRegistry()
     registry.register(metrics)
