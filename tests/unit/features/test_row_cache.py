@@ -95,7 +95,7 @@ STEPS = st.lists(
     st.tuples(
         st.booleans(),
         st.lists(st.integers(0, 12), min_size=1, max_size=8, unique=True),
-        st.floats(0, 3),
+        st.integers(0, 12).map(lambda quarters: quarters / 4),  # exact: an age is a difference
     ),
     max_size=40,
 )
