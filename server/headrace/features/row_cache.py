@@ -74,7 +74,8 @@ class RowCache:
         """
         with self._lock:
             slots, chosen = [], []
-            for row, key in enumerate(keys[-self._max_rows :], max(len(keys) - self._max_rows, 0)):
+            # Of more rows than there are slots some take a slot twice: the last one stays.
+            for row, key in enumerate(keys):
                 slot = self._slots.get(key)
                 if slot is None:
                     slot = self._take_slot(key, rows)

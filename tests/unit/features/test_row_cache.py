@@ -91,6 +91,14 @@ def test_rows_behind_rows_have_everybodys_statuses():
     assert both.statuses.tolist() == [[2, 2], *[[FeatureStatus.PRESENT] * 2] * 2]
 
 
+def test_a_row_there_is_no_room_for_does_not_leave_its_older_value():
+    cache = RowCache(10.0, 2)
+    cache.put([5, 0], rows_of([50, 0]), 0.0)
+    cache.put([0, 1, 2, 3], rows_of([9, 1, 2, 3]), 1.0)
+    assert cache.get([0, 5], 1.0)[1] is None
+    assert values_of(cache.get([2, 3], 1.0)[1]) == [2, 3]
+
+
 STEPS = st.lists(
     st.tuples(
         st.booleans(),
