@@ -110,7 +110,10 @@ def _models(options: dict[str, Any]) -> int:
     if options["action"] == "list":
         return model_commands.list_models(options["address"], as_json=options["json"])
     return model_commands.verify(
-        options["folder"], options["feature_repo"], as_json=options["json"]
+        options["folder"],
+        options["feature_repo"],
+        on_demand_modules=options["on_demand_modules"],
+        as_json=options["json"],
     )
 
 
@@ -144,7 +147,10 @@ def _features_check(options: dict[str, Any]) -> int:
     from headrace import feature_check  # noqa: PLC0415 it takes seconds
 
     return feature_check.check(
-        options["feature_repo"], keys_max=options["keys"], as_json=options["json"]
+        options["feature_repo"],
+        on_demand_modules=options["on_demand_modules"],
+        keys_max=options["keys"],
+        as_json=options["json"],
     )
 
 
@@ -275,6 +281,7 @@ def _add_models(models: argparse.ArgumentParser) -> None:
     verify.add_argument(
         "--feature-repo", type=Path, metavar="DIR", help="for models that need features"
     )
+    _add_on_demand_modules(verify)
     for action in (listing, verify):
         action.add_argument("--json", action="store_true", help="for machines")
 
@@ -304,9 +311,19 @@ def _add_features(features: argparse.ArgumentParser) -> None:
     check.add_argument(
         "--keys", type=int, default=1_000, metavar="N", help="keys to look at (default: 1000)"
     )
+    _add_on_demand_modules(check)
     for action in (listing, get, check):
         action.add_argument("--json", action="store_true", help="for machines")
     _add_features_skew(actions)
+
+
+def _add_on_demand_modules(action: argparse.ArgumentParser) -> None:
+    action.add_argument(
+        "--on-demand-modules",
+        default="",
+        metavar="MODULE,…",
+        help="Python modules whose on-demand feature views may run, as for `headrace serve`",
+    )
 
 
 def _add_features_skew(actions: Any) -> None:

@@ -84,7 +84,9 @@ class Gateway:
         self._feature_repo: FeatureRepo | None = None
         self._store: OnlineStore | None = None
         if settings.feature_repo is not None:
-            self._feature_repo = open_feature_repo(settings.feature_repo)
+            self._feature_repo = open_feature_repo(
+                settings.feature_repo, settings.on_demand_modules or ""
+            )
             self._store = self._feature_repo.online_store(cache_rows=settings.feature_cache_rows)
         self._reads: FeatureReads | None = None
         view_metrics = ViewMetrics()

@@ -21,6 +21,7 @@
     ├── DependencyUnavailable     something behind this server does not answer
     │   ├── FeatureStoreUnavailable
     │   └── BackendUnavailable        the model runs elsewhere, and does not answer there
+    ├── ComputationFailed         an on-demand feature view's code ran and failed
     └── BackendError              the model ran and failed
 
     StartupError                  the server could not start: one line, exit code 2
@@ -109,6 +110,10 @@ class FeatureStoreUnavailable(DependencyUnavailable):
 
 class BackendUnavailable(DependencyUnavailable):
     """The model runs on another server, which does not answer."""
+
+
+class ComputationFailed(ServingError):
+    """The code of an on-demand feature view failed."""
 
 
 class BackendError(ServingError):

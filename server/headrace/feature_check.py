@@ -17,7 +17,8 @@ from rich.table import Table
 from headrace.errors import FeaturePlanError, StartupError
 from headrace.features.inspection import clashing_projects, read_key
 from headrace.features.layout import DUMMY_JOIN_KEY, time_field
-from headrace.features.repo import FeatureRepo, StoredView, open_feature_repo
+from headrace.features.registry_views import StoredView
+from headrace.features.repo import FeatureRepo, open_feature_repo
 from headrace.features.values import ValueMismatchError, decode_time
 from headrace.presentation import duration
 from headrace.terminal import printable
@@ -78,12 +79,13 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
 
 
-def check(feature_repo: Path, *, keys_max: int, as_json: bool) -> int:
+def check(feature_repo: Path, *, on_demand_modules: str = "", keys_max: int, as_json: bool) -> int:
     """
     Look at every feature service and at some of what is stored. Only reads.
 
     Args:
         feature_repo: An applied Feast repository.
+        on_demand_modules: As `headrace serve` takes them.
         keys_max: How many keys of the store to look at.
         as_json: For machines.
 
@@ -93,7 +95,7 @@ def check(feature_repo: Path, *, keys_max: int, as_json: bool) -> int:
     Raises:
         StartupError: the repository cannot be opened, or its store does not answer.
     """
-    repo = open_feature_repo(feature_repo)
+    repo = open_feature_repo(feature_repo, on_demand_modules)
     report = Report(repo.project, {name: _reason(repo, name) for name in repo.services()})
     report.findings += [
         Finding("error", f"feature service '{name}' cannot be served: {reason}")

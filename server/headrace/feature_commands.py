@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from headrace.errors import StartupError
-from headrace.features.values import KEY_DATATYPES, ValueType
+from headrace.features.values import COLUMN_DATATYPES, ValueType
 from headrace.presentation import cell, duration, strict_json
 from headrace.row_arguments import Input, read_rows
 from headrace.terminal import printable
@@ -21,7 +21,14 @@ from headrace.v1 import feature_service_pb2_grpc as pb_grpc
 from headrace.v1.prediction_service_pb2 import FeatureStatus
 
 ROWS_SHOWN = 20
-_COLUMN_KINDS = {"INT64": "int64s", "INT32": "int32s", "BYTES": "strings"}
+_COLUMN_KINDS = {
+    "INT64": "int64s",
+    "INT32": "int32s",
+    "BYTES": "strings",
+    "FP64": "doubles",
+    "FP32": "floats",
+    "BOOL": "bools",
+}
 _STYLES = {"PRESENT": "", "OUTSIDE_MAX_AGE": "yellow", "NULL_VALUE": "dim", "NOT_FOUND": "red"}
 
 
@@ -109,7 +116,10 @@ def get(
             )
         except grpc.RpcError as error:
             raise _refused(address, error) from None
-        keys = {key.name: KEY_DATATYPES[ValueType[key.value_type]] for key in metadata.join_keys}
+        keys = {
+            column.name: COLUMN_DATATYPES[ValueType[column.value_type]]
+            for column in (*metadata.join_keys, *metadata.data_columns)
+        }
         inputs = [Input(name, datatype, ()) for name, datatype in keys.items()]
         columns = read_rows(printable(selection), inputs, pairs)
         request = pb.GetOnlineFeaturesRequest(include_event_times=True, **chosen)

@@ -18,11 +18,16 @@ from numpy.typing import NDArray
 
 from headrace.batching.batcher import Batcher
 from headrace.batching.policy import BatchPolicy
-from headrace.errors import BackendError, DeadlineExceeded, InvalidRequest, ServingError
-from headrace.features.plan import FeaturePlan, JoinKey
+from headrace.errors import (
+    BackendError,
+    ComputationFailed,
+    DeadlineExceeded,
+    InvalidRequest,
+    ServingError,
+)
+from headrace.features.plan import FeaturePlan, RequestColumn
 from headrace.features.plans import FeaturePlans, Selection
 from headrace.features.store import FeatureRows, OnlineStore
-from headrace.features.values import ValueType
 from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.feature_metrics import FeatureReadMetrics, ViewMetrics
 from headrace.telemetry.spans import TracedBatch, TracedCall
@@ -98,9 +103,9 @@ class FeatureRequest(ABC):
         """As `package.Service/Method`."""
 
     @abstractmethod
-    def entity_values(self, key: JoinKey) -> list[Any]:
+    def column_values(self, column: RequestColumn) -> list[Any]:
         """
-        Return this request's values of a join key, one per row: integers that fit it, or bytes.
+        Return this request's values of a column, one per row: numbers that fit it, or bytes.
 
         Raises:
             InvalidRequest: they are not there, or some are null, of another type or out of range.
@@ -231,11 +236,24 @@ class FeatureReads:
         while (batch := queue.take()) is not None:
             try:
                 self._carry(batch)
+            except ComputationFailed as error:
+                # Somebody's values are to blame: only theirs shall fail.
+                if len(batch) == 1:
+                    self._fail(batch, error)
+                else:
+                    self._carry_one_by_one(batch)
             except ServingError as error:
                 self._fail(batch, error)
             except Exception:  # noqa: BLE001 the thread must go on
                 _LOG.exception("feature_batch_failed")
                 self._fail(batch, BackendError("internal error"))
+
+    def _carry_one_by_one(self, batch: Sequence[FeatureRequest]) -> None:
+        for request in batch:
+            try:
+                self._carry([request])
+            except ServingError as error:
+                self._fail([request], error)
 
     def _carry(self, batch: Sequence[FeatureRequest]) -> None:
         started_s = time.perf_counter()
@@ -273,21 +291,22 @@ class FeatureReads:
         self, plan: FeaturePlan, batch: Sequence[FeatureRequest]
     ) -> tuple[Sequence[FeatureRequest], Mapping[str, NDArray[Any]]]:
         """Put the requests' entities together; those that are wrong are answered and left out."""
-        values: list[list[Any]] = [[] for _ in plan.join_keys]
+        values: list[list[Any]] = [[] for _ in plan.request_columns]
         right: list[FeatureRequest] = []
         for request in batch:
             try:
-                own = [request.entity_values(key) for key in plan.join_keys]
+                own = [request.column_values(column) for column in plan.request_columns]
             except InvalidRequest as error:
                 self._fail([request], error)
                 continue
             right.append(request)
             for column, part in zip(values, own, strict=True):
                 column.extend(part)
-        if not plan.join_keys:
+        if not plan.request_columns:
             return right, {"": np.empty(sum([request.rows for request in right]), np.bool_)}
         return right, {
-            key.name: _column(key, whole) for key, whole in zip(plan.join_keys, values, strict=True)
+            column.name: _column(column, whole)
+            for column, whole in zip(plan.request_columns, values, strict=True)
         }
 
     def _fail(self, batch: Sequence[FeatureRequest], error: ServingError) -> None:
@@ -331,9 +350,9 @@ class FeatureReads:
         )
 
 
-def _column(key: JoinKey, values: list[Any]) -> NDArray[Any]:
-    if key.datatype != "BYTES":
-        return np.array(values, np.int32 if key.value_type is ValueType.INT32 else np.int64)
-    column = np.empty(len(values), np.object_)
-    column[:] = values
-    return column
+def _column(column: RequestColumn, values: list[Any]) -> NDArray[Any]:
+    if column.datatype != "BYTES":
+        return np.array(values, column.value_type.dtype)
+    array = np.empty(len(values), np.object_)
+    array[:] = values
+    return array

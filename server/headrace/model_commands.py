@@ -67,7 +67,9 @@ def list_models(address: str, *, as_json: bool) -> int:
     return 0
 
 
-def verify(root: Path, feature_repo: Path | None, *, as_json: bool) -> int:
+def verify(
+    root: Path, feature_repo: Path | None, *, on_demand_modules: str = "", as_json: bool
+) -> int:
     """
     Put every version in a model repository through all checks that it must pass before it serves.
 
@@ -79,7 +81,9 @@ def verify(root: Path, feature_repo: Path | None, *, as_json: bool) -> int:
     """
     # A server's own limits do not matter here: its defaults will do.
     settings = load_settings({"model_repository": root})
-    features = None if feature_repo is None else open_feature_repo(feature_repo)
+    features = None
+    if feature_repo is not None:
+        features = open_feature_repo(feature_repo, on_demand_modules)
     store = None if features is None else features.online_store()
     plans = None if features is None else FeaturePlans(features)
     loader = VersionLoader(settings, plans, store, Metrics())

@@ -124,8 +124,11 @@ class BatchObserver:
             self._schema = _schema((name, int(version), id_prefix), backend, join, max_batch_size)
         self._skew_log: SkewLog | None = None
         if skew_log is not None and join is not None:
-            self._skew_log = skew_log
-            self._skew_source = SkewSource(name, version, id_prefix, join.plan)
+            # What is computed says nothing new: only what it is computed from can be compared.
+            read = join.plan.stored if join.plan.computed else join.plan
+            if read is not None:
+                self._skew_log = skew_log
+                self._skew_source = SkewSource(name, version, id_prefix, read)
         self._numbering = threading.Lock()
         self._next_number = 0
 
@@ -178,7 +181,7 @@ class BatchObserver:
             self._skew_log.put(
                 self._skew_source,
                 carried.entities,
-                carried.features,
+                carried.features.stored or carried.features,
                 first_number=carried.first_number,
                 request_rows=[request.rows for request in batch],
                 time_s=carried.now_s,

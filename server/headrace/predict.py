@@ -23,6 +23,7 @@ from headrace.batching.batcher import Batcher
 from headrace.errors import (
     BackendError,
     BackendUnavailable,
+    ComputationFailed,
     DeadlineExceeded,
     FeatureStoreUnavailable,
     InvalidRequest,
@@ -341,6 +342,14 @@ class ServedModel:
         entities = self._entities(self.join, columns)
         try:
             features = self._read(self.join, entities, now_s)
+        except ComputationFailed as error:
+            # Somebody's values are to blame: only theirs shall fail.
+            if len(batch) == 1:
+                batch[0].fail(error)
+                self._metrics.failed(1)
+            else:
+                self._carry_one_by_one(batch)
+            return True
         except FeatureStoreUnavailable as error:
             _fail_all(batch, error)
             self._metrics.failed(len(batch))
@@ -368,10 +377,10 @@ class ServedModel:
     def _entities(
         feature_join: FeatureJoin, columns: dict[str, NDArray[np.generic]]
     ) -> dict[str, NDArray[np.generic]]:
-        """Take the join keys out of the columns."""
-        count = feature_join.join_key_count
+        """Pick the columns that the features are read by."""
         keys = {
-            spec.name: columns.pop(spec.name).reshape(-1) for spec in feature_join.inputs[:count]
+            column.name: columns[column.name].reshape(-1)
+            for column in feature_join.plan.request_columns
         }
         if not keys:  # a service without entities: the request-time columns say how many rows
             keys = {name: column.reshape(-1) for name, column in columns.items()}

@@ -132,6 +132,12 @@ class ServeSettings(Settings):
         description="How often to look whether the feature registry's file has changed, in "
         "seconds. A registry that is no file is read anew as its cache_ttl_seconds says.",
     )
+    on_demand_modules: str | None = Field(
+        None,
+        description="Python modules whose on-demand feature views may run, dotted names separated "
+        "by commas, found on Python's path or else in the feature repository. Importing them runs "
+        "whatever is in them. Views of other modules are refused.",
+    )
     allow_feature_writes: bool = Field(
         default=False,
         description="Whether GrpcFeatureServer's Push and WriteToOnlineStore write, through Feast, "

@@ -22,6 +22,12 @@ def _load(name):
 model_files = _load("model_files")
 
 
+@pytest.fixture(scope="session", name="model_files")
+def _model_files():
+    """What writes models, for tests with a repository of their own."""
+    return model_files
+
+
 @pytest.fixture(scope="session")
 def model_repository(tmp_path_factory):
     root = tmp_path_factory.mktemp("model_repository")

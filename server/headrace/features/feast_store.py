@@ -112,7 +112,7 @@ class FeastStore:
         features = self._selections.get(plan)
         if features is None:
             features = list(plan.references)
-            if plan.service:
+            if not features:
                 features = self._store.get_feature_service(plan.service, allow_cache=True)
             self._selections[plan] = features
         # Feast wants a column even where no view has an entity; it ignores unknown ones.

@@ -1,8 +1,9 @@
 """The feature join: what a model's callers send, and how features become the model's own inputs.
 
 A model whose configuration names a feature service is called with entity ids. Its public inputs are
-the service's join keys, then one request-time input for each column or input of the model that the
-service does not have. All of this is settled when the model is loaded; a batch only moves columns.
+the service's join keys, the data of its on-demand views, then one request-time input for each
+column or input of the model that the service does not have. All of this is settled when the model
+is loaded; a batch only moves columns.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.errors import ModelLoadError
-from headrace.features.plan import FeaturePlan, FeatureStatus, PlannedFeature
+from headrace.features.plan import FeaturePlan, FeatureStatus
 from headrace.features.store import FeatureRows
+from headrace.features.values import ValueType
 from headrace.tensors import TensorSpec
 
 KEY_BYTES_MAX = 4_096
@@ -42,8 +44,8 @@ class FeatureJoin:
 
     Attributes:
         plan: As given.
-        inputs: The public inputs: join keys, then request-time inputs; one value per row each.
-        join_key_count: How many of `inputs` are join keys.
+        inputs: The public inputs: the plan's request columns, then request-time inputs; one value
+            per row each. A model may take a data column of an on-demand view as an input, too.
         rejects_missing: Whether requests with missing features must be refused.
 
     Raises:
@@ -62,7 +64,6 @@ class FeatureJoin:
     ) -> None:
         self.plan = plan
         self.rejects_missing = missing_features == "reject"
-        self.join_key_count = len(plan.join_keys)
         self._model = model
         self._service = plan.service
         self._features = {feature.name: i for i, feature in enumerate(plan.features)}
@@ -73,16 +74,21 @@ class FeatureJoin:
             for spec, sources in self._sources(model_inputs, feature_order)
         ]
         sources = [(source, own.spec) for own in self._inputs for source in own.sources]
-        request_time = {
-            source: _column_spec(source, spec.datatype)
-            for source, spec in sources
-            if isinstance(source, str)
-        }
+        data = {column.name: column for column in plan.data_columns}
+        request_time = {}
+        for source, spec in sources:
+            if source in data:
+                self._check_cast(data[source].value_type, spec, f"request column '{source}'")
+            elif isinstance(source, str):
+                request_time[source] = _column_spec(source, spec.datatype)
         self._refuse_join_keys(request_time)
         self._unused = np.ones(len(plan.features), np.bool_)
         self._unused[[source for source, _ in sources if not isinstance(source, str)]] = False
         self.inputs: tuple[TensorSpec, ...] = (
-            *(_column_spec(key.name, key.datatype, is_key=True) for key in plan.join_keys),
+            *(
+                _column_spec(column.name, column.datatype, is_key=column.is_key)
+                for column in plan.request_columns
+            ),
             *request_time.values(),
         )
 
@@ -173,19 +179,19 @@ class FeatureJoin:
                 "out of the service"
             )
 
-    def _check_cast(self, feature: PlannedFeature, spec: TensorSpec) -> None:
+    def _check_cast(self, value_type: ValueType, spec: TensorSpec, what: str) -> None:
         if spec.datatype == "BYTES":
-            fits = feature.value_type.is_text
-        elif feature.dtype == np.object_:
+            fits = value_type.is_text
+        elif value_type.dtype == np.object_:
             fits = False
         elif spec.dtype.kind == "f":
             fits = True
         else:
-            fits = np.can_cast(feature.dtype, spec.dtype, "safe")
+            fits = np.can_cast(value_type.dtype, spec.dtype, "safe")
         if not fits:
             raise self._refused(
-                f"takes {spec.datatype} in input '{spec.name}', and feature '{feature.name}' is "
-                f"{feature.value_type.name}, which does not convert to it without loss"
+                f"takes {spec.datatype} in input '{spec.name}', and {what} is {value_type.name}, "
+                "which does not convert to it without loss"
             )
 
     def _model_input(
@@ -193,7 +199,7 @@ class FeatureJoin:
     ) -> "_ModelInput":
         features = [self.plan.features[i] for i in sources if not isinstance(i, str)]
         for feature in features:
-            self._check_cast(feature, spec)
+            self._check_cast(feature.value_type, spec, f"feature '{feature.name}'")
         if policy == "nan" and features and spec.dtype.kind != "f":
             raise self._refused(
                 f"takes {spec.datatype} in input '{spec.name}', where a missing feature cannot be "

@@ -11,16 +11,22 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from headrace.errors import FeaturePlanError
 from headrace.features import layout
-from headrace.features.values import KEY_DATATYPES, TAGS, ValueType, parse_default
+from headrace.features.values import COLUMN_DATATYPES, KEY_DATATYPES, TAGS, ValueType, parse_default
+
+if TYPE_CHECKING:
+    from headrace.features.on_demand_code import OnDemandCode
 
 CACHE_AGE_LIMIT_S = 86_400.0
 """Of the tag `headrace.cache_max_age_s`: what may be older should be in the store with that age."""
+
+NO_GROUP = -1
+"""Of what is in a plan with computed features."""
 
 
 class FeatureStatus(IntEnum):
@@ -33,22 +39,24 @@ class FeatureStatus(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class JoinKey:
+class RequestColumn:
     """
-    A request column that says which entity a row is about.
+    A column that requests carry: a join key, or data for an on-demand feature view.
 
     Args:
         name: As the service's projections name it (their `join_key_map` applied).
-        value_type: A key of `KEY_DATATYPES`.
+        value_type: A key of `KEY_DATATYPES`; for data, of `COLUMN_DATATYPES`.
+        is_key: Whether it says which entity a row is about.
     """
 
     name: str
     value_type: ValueType
+    is_key: bool = True
 
     @property
     def datatype(self) -> str:
-        """Its tensor datatype: INT64, INT32 or BYTES. Timestamps are INT64 seconds."""
-        return KEY_DATATYPES[self.value_type]
+        """Its tensor datatype. Timestamps are INT64 seconds, text is BYTES."""
+        return COLUMN_DATATYPES[self.value_type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +72,7 @@ class PlannedFeature:
         ttl_s: Age above which a value is OUTSIDE_MAX_AGE; None is for ever.
         default: What the field's `headrace.default` tag says, or None.
         view_index: Its view's place in `FeaturePlan.views`.
-        group: Its key group's place in `FeaturePlan.groups`.
+        group: Its key group's place in `FeaturePlan.groups`, or `NO_GROUP`.
     """
 
     name: str
@@ -89,7 +97,7 @@ class PlannedView:
     Args:
         name: The name under which the store holds it.
         ttl_s: None is for ever.
-        group: Its key group's place in `FeaturePlan.groups`.
+        group: Its key group's place in `FeaturePlan.groups`, or `NO_GROUP`.
         label: Its name in full feature names: alias and pinned version included.
         version: Its version's number; 0 where views have none.
         cache_max_age_s: How long its rows may be served after they were read; 0 is not at all.
@@ -139,6 +147,27 @@ class KeyGroup:
     cache_max_age_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class ComputedView:
+    """
+    An on-demand feature view: what its code is given, and what is taken of its results.
+
+    Args:
+        name: As it is registered.
+        code: Computes it.
+        inputs: (name that the code knows, place in `FeaturePlan.stored`'s features) each; a feature
+            may have several names.
+        columns: Names of the request columns that it is given besides.
+        features: Places in `FeaturePlan.features`.
+    """
+
+    name: str
+    code: "OnDemandCode"
+    inputs: tuple[tuple[str, int], ...]
+    columns: tuple[str, ...]
+    features: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class FeaturePlan:
     """
@@ -153,9 +182,14 @@ class FeaturePlan:
         join_keys: In the order in which the selected views first name them.
         features: In the selection's order.
         views: In that order too.
-        groups: One per distinct set of join keys.
+        groups: One per distinct set of join keys; none in a plan with computed features.
+        data_columns: What requests carry besides the join keys.
+        computed: The on-demand views among `views`.
+        stored: What is read for a plan with computed features, its own stored ones included; None
+            where nothing is computed, or nothing is read for it.
 
     Attributes:
+        request_columns: `join_keys`, then `data_columns`.
         view_names: Under which the store holds `views`.
         view_of_feature: Each feature's place in `views`.
         ttls_s: Of each view; infinite for ever.
@@ -169,10 +203,14 @@ class FeaturePlan:
     full_feature_names: bool
     project: str
     registry_version: str
-    join_keys: tuple[JoinKey, ...]
+    join_keys: tuple[RequestColumn, ...]
     features: tuple[PlannedFeature, ...]
     views: tuple[PlannedView, ...]
     groups: tuple[KeyGroup, ...]
+    data_columns: tuple[RequestColumn, ...] = ()
+    computed: tuple[ComputedView, ...] = ()
+    stored: "FeaturePlan | None" = None
+    request_columns: tuple[RequestColumn, ...] = field(init=False, repr=False)
     view_names: tuple[str, ...] = field(init=False, repr=False)
     view_of_feature: np.ndarray[Any, np.dtype[np.intp]] = field(init=False, repr=False)
     ttls_s: np.ndarray[Any, np.dtype[np.float64]] = field(init=False, repr=False)
@@ -183,7 +221,9 @@ class FeaturePlan:
     @property
     def digest(self) -> str:
         """What reading takes, as hexadecimal text: equal for plans that read the same."""
-        content = self.project, self.join_keys, self.features, self.views
+        stored = None if self.stored is None else self.stored.digest
+        columns = self.request_columns
+        content = self.project, columns, self.features, self.views, stored
         return hashlib.sha256(repr(content).encode()).hexdigest()
 
     def __post_init__(self) -> None:
@@ -194,6 +234,7 @@ class FeaturePlan:
             widths[feature.dtype] = columns[-1][1] + 1
         ttls = [np.inf if view.ttl_s is None else view.ttl_s for view in self.views]
         indices = [feature.view_index for feature in self.features]
+        object.__setattr__(self, "request_columns", self.join_keys + self.data_columns)
         object.__setattr__(self, "view_names", tuple(view.name for view in self.views))
         object.__setattr__(self, "view_of_feature", np.array(indices, np.intp))
         object.__setattr__(self, "ttls_s", np.array(ttls, np.float64))
@@ -225,6 +266,7 @@ class ViewSource:
         label: Its name in full feature names; `name` when empty.
         version: Its version's number; 0 where views have none.
         cache_max_age_s: What its `headrace.cache_max_age_s` tag says; None without one.
+        registered: Its name in the registry; `name` when empty.
     """
 
     name: str
@@ -234,6 +276,7 @@ class ViewSource:
     label: str = ""
     version: int = 0
     cache_max_age_s: str | None = None
+    registered: str = ""
 
 
 def compile_plan(
@@ -291,13 +334,13 @@ def compile_plan(
                 feature=feature.name,
                 value_type=feature.value_type,
                 ttl_s=source.ttl_s,
-                default=_default(what, feature),
+                default=parse_feature_default(what, feature),
                 view_index=view,
                 group=group,
             )
             for feature in source.features
         ]
-    _refuse_repeated_names(what, features, positions)
+    refuse_repeated_names(what, features, positions)
     _refuse_colliding_fields(what, sources, neighbours)
     groups = tuple(
         _group(index, signature, project, positions, views, features)
@@ -316,7 +359,7 @@ def compile_plan(
     )
 
 
-def _join_keys(what: str, sources: Sequence[ViewSource]) -> tuple[JoinKey, ...]:
+def _join_keys(what: str, sources: Sequence[ViewSource]) -> tuple[RequestColumn, ...]:
     types: dict[str, ValueType] = {}
     for source in sources:
         for _, name, value_type in source.join_keys:
@@ -332,7 +375,7 @@ def _join_keys(what: str, sources: Sequence[ViewSource]) -> tuple[JoinKey, ...]:
                     f"one view and {value_type.name} in '{source.name}'; rename one with "
                     "`with_join_key_map`"
                 )
-    return tuple(JoinKey(name, value_type) for name, value_type in types.items())
+    return tuple(RequestColumn(name, value_type) for name, value_type in types.items())
 
 
 def _cache_max_age_s(source: ViewSource) -> float:
@@ -350,7 +393,13 @@ def _cache_max_age_s(source: ViewSource) -> float:
     return age_s
 
 
-def _default(what: str, feature: FeatureSource) -> Any:
+def parse_feature_default(what: str, feature: FeatureSource) -> Any:
+    """
+    Return the default of a feature; None without one.
+
+    Raises:
+        FeaturePlanError: its tag is no value of its type.
+    """
     if feature.default is None:
         return None
     try:
@@ -362,14 +411,26 @@ def _default(what: str, feature: FeatureSource) -> Any:
         ) from None
 
 
-def _refuse_repeated_names(
-    what: str, features: Sequence[PlannedFeature], join_keys: Mapping[str, int]
+def refuse_repeated_names(
+    what: str, features: Sequence[PlannedFeature], columns: Collection[str]
 ) -> None:
+    """
+    Check that what a reply holds has a name of its own.
+
+    Args:
+        what: Whose features they are, for messages.
+        features: The features.
+        columns: Names of the request's columns.
+
+    Raises:
+        FeaturePlanError: it has not.
+    """
     views: dict[str, str] = {}
     for feature in features:
-        if feature.name in join_keys:
+        if feature.name in columns:
             raise FeaturePlanError(
-                f"{what} has a feature and a join key called '{feature.name}'; rename the feature"
+                f"{what} has a feature and a request column called '{feature.name}'; rename the "
+                "feature"
             )
         if feature.name in views:
             raise FeaturePlanError(

@@ -24,6 +24,7 @@ class FeatureRows:
         event_times_s: Unix seconds, shape (views, n); NaN where unknown.
         matrix: When every feature is float32: shape (n, features), C order, and `values` are its
             columns. Otherwise None.
+        stored: What was read, with the plan's `stored`, where features were computed from it.
     """
 
     blocks: Mapping[np.dtype[Any], NDArray[Any]]
@@ -31,6 +32,7 @@ class FeatureRows:
     statuses: NDArray[np.uint8]
     event_times_s: NDArray[np.float64]
     matrix: NDArray[np.float32] | None
+    stored: "FeatureRows | None" = None
 
 
 class OnlineStore(Protocol):
@@ -39,16 +41,22 @@ class OnlineStore(Protocol):
 
     A value that is damaged or of another type than the registry declares is NULL_VALUE, counted and
     logged: one bad writer must not stop the service of every other feature.
-
-    Attributes:
-        mismatches: How many such values have been met.
-        cache_hits: Rows served that had been read before.
-        cache_misses: Rows that were looked for among those, and read.
     """
 
-    mismatches: int
-    cache_hits: int
-    cache_misses: int
+    @property
+    def mismatches(self) -> int:
+        """How many such values have been met."""
+        ...
+
+    @property
+    def cache_hits(self) -> int:
+        """Rows served that had been read before."""
+        ...
+
+    @property
+    def cache_misses(self) -> int:
+        """Rows that were looked for among those, and read."""
+        ...
 
     def read(
         self,
@@ -67,14 +75,15 @@ class OnlineStore(Protocol):
 
         Args:
             plan: What to read.
-            entities: By `plan.join_keys[*].name`, each of shape (n,): int64, int32 or, for BYTES
-                keys, an object array of `bytes`. n is at least 1.
+            entities: By `plan.request_columns[*].name`, each of shape (n,): of the column's dtype
+                or, for BYTES ones, an object array of `bytes`. n is at least 1.
             now_s: Unix seconds, for the ages.
             timeout_s: The longest this may take.
             max_age_s: Older values are OUTSIDE_MAX_AGE, besides each view's own TTL.
 
         Raises:
             FeatureStoreUnavailable: no answer, not in time, or not one of this store's.
+            ComputationFailed: an on-demand feature view's code failed with these rows.
         """
         ...
 
@@ -130,14 +139,19 @@ class RowBlocks:
 
     def finish(self, now_s: float, max_age_s: float | None) -> FeatureRows:
         """Judge the ages and hand over the rows."""
+        mark_outside_max_age(self.plan, self.statuses, self.event_times_s, now_s, max_age_s)
+        return self.as_rows()
+
+    def as_rows(self, stored: FeatureRows | None = None) -> FeatureRows:
+        """Hand over the rows, their ages judged already."""
         plan = self.plan
-        mark_outside_max_age(plan, self.statuses, self.event_times_s, now_s, max_age_s)
         return FeatureRows(
             blocks=self.blocks,
             values=tuple([self.blocks[dtype][:, column] for dtype, column in plan.block_columns]),
             statuses=self.statuses,
             event_times_s=self.event_times_s,
             matrix=next(iter(self.blocks.values())) if plan.is_float32 else None,
+            stored=stored,
         )
 
 
@@ -170,10 +184,10 @@ def row_count(plan: FeaturePlan, entities: Mapping[str, NDArray[Any]]) -> int:
     Return n.
 
     Raises:
-        ValueError: the service has no join keys at all and no array says how many rows there are,
-            or the arrays differ in length. A caller's check has gone wrong.
+        ValueError: the service has no request columns at all and no array says how many rows
+            there are, or the arrays differ in length. A caller's check has gone wrong.
     """
-    counts = {len(entities[key.name]) for key in plan.join_keys}
+    counts = {len(entities[column.name]) for column in plan.request_columns}
     if not counts:
         counts = {len(array) for array in entities.values()} or {1}
     if len(counts) != 1:

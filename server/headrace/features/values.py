@@ -90,6 +90,13 @@ KEY_DATATYPES = {
 }
 """The value types that Feast lets a join key have, and the tensor datatype each takes."""
 
+COLUMN_DATATYPES = KEY_DATATYPES | {
+    ValueType.DOUBLE: "FP64",
+    ValueType.FLOAT: "FP32",
+    ValueType.BOOL: "BOOL",
+}
+"""The same of the data that a request may carry for on-demand feature views."""
+
 TAGS = {
     ValueType.BYTES: 0x0A,
     ValueType.STRING: 0x12,

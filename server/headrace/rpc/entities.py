@@ -5,7 +5,7 @@ from typing import Any
 
 from headrace.errors import InvalidRequest
 from headrace.features.join import KEY_BYTES_MAX
-from headrace.features.plan import JoinKey
+from headrace.features.plan import RequestColumn
 from headrace.features.values import ValueType
 
 MESSAGE_BYTES_MAX = 4 << 20
@@ -43,32 +43,36 @@ def equal_length(lengths: Iterable[int]) -> int:
     return distinct.pop() if distinct else 1
 
 
-def missing_key(key: JoinKey, given: Iterable[str]) -> InvalidRequest:
-    """Say that a join key is not there. Feast would read another entity, and find nothing."""
+def missing_column(column: RequestColumn, given: Iterable[str]) -> InvalidRequest:
+    """Say that a column is not there. Feast would read another entity, and find nothing."""
     names = ", ".join(f"'{name}'" for name in sorted(given)[:16]) or "none"
-    return InvalidRequest(
-        f"join key '{key.name}' ({key.value_type.name}) is missing; given {names}"
-    )
+    return InvalidRequest(f"{_what(column)} ({column.value_type.name}) is missing; given {names}")
 
 
-def wrong_type(key: JoinKey, row: int, found: str) -> InvalidRequest:
+def wrong_type(column: RequestColumn, row: int, found: str) -> InvalidRequest:
     """Say that a value is null or of another type."""
     return InvalidRequest(
-        f"join key '{key.name}' is {found or 'null'} in row {row}; expected {key.value_type.name}"
+        f"{_what(column)} is {found or 'null'} in row {row}; expected {column.value_type.name}"
     )
 
 
-def check_values(key: JoinKey, values: Sequence[Any]) -> None:
+def check_values(column: RequestColumn, values: Sequence[Any]) -> None:
     """
     Check what types do not: integers of 32 bits, the length of text.
 
     Raises:
         InvalidRequest: a value is out of range.
     """
-    if key.value_type is ValueType.INT32:
+    if column.value_type is ValueType.INT32:
         if values and not _INT32_MIN <= min(values) <= max(values) <= _INT32_MAX:
-            raise InvalidRequest(f"join key '{key.name}' has a value out of range for INT32")
-    elif key.datatype == "BYTES" and max(map(len, values), default=0) > KEY_BYTES_MAX:
-        raise InvalidRequest(
-            f"join key '{key.name}' has a value of more than {KEY_BYTES_MAX} bytes"
-        )
+            raise InvalidRequest(f"{_what(column)} has a value out of range for INT32")
+    elif (
+        column.is_key
+        and column.datatype == "BYTES"
+        and max(map(len, values), default=0) > KEY_BYTES_MAX
+    ):
+        raise InvalidRequest(f"{_what(column)} has a value of more than {KEY_BYTES_MAX} bytes")
+
+
+def _what(column: RequestColumn) -> str:
+    return f"{'join key' if column.is_key else 'request column'} '{column.name}'"

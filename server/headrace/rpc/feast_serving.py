@@ -14,10 +14,16 @@ from google.protobuf.message import DecodeError
 
 from headrace.errors import InvalidRequest, ServingError
 from headrace.feature_reads import FeatureRead, FeatureReads, FeatureRequest
-from headrace.features.plan import FeaturePlan, JoinKey
+from headrace.features.plan import FeaturePlan, RequestColumn
 from headrace.features.plans import FeaturePlans, Selection
 from headrace.features.values import ValueType
-from headrace.rpc.entities import check_values, equal_length, missing_key, refuse_large, wrong_type
+from headrace.rpc.entities import (
+    check_values,
+    equal_length,
+    missing_column,
+    refuse_large,
+    wrong_type,
+)
 from headrace.rpc.feast_reply import FeastReplies, FeastReplyPlan
 from headrace.rpc.ingress import HotCall
 from headrace.rpc.refusal import refuse
@@ -39,8 +45,14 @@ _ACCEPTED: dict[ValueType, tuple[str, ...]] = {
     ValueType.UNIX_TIMESTAMP: ("unix_timestamp_val", "int64_val", "int32_val"),
     ValueType.STRING: ("string_val",),
     ValueType.BYTES: ("bytes_val",),
+    ValueType.DOUBLE: ("double_val", "float_val", "int64_val", "int32_val"),
+    ValueType.FLOAT: ("float_val", "double_val", "int64_val", "int32_val"),
+    ValueType.BOOL: ("bool_val",),
 }
-"""Integers are taken at any width: Feast itself would look for another entity."""
+"""
+Integers are taken at any width: Feast itself would look for another entity. Its client sends what
+Python has, so that numbers of an on-demand view are doubles or integers whatever is declared.
+"""
 
 
 class GetOnlineFeatures:
@@ -147,17 +159,17 @@ class _Request(FeatureRequest):
     def method(self) -> str:
         return self._owner.method
 
-    def entity_values(self, key: JoinKey) -> list[Any]:
-        accepted = _ACCEPTED[key.value_type]
+    def column_values(self, column: RequestColumn) -> list[Any]:
+        accepted = _ACCEPTED[column.value_type]
         values = []
-        for row, value in enumerate(self._entities[self._column(key)]):
+        for row, value in enumerate(self._entities[self._name_of(column)]):
             kind = value.WhichOneof("val")
             if kind not in accepted:
-                raise wrong_type(key, row, (kind or "").removesuffix("_val").upper())
+                raise wrong_type(column, row, (kind or "").removesuffix("_val").upper())
             values.append(getattr(value, kind))
-        if key.value_type is ValueType.STRING:
+        if column.value_type is ValueType.STRING:
             values = [text.encode() for text in values]
-        check_values(key, values)
+        check_values(column, values)
         return values
 
     def expired(self, now_s: float) -> bool:
@@ -165,7 +177,7 @@ class _Request(FeatureRequest):
 
     def answer(self, read: FeatureRead, start: int) -> None:
         entities = [
-            self._asked.entities[self._column(key)].SerializeToString()
+            self._asked.entities[self._name_of(key)].SerializeToString()
             for key in read.plan.join_keys
         ]
         self._call.reply(
@@ -180,14 +192,14 @@ class _Request(FeatureRequest):
     def fail(self, error: ServingError) -> None:
         refuse(self._call, error, self._owner.calls, self._owner.method, self.trace)
 
-    def _column(self, key: JoinKey) -> str:
-        """Return the name under which a join key was sent: its own, or that of its entity."""
-        if key.name in self._entities:
-            return key.name
-        for name in self._entities:
-            if self._owner.plans.entity_join_keys.get(name) == key.name:
+    def _name_of(self, column: RequestColumn) -> str:
+        """Return the name under which a column was sent: its own, or that of its entity."""
+        if column.name in self._entities:
+            return column.name
+        for name in self._entities if column.is_key else ():
+            if self._owner.plans.entity_join_keys.get(name) == column.name:
                 return name
-        raise missing_key(key, self._entities)
+        raise missing_column(column, self._entities)
 
 
 def info_handler() -> "grpc.GenericRpcHandler[Any, Any]":

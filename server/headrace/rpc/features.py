@@ -8,10 +8,16 @@ from google.protobuf.message import DecodeError
 
 from headrace.errors import InvalidRequest, ServingError
 from headrace.feature_reads import FeatureRead, FeatureReads, FeatureRequest
-from headrace.features.plan import JoinKey
+from headrace.features.plan import RequestColumn
 from headrace.features.plans import FeaturePlans, Selection
 from headrace.features.values import ValueType
-from headrace.rpc.entities import check_values, equal_length, missing_key, refuse_large, wrong_type
+from headrace.rpc.entities import (
+    check_values,
+    equal_length,
+    missing_column,
+    refuse_large,
+    wrong_type,
+)
 from headrace.rpc.ingress import HotCall
 from headrace.rpc.oip import unary
 from headrace.rpc.packed_reply import PackedReplies
@@ -29,6 +35,9 @@ _ACCEPTED: dict[ValueType, tuple[str, ...]] = {
     ValueType.UNIX_TIMESTAMP: ("int64s", "int32s"),
     ValueType.STRING: ("strings",),
     ValueType.BYTES: ("bytes_values",),
+    ValueType.DOUBLE: ("doubles", "floats"),
+    ValueType.FLOAT: ("floats",),
+    ValueType.BOOL: ("bools",),
 }
 
 
@@ -99,6 +108,8 @@ class FeatureMetadataServicer:
         reply = pb.GetFeatureMetadataResponse()
         for key in plan.join_keys:
             reply.join_keys.add(name=key.name, value_type=key.value_type.name)
+        for column in plan.data_columns:
+            reply.data_columns.add(name=column.name, value_type=column.value_type.name)
         for feature in plan.features:
             reply.features.add(
                 name=feature.name,
@@ -155,16 +166,16 @@ class _Request(FeatureRequest):
         self._columns = columns
         self._with_times = asked.include_event_times
 
-    def entity_values(self, key: JoinKey) -> list[Any]:
-        column = self._columns.get(key.name)
-        if column is None:
-            raise missing_key(key, self._columns)
-        kind, values = column
-        if kind not in _ACCEPTED[key.value_type]:
-            raise wrong_type(key, 0, kind)
-        if key.value_type is ValueType.STRING:
+    def column_values(self, column: RequestColumn) -> list[Any]:
+        given = self._columns.get(column.name)
+        if given is None:
+            raise missing_column(column, self._columns)
+        kind, values = given
+        if kind not in _ACCEPTED[column.value_type]:
+            raise wrong_type(column, 0, kind)
+        if column.value_type is ValueType.STRING:
             values = [text.encode() for text in values]
-        check_values(key, values)
+        check_values(column, values)
         return list(values)
 
     def expired(self, now_s: float) -> bool:

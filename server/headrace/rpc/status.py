@@ -31,6 +31,7 @@ CODES: dict[type[errors.ServingError], grpc.StatusCode] = {
     errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.DependencyUnavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.ComputationFailed: grpc.StatusCode.INTERNAL,
     errors.BackendError: grpc.StatusCode.INTERNAL,
 }
 """A class not listed takes the code of its nearest listed base."""

@@ -93,9 +93,14 @@ class FeatureReadMetrics(Collector):
 class StoreNumbers(Protocol):
     """What an online store says of itself."""
 
-    mismatches: int
-    cache_hits: int
-    cache_misses: int
+    @property
+    def mismatches(self) -> int: ...
+
+    @property
+    def cache_hits(self) -> int: ...
+
+    @property
+    def cache_misses(self) -> int: ...
 
     def is_held_off(self) -> bool: ...
 

@@ -109,7 +109,7 @@ def test_a_view_without_features_is_not_read_and_asks_for_no_key():
             [view("v", DRIVER, a=ValueType.FLOAT), view("w", DRIVER, a=ValueType.FLOAT)],
             "two features called 'a', in views 'v' and 'w'; select one",
         ),
-        ([view("v", DRIVER, driver_id=ValueType.INT64)], "a feature and a join key called"),
+        ([view("v", DRIVER, driver_id=ValueType.INT64)], "a feature and a request column called"),
         (
             [
                 view("v", DRIVER, a=ValueType.FLOAT),
