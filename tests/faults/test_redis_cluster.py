@@ -63,6 +63,16 @@ def end_migration(slot, nodes, target):
         node.call("CLUSTER", "SETSLOT", slot, "NODE", identity(target))
 
 
+def begin_moving(entity, nodes):
+    """Move an entity's slot but for the end; return it, and from which node to which."""
+    slot = key_slot(key_of(entity))
+    source = owner_of(nodes, slot)
+    target = next(node for node in nodes if node is not source)
+    begin_migration(slot, source, target)
+    move_keys(slot, source, target)
+    return slot, source, target
+
+
 def test_each_row_is_read_from_its_node_and_returned_in_its_place(store):
     assert own_ids(store, EVERYBODY) == EVERYBODY
     assert own_ids(store, EVERYBODY[::-1]) == EVERYBODY[::-1]
@@ -81,11 +91,7 @@ def test_a_batch_larger_than_any_buffer_is_read_whole(store):
 
 def test_a_slot_that_has_moved_is_followed(nodes, store):
     assert own_ids(store, EVERYBODY) == EVERYBODY
-    slot = key_slot(key_of(5))
-    source = owner_of(nodes, slot)
-    target = next(node for node in nodes if node is not source)
-    begin_migration(slot, source, target)
-    move_keys(slot, source, target)
+    slot, _, target = begin_moving(5, nodes)
     end_migration(slot, nodes, target)
     assert own_ids(store, EVERYBODY) == EVERYBODY
     assert owner_of(nodes, slot) is target
@@ -93,11 +99,7 @@ def test_a_slot_that_has_moved_is_followed(nodes, store):
 
 def test_a_key_under_way_to_another_node_is_asked_for_there(nodes, store):
     assert own_ids(store, EVERYBODY) == EVERYBODY
-    slot = key_slot(key_of(6))
-    source = owner_of(nodes, slot)
-    target = next(node for node in nodes if node is not source)
-    begin_migration(slot, source, target)
-    move_keys(slot, source, target)
+    slot, _, target = begin_moving(6, nodes)
     try:
         assert own_ids(store, [5, 6, 7]) == [5, 6, 7]
         # One that is nowhere is asked for there, too, and is missing there.

@@ -95,37 +95,47 @@ class RedisCluster:
         slot_map = self._map or self._refresh(deadline_s)
         questions = self._questions(batch, batch.all_rows(), slot_map)
         for _ in range(MAX_ROUNDS):
-            lost, error = [], None
-            conversations = [self._start(question, batch, deadline_s) for question in questions]
-            # All are finished, whatever becomes of some: what is on its way must be read.
-            redirected: dict[tuple[RedisPool, bool], list[tuple[int, int]]] = {}
-            for question, conversation in zip(questions, conversations, strict=True):
-                try:
-                    if isinstance(conversation, OSError):
-                        raise conversation
-                    elsewhere = batch.take(question, conversation.finish())
-                except OSError as reason:
-                    error = reason
-                    lost.append(question)
-                    continue
-                for group, row, host, port, is_asking in elsewhere:
-                    node = self._pool((host or question.node.address[0], port))
-                    redirected.setdefault((node, is_asking), []).append((group, row))
-            if error is None and not redirected:
+            redirected, lost = self._ask_all(questions, batch, deadline_s)
+            if not redirected and not lost:
                 return batch.replies()
-            questions = [
-                _Question(node, _by_group(rows), is_asking)
-                for (node, is_asking), rows in redirected.items()
-            ]
-            if any(not is_asking for _, is_asking in redirected) or lost:
-                slot_map = self._refresh(deadline_s, unless=slot_map, avoid=lost)
-            if error is not None:
-                again = self._questions(batch, [pair for q in lost for pair in q.rows], slot_map)
-                failed = {question.node for question in lost}
-                if any(question.node in failed for question in again):
-                    raise error
+            questions = redirected
+            if lost or not all(question.is_asking for question in redirected):
+                slot_map = self._refresh(
+                    deadline_s, unless=slot_map, avoid=[question for question, _ in lost]
+                )
+            if lost:
+                rows = [pair for question, _ in lost for pair in question.rows]
+                again = self._questions(batch, rows, slot_map)
+                failed = {question.node: error for question, error in lost}
+                for question in again:
+                    if question.node in failed:
+                        raise failed[question.node]
                 questions += again
         raise ConnectionError("the nodes of the cluster send one to another")
+
+    def _ask_all(
+        self, questions: Sequence[_Question], batch: "_Batch", deadline_s: float
+    ) -> tuple[list[_Question], list[tuple[_Question, OSError]]]:
+        """Return what is to be asked elsewhere, and what could not be asked, with the reason."""
+        lost: list[tuple[_Question, OSError]] = []
+        redirected: dict[tuple[RedisPool, bool], list[tuple[int, int]]] = {}
+        conversations = [self._start(question, batch, deadline_s) for question in questions]
+        # All are finished, whatever becomes of some: what is on its way must be read.
+        for question, conversation in zip(questions, conversations, strict=True):
+            try:
+                if isinstance(conversation, OSError):
+                    raise conversation
+                elsewhere = batch.take(question, conversation.finish())
+            except OSError as error:
+                lost.append((question, error))
+                continue
+            for group, row, host, port, is_asking in elsewhere:
+                node = self._pool((host or question.node.address[0], port))
+                redirected.setdefault((node, is_asking), []).append((group, row))
+        return [
+            _Question(node, _by_group(rows), is_asking)
+            for (node, is_asking), rows in redirected.items()
+        ], lost
 
     def check(self) -> None:
         slot_map = self._refresh(time.monotonic() + CHECK_TIMEOUT_S, is_forced=True)

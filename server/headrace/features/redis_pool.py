@@ -286,7 +286,11 @@ class Conversation:
 
     def _send_first(self) -> None:
         commands = [commands for _, commands in self._exchanges[0]]
-        self._connection.send(commands, self._deadline_s)
+        try:
+            self._connection.send(commands, self._deadline_s)
+        except OSError:
+            self._connection.close()
+            raise
 
     def _rest(self) -> list[bytes]:
         pieces = self._connection.receive(self._deadline_s)
