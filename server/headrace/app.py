@@ -87,7 +87,10 @@ class Gateway:
             self._feature_repo = open_feature_repo(
                 settings.feature_repo, settings.on_demand_modules or ""
             )
-            self._store = self._feature_repo.online_store(cache_rows=settings.feature_cache_rows)
+            self._store = self._feature_repo.online_store(
+                cache_rows=settings.feature_cache_rows,
+                hears_writes=settings.feature_cache_invalidation,
+            )
         self._reads: FeatureReads | None = None
         view_metrics = ViewMetrics()
         self._features_readable = True

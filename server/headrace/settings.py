@@ -125,6 +125,11 @@ class ServeSettings(Settings):
         description="Rows of features kept per feature service and entity key, where every view "
         "of the key has the tag headrace.cache_max_age_s; 0 keeps none. With Redis only.",
     )
+    feature_cache_invalidation: bool = Field(
+        default=False,
+        description="Whether Redis is asked to tell of written keys (CLIENT TRACKING, Redis 6 or "
+        "newer), so that cached rows are dropped at once instead of when they are too old.",
+    )
     registry_poll_s: float = Field(
         2.0,
         ge=0.1,

@@ -47,7 +47,7 @@ class FeastStore:
     """
 
     def __init__(self, store: "FeatureStore") -> None:
-        self.mismatches = self.cache_hits = self.cache_misses = 0
+        self.mismatches = self.cache_hits = self.cache_misses = self.cache_invalidations = 0
         """Values met that were not of their feature's type."""
         self._store = store
         # What Feast calls a plan: looking a service up costs it milliseconds.

@@ -24,7 +24,7 @@ class MemoryStore:
     def __init__(self) -> None:
         self._rows: dict[tuple[str, _Entity], tuple[dict[str, Any], float]] = {}
         self._lock = threading.Lock()
-        self.mismatches = self.cache_hits = self.cache_misses = 0
+        self.mismatches = self.cache_hits = self.cache_misses = self.cache_invalidations = 0
 
     def put(
         self,

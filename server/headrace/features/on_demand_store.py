@@ -49,6 +49,11 @@ class OnDemandStore:
         """As the other store counts them."""
         return self._store.cache_misses
 
+    @property
+    def cache_invalidations(self) -> int:
+        """As the other store counts them."""
+        return self._store.cache_invalidations
+
     def read(
         self,
         plan: FeaturePlan,

@@ -148,6 +148,9 @@ class RedisCluster:
         self._tried_s = float("-inf")
         self._map = None
 
+    def masters(self) -> Sequence[RedisPool]:
+        return list((self._map or self._refresh(time.monotonic() + CHECK_TIMEOUT_S)).masters())
+
     def is_held_off(self) -> bool:
         slot_map = self._map
         return slot_map is not None and any(node.is_held_off() for node in slot_map.masters())

@@ -102,6 +102,23 @@ class CommandPacker:
             return [()] * rows
         return lists[0] if len(lists) == 1 else list(zip(*lists, strict=True))
 
+    def name_of(self, key: bytes) -> Hashable | None:
+        """Return what `keys` calls the entity of a Redis key; None if it is none of the group's."""
+        group = self._group
+        if not (key.startswith(group.key_prefix) and key.endswith(group.key_suffix)):
+            return None
+        at, end = len(group.key_prefix), len(key) - len(group.key_suffix)
+        values: list[Any] = []
+        for join_key in self._join_keys:
+            length = int.from_bytes(key[at + 4 : at + 8], "little")
+            raw = key[at + 8 : at + 8 + length]
+            is_text = join_key.value_type not in _KEY_DTYPES
+            values.append(raw if is_text else int.from_bytes(raw, "little", signed=True))
+            at += 8 + length
+        if at != end:
+            return None
+        return values[0] if len(values) == 1 else tuple(values)
+
     def _pack_text(
         self, columns: list[NDArray[Any]], rows: int, inverse: NDArray[np.intp] | None
     ) -> PackedCommands:

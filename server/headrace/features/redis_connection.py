@@ -99,7 +99,26 @@ class RedisConnection:
         self.send(groups, deadline_s)
         return self.receive(deadline_s)
 
-    def command(self, *words: str, deadline_s: float) -> Any:
+    def send_only(self, commands: bytes, deadline_s: float) -> None:
+        """Send commands whose replies are for `receive_some`; errors as `send`."""
+        self._set_timeout(deadline_s)
+        self._socket.sendall(commands)
+
+    def receive_some(self, deadline_s: float) -> bytes:
+        """
+        Return what comes next, whatever it is; after this, nothing else can be received.
+
+        Raises:
+            TimeoutError: nothing has come in time; the connection is as good as before.
+            OSError: it failed.
+        """
+        self._set_timeout(deadline_s)
+        data = self._socket.recv(_FIRST_BUFFER_BYTES)
+        if not data:
+            raise ConnectionResetError("the server closed the connection")
+        return data
+
+    def command(self, *words: str | bytes, deadline_s: float) -> Any:
         """Run one command and return its reply as hiredis reads it, errors as its `ReplyError`."""
         reader = hiredis.Reader(notEnoughData=_NOT_ENOUGH)
         reader.feed(self.exchange([hiredis.pack_command(words)], deadline_s)[0])

@@ -81,6 +81,15 @@ class RedisTopology(Protocol):
         """Return whether a breaker is open."""
         ...
 
+    def masters(self) -> Sequence["RedisPool"]:
+        """
+        Return the servers that are read, as far as is known.
+
+        Raises:
+            OSError: none is known.
+        """
+        ...
+
     def close(self) -> None: ...
 
 
@@ -135,6 +144,9 @@ class RedisPool:
 
     def distrust(self) -> None:
         self.drop()
+
+    def masters(self) -> Sequence["RedisPool"]:
+        return [self]
 
     def is_held_off(self) -> bool:
         return self._breaker.is_open

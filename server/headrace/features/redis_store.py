@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from headrace.errors import FeatureStoreUnavailable
 from headrace.features.cells import DecodedGroup, GroupDecoder, UnexpectedReplyError
 from headrace.features.hash_reads import PROBE_PERIOD_S, PROBE_ROWS, WANTED_MIN, prefers_whole
+from headrace.features.key_watch import KeyWatch
 from headrace.features.plan import FeaturePlan, FeatureStatus, KeyGroup, PlannedFeature
 from headrace.features.redis_commands import CommandPacker, PackedCommands
 from headrace.features.redis_pool import RedisTopology, Replies
@@ -42,17 +43,22 @@ class RedisStore:
         servers: The server, or the servers that are asked as one.
         cache_rows: Rows kept per plan and entity key, where all its views allow it (`row_cache`);
             0 keeps none.
+        hears_writes: Whether to forget them as soon as they are written (`key_watch`).
     """
 
-    def __init__(self, servers: RedisTopology, *, cache_rows: int = 0) -> None:
+    def __init__(
+        self, servers: RedisTopology, *, cache_rows: int = 0, hears_writes: bool = False
+    ) -> None:
         self.mismatches = 0
         """Values met that were damaged or not of their feature's type."""
-        self.cache_hits = self.cache_misses = 0
+        self.cache_hits = self.cache_misses = self.cache_invalidations = 0
         self._servers = servers
         self._cache_rows = cache_rows
         self._readers: weakref.WeakKeyDictionary[FeaturePlan, list[_GroupReader]] = (
             weakref.WeakKeyDictionary()
         )
+        self._cached: weakref.WeakSet[_GroupReader] = weakref.WeakSet()
+        self._watch = KeyWatch(servers.masters, self) if hears_writes else None
         self._lock = threading.Lock()
         self._reported: set[tuple[str, str]] = set()
         self._is_up = True
@@ -90,7 +96,33 @@ class RedisStore:
         return self._servers.is_held_off()
 
     def close(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
         self._servers.close()
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether what is cached is forgotten as soon as it is written."""
+        return self._watch is not None and self._watch.is_listening
+
+    def key_written(self, key: bytes) -> None:
+        """Forget a row; see `key_watch.Listener`."""
+        now_s = time.monotonic()
+        for reader in self._cached_readers():
+            name = reader.whole.packer.name_of(key)
+            if name is not None and reader.cache is not None and reader.cache.forget(name, now_s):
+                self.cache_invalidations += 1  # by one thread per server: about right
+
+    def writes_missed(self) -> None:
+        """Forget every row."""
+        now_s = time.monotonic()
+        for reader in self._cached_readers():
+            if reader.cache is not None:
+                reader.cache.clear(now_s)
+
+    def _cached_readers(self) -> list["_GroupReader"]:
+        with self._lock:
+            return list(self._cached)
 
     def _prepare(self, plan: FeaturePlan) -> list["_GroupReader"]:
         readers = [
@@ -98,7 +130,13 @@ class RedisStore:
             for group in plan.groups
         ]
         with self._lock:
-            return self._readers.setdefault(plan, readers)
+            readers = self._readers.setdefault(plan, readers)
+            self._cached.update(reader for reader in readers if reader.cache is not None)
+        if self._watch is not None:
+            for reader, group in zip(readers, plan.groups, strict=True):
+                if reader.cache is not None:
+                    self._watch.watch(group.key_prefix)
+        return readers
 
     def _count(self, wanted: Sequence["_Wanted"]) -> None:
         counts = [one.counts() for one in wanted]

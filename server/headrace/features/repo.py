@@ -211,20 +211,21 @@ class FeatureRepo:
             sources.append(replace(view, features=(column,)))
         return self._compile("", sources, references, full_feature_names=full_feature_names)
 
-    def online_store(self, *, cache_rows: int = 0) -> OnlineStore:
+    def online_store(self, *, cache_rows: int = 0, hears_writes: bool = False) -> OnlineStore:
         """
         Make the client of the repository's online store.
 
         Args:
             cache_rows: As `RedisStore` takes it; of no use with other stores.
+            hears_writes: Likewise.
 
         Raises:
             StartupError: it is a kind of Redis that is not supported, or badly configured.
         """
-        store = self._stored_values(cache_rows)
+        store = self._stored_values(cache_rows, hears_writes=hears_writes)
         return OnDemandStore(store) if self._code else store
 
-    def _stored_values(self, cache_rows: int) -> OnlineStore:
+    def _stored_values(self, cache_rows: int, *, hears_writes: bool) -> OnlineStore:
         settings = self._config.online_store
         if not self._is_redis:
             return FeastStore(self._store)
@@ -235,7 +236,7 @@ class FeatureRepo:
             )
         kind = getattr(settings.redis_type, "value", settings.redis_type)
         servers = open_redis(kind, settings.connection_string, settings.sentinel_master)
-        return RedisStore(servers, cache_rows=cache_rows)
+        return RedisStore(servers, cache_rows=cache_rows, hears_writes=hears_writes)
 
     def redis_client(self) -> Any:
         """

@@ -8,6 +8,7 @@ A row is as old as the beginning of the read that brought it, so that a value wr
 seen at most `max_age_s` after it was written. No clock in here: the caller brings it.
 """
 
+import math
 import threading
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -19,6 +20,12 @@ from headrace.features.cells import DecodedGroup
 from headrace.features.plan import FeatureStatus
 
 FIRST_ROWS = 256
+
+WRITTEN_SLOTS = 4096
+"""
+Of the times when keys were written, by hash. Two keys of one slot are taken for one another, which
+costs a row its place in the cache and nothing else.
+"""
 
 
 class RowCache:
@@ -38,6 +45,7 @@ class RowCache:
         self._keys: list[Hashable] = []  # of each slot
         self._next = 0  # the slot to be taken over, once all are taken
         self._read_s: NDArray[np.float64] = np.empty(0)
+        self._written_s = [-math.inf] * WRITTEN_SLOTS
         self._rows: DecodedGroup | None = None
 
     def __len__(self) -> int:
@@ -76,6 +84,8 @@ class RowCache:
             slots, chosen = [], []
             # Of more rows than there are slots some take a slot twice: the last one stays.
             for row, key in enumerate(keys):
+                if self._written_s[hash(key) % WRITTEN_SLOTS] >= read_s:
+                    continue
                 slot = self._slots.get(key)
                 if slot is None:
                     slot = self._take_slot(key, rows)
@@ -93,6 +103,26 @@ class RowCache:
             statuses = FeatureStatus.PRESENT if rows.statuses is None else rows.statuses[chosen]
             self._rows.statuses[slots] = statuses
             self._rows.event_times_s[slots] = rows.event_times_s[chosen]
+
+    def forget(self, key: Hashable, now_s: float) -> bool:
+        """
+        Serve a row no more, nor keep what was read of it until now; return whether it was there.
+
+        A read that is under way may have seen the row before it was written.
+        """
+        with self._lock:
+            self._written_s[hash(key) % WRITTEN_SLOTS] = now_s
+            slot = self._slots.get(key)
+            if slot is None or self._read_s[slot] == -np.inf:
+                return False
+            self._read_s[slot] = -np.inf
+            return True
+
+    def clear(self, now_s: float) -> None:
+        """Forget every row, as `forget` does."""
+        with self._lock:
+            self._written_s = [now_s] * WRITTEN_SLOTS
+            self._read_s[:] = -np.inf
 
     def _take_slot(self, key: Hashable, like: DecodedGroup) -> int:
         slot = len(self._keys)

@@ -58,6 +58,11 @@ class OnlineStore(Protocol):
         """Rows that were looked for among those, and read."""
         ...
 
+    @property
+    def cache_invalidations(self) -> int:
+        """Rows dropped from those because they were written."""
+        ...
+
     def read(
         self,
         plan: FeaturePlan,

@@ -102,6 +102,9 @@ class StoreNumbers(Protocol):
     @property
     def cache_misses(self) -> int: ...
 
+    @property
+    def cache_invalidations(self) -> int: ...
+
     def is_held_off(self) -> bool: ...
 
 
@@ -129,6 +132,7 @@ class StoreMetrics(Collector):
             ("headrace_stored_value_mismatches_total", self._store.mismatches),
             ("headrace_feature_cache_hits_total", self._store.cache_hits),
             ("headrace_feature_cache_misses_total", self._store.cache_misses),
+            ("headrace_feature_cache_invalidations_total", self._store.cache_invalidations),
         ):
             yield CounterMetricFamily(name.removesuffix("_total"), METRICS[name], value=count)
 

@@ -58,6 +58,8 @@ METRICS: dict[str, str] = {
     "feature's type.",
     "headrace_feature_cache_hits_total": "Rows of features served that had been read before.",
     "headrace_feature_cache_misses_total": "Rows of features that may be cached, and were read.",
+    "headrace_feature_cache_invalidations_total": "Cached rows of features dropped because they "
+    "were written.",
     "headrace_registry_readable": "Whether the feature registry could be read at the last look.",
     "headrace_registry_reads_total": "Looks at the feature registry that found a new state, or "
     "failed, by result.",

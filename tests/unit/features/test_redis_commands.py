@@ -68,7 +68,8 @@ def test_mixed_keys_are_packed_and_each_row_finds_its_own(rows):
         "id": np.array(numbers, np.int64),
         "part": np.array(parts, np.int32),
     }
-    packed = packer_of(NUMBERS, TEXT, SMALL).pack(entities, len(rows))
+    packer = packer_of(NUMBERS, TEXT, SMALL)
+    packed = packer.pack(entities, len(rows))
     found = keys_of(packed)
     inverse = range(len(rows)) if packed.inverse is None else packed.inverse
     assert len(found) == len(set(rows)) == packed.rows
@@ -80,6 +81,20 @@ def test_mixed_keys_are_packed_and_each_row_finds_its_own(rows):
         )
         for name, number, part in rows
     ]
+    assert [packer.name_of(found[i]) for i in inverse] == packer.keys(entities, len(rows))
+
+
+@given(st.one_of(st.binary(max_size=60), st.binary(max_size=30).map(lambda end: int_key(5) + end)))
+def test_other_keys_are_nobodys(other):
+    other = other[:-1] if other == int_key(5) else other
+    assert packer_of(NUMBERS).name_of(other) is None
+
+
+def test_a_negative_id_and_an_entity_less_view_are_named_as_rows_are():
+    numbers = packer_of(NUMBERS)
+    assert numbers.name_of(int_key(-7)) == -7 == numbers.keys({"id": np.array([-7])}, 1)[0]
+    whole = layout.key_prefix([]) + b"demo"
+    assert packer_of().name_of(whole) == () == packer_of().keys({}, 1)[0]
 
 
 def test_one_entity_for_a_whole_batch_is_read_once():

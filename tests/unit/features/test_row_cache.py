@@ -54,6 +54,32 @@ def test_a_row_that_was_read_later_is_not_overwritten_by_one_that_took_longer():
     assert values_of(cache.get([1], 2.0)[1]) == [7]
 
 
+def test_a_row_that_was_written_is_served_no_more():
+    cache = RowCache(10.0, 100)
+    cache.put([1, 2], rows_of([1, 2]), 0.0)
+    assert cache.forget(1, 1.0)
+    assert values_of(cache.get([1, 2], 1.0)[1]) == [2]
+    assert not cache.forget(1, 1.0)
+    cache.put([1], rows_of([5]), 1.5)
+    assert values_of(cache.get([1], 2.0)[1]) == [5]
+
+
+def test_what_was_being_read_when_it_was_written_is_not_kept():
+    cache = RowCache(10.0, 100)
+    cache.forget(1, 1.0)
+    cache.put([1, 2], rows_of([1, 2]), 0.5)
+    assert values_of(cache.get([1, 2], 1.0)[1]) == [2]
+
+
+def test_nothing_read_before_it_was_cleared_is_served():
+    cache = RowCache(10.0, 100)
+    cache.put([1], rows_of([1]), 0.0)
+    cache.clear(1.0)
+    cache.put([2], rows_of([2]), 0.5)
+    cache.put([3], rows_of([3]), 1.5)
+    assert values_of(cache.get([1, 2, 3], 2.0)[1]) == [3]
+
+
 def test_what_is_handed_out_is_a_copy():
     cache = RowCache(10.0, 100)
     cache.put([1], rows_of([1]), 0.0)
