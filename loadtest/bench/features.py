@@ -167,18 +167,18 @@ def _start(stack: ExitStack, work: Path, counts: Sequence[int], console: Console
             http2.write_bodies(bodies[kind, rows], make(rows))
     ports = {name: subjects.free_port() for name in (GATEWAY, LISTEN, SERVE)}
     gateway = subjects.gateway(models, repo, ports[GATEWAY])
-    gateway_pid = stack.enter_context(_running(gateway, ports[GATEWAY]))
+    gateway_pid = stack.enter_context(running(gateway, ports[GATEWAY]))
     listen_pid = stack.enter_context(
-        _running(feature_subjects.feast_listen(repo, ports[LISTEN]), ports[LISTEN])
+        running(feature_subjects.feast_listen(repo, ports[LISTEN]), ports[LISTEN])
     )
     serve_pid = stack.enter_context(
-        _running(feature_subjects.feast_serve(repo, ports[SERVE]), ports[SERVE])
+        running(feature_subjects.feast_serve(repo, ports[SERVE]), ports[SERVE])
     )
     sdk = stack.enter_context(_sdk(feature_subjects.feast_sdk(repo)))
 
     def over_grpc(port: int, path: str, kind: str) -> Callable[[Shape, float], Figures]:
         def measure(shape: Shape, seconds: float) -> Figures:
-            return _over_grpc(port, path, bodies[kind, shape.rows], shape, seconds)
+            return over_grpc(port, path, bodies[kind, shape.rows], shape, seconds)
 
         return measure
 
@@ -203,7 +203,7 @@ def _start(stack: ExitStack, work: Path, counts: Sequence[int], console: Console
     ]
 
 
-def _over_grpc(port: int, path: str, bodies: Path, shape: Shape, seconds: float) -> Figures:
+def over_grpc(port: int, path: str, bodies: Path, shape: Shape, seconds: float) -> Figures:
     command = [sys.executable, str(Path(http2.__file__)), "--port", str(port), "--path", path]
     command += ["--bodies", str(bodies), "--seconds", str(seconds), "--warm-up", "0.5"]
     if shape.load == "loaded":
@@ -251,7 +251,7 @@ def _sdk(command: Sequence[str]) -> Iterator[Callable[[Shape, float], Figures]]:
 
 
 @contextmanager
-def _running(command: Sequence[str], port: int) -> Iterator[int]:
+def running(command: Sequence[str], port: int) -> Iterator[int]:
     """Run a server on its core until the block ends; yield its pid once its port is open."""
     process = subprocess.Popen(
         command,

@@ -62,3 +62,14 @@ def test_bodies_are_read_as_written(bench, tmp_path):
     framed = bench.http2.read_bodies(tmp_path / "bodies")
     assert [body[5:] for body in framed] == messages
     assert [int.from_bytes(body[1:5], "big") for body in framed] == [len(m) for m in messages]
+
+
+def test_a_line_that_grows_is_told_from_one_that_wobbles():
+    import soak  # noqa: PLC0415 - beside the bench
+
+    rising = soak.growth([10.0, 10.3, 10.4, 10.8, 11.0])
+    level = soak.growth([10.0, 10.9, 9.8, 10.8, 10.1])
+    falling = soak.growth([12.0, 11.0, 10.0])
+
+    assert rising.change == pytest.approx(0.095, abs=0.005)
+    assert (rising.is_real, level.is_real, falling.is_real) == (True, False, False)
