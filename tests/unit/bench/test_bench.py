@@ -15,8 +15,9 @@ def bench():
     try:
         import http2
         import run
+        import soak
 
-        yield Namespace(http2=http2, run=run)
+        yield Namespace(http2=http2, run=run, soak=soak)
     finally:
         sys.path.remove(str(BENCH))
 
@@ -64,12 +65,10 @@ def test_bodies_are_read_as_written(bench, tmp_path):
     assert [int.from_bytes(body[1:5], "big") for body in framed] == [len(m) for m in messages]
 
 
-def test_a_line_that_grows_is_told_from_one_that_wobbles():
-    import soak  # noqa: PLC0415 - beside the bench
-
-    rising = soak.growth([10.0, 10.3, 10.4, 10.8, 11.0])
-    level = soak.growth([10.0, 10.9, 9.8, 10.8, 10.1])
-    falling = soak.growth([12.0, 11.0, 10.0])
+def test_a_line_that_grows_is_told_from_one_that_wobbles(bench):
+    rising = bench.soak.growth([10.0, 10.3, 10.4, 10.8, 11.0])
+    level = bench.soak.growth([10.0, 10.9, 9.8, 10.8, 10.1])
+    falling = bench.soak.growth([12.0, 11.0, 10.0])
 
     assert rising.change == pytest.approx(0.095, abs=0.005)
     assert (rising.is_real, level.is_real, falling.is_real) == (True, False, False)
