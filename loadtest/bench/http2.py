@@ -8,12 +8,12 @@ have been answered or not, and latencies count from when they were due.
 
 h2load is faster and sends one body only, which would let a server that merges equal entities cheat.
 This one keeps up with every server here, without a gRPC library in the way. It knows just as
-much of the protocol as it needs: requests fit one DATA frame, and header blocks are written without
-compression and not read. An answer is a success if its stream carried a message and was closed by
+much of the protocol as it needs: requests fit one DATA frame, header blocks are indexed after the
+first one, as every gRPC client has them, and those of answers are not read. An answer is a success if its stream carried a message and was closed by
 trailers; gRPC sends no message with an error.
 
-Source: RFC 9113 (frames, flow control), RFC 7541 (header literals without indexing), gRPC over
-HTTP/2.
+Source: RFC 9113 (frames, flow control), RFC 7541 (literals with incremental indexing, indexed
+fields), gRPC over HTTP/2.
 """
 
 import argparse
@@ -100,6 +100,7 @@ class Connection:
             self._next_stream += 2
             self._next_body = (self._next_body + 1) % len(self._bodies)
             self._unsent -= 1
+            self._headers = _INDEXED_HEADERS
         if out:
             self.socket.sendall(b"".join(out))
 
@@ -245,6 +246,8 @@ def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
 
 
 def _header_block(path: str) -> bytes:
+    """Return the first request's headers, which the server is to remember."""
+
     def text(value: str) -> bytes:
         encoded = value.encode()
         assert len(encoded) < 127
@@ -254,12 +257,16 @@ def _header_block(path: str) -> bytes:
         (
             b"\x83",  # :method: POST
             b"\x86",  # :scheme: http
-            b"\x04" + text(path),  # :path
-            b"\x01" + text("127.0.0.1"),  # :authority
-            b"\x0f\x10" + text("application/grpc"),  # content-type
-            b"\x00" + text("te") + text("trailers"),
+            b"\x44" + text(path),  # :path
+            b"\x41" + text("127.0.0.1"),  # :authority
+            b"\x5f" + text("application/grpc"),  # content-type
+            b"\x40" + text("te") + text("trailers"),
         )
     )
+
+
+# The same, as the server has them now: the last one that was added is number 62.
+_INDEXED_HEADERS = bytes((0x83, 0x86, 0x80 | 65, 0x80 | 64, 0x80 | 63, 0x80 | 62))
 
 
 def main() -> int:

@@ -31,7 +31,10 @@ _SECONDS_BYTES_MAX, _NANOS_BYTES_MAX = 10, 5
 _TIME_WIDTH = 2 + 1 + _SECONDS_BYTES_MAX + 1 + _NANOS_BYTES_MAX
 _PRESENT = b"\x01"
 FEW_TIMES = 32
-"""Event times up to which numpy costs more than it saves."""
+"""
+Different event times up to which encoding them one by one costs less than numpy does. Rows that
+were written together have the same.
+"""
 
 TEMPLATES_MAX = 8
 """Per plan: event times differ in length where some have fractions of a second."""
@@ -200,23 +203,22 @@ class _Template:
 
     def __init__(self, plan: FeastReplyPlan, time_sizes: tuple[int, ...]) -> None:
         template = bytearray()
-        self._values: list[list[int]] = [[] for _ in plan.dtypes]
-        time_targets: list[int] = []
-        time_sources: list[int] = []
+        # Of neighbours alike: (view, first event time's place, from one to the next, how many).
+        self._runs: list[tuple[int, int, int, int]] = []
+        self._time_sizes = time_sizes
         columns: list[list[tuple[int, int]]] = [[] for _ in plan.dtypes]
         for feature, (group, column, view) in zip(plan.plan.features, plan.places, strict=True):
             tag, width = TAGS[feature.value_type], _FIXED[feature.value_type]
             values = _VALUES + bytes((1 + width, tag)) + bytes(width)
             vector = values + _STATUSES + b"\x01" + _PRESENT
+            start = len(template)
             template += _RESULTS + varint(len(vector) + time_sizes[view])
             columns[group].append((column, len(template) + len(values) - width))
             template += vector
-            time_targets += range(len(template), len(template) + time_sizes[view])
-            time_sources += range(view * _TIME_WIDTH, view * _TIME_WIDTH + time_sizes[view])
+            at = len(template)
             template += bytes(time_sizes[view])
+            self._add_to_runs(view, at, len(template) - start)
         self._template = np.frombuffer(bytes(template), np.uint8)
-        self._time_targets = np.array(time_targets, np.intp)
-        self._time_sources = np.array(time_sources, np.intp)
         self._targets = [
             (
                 dtype,
@@ -225,6 +227,14 @@ class _Template:
             for dtype, own in zip(plan.dtypes, columns, strict=True)
         ]
 
+    def _add_to_runs(self, view: int, at: int, stride: int) -> None:
+        if self._runs:
+            last, first, own_stride, count = self._runs[-1]
+            if last == view and own_stride == stride and at == first + stride * count:
+                self._runs[-1] = last, first, own_stride, count + 1
+                return
+        self._runs.append((view, at, stride, 1))
+
     def fill(self, rows: FeatureRows, times: NDArray[np.uint8], chosen: list[int]) -> list[bytes]:
         count, length = len(chosen), len(self._template)
         out = np.empty((count, length), np.uint8)
@@ -232,8 +242,11 @@ class _Template:
         for dtype, targets in self._targets:
             block = rows.blocks[dtype][chosen]
             out[:, targets] = block.astype(dtype.newbyteorder("<"), copy=False).view(np.uint8)
-        by_row = times.transpose(1, 0, 2)[chosen].reshape(count, -1)
-        out[:, self._time_targets] = by_row[:, self._time_sources]
+        own_times = times[:, chosen]
+        for view, start, stride, run in self._runs:
+            size = self._time_sizes[view]
+            target = np.ndarray((count, run, size), np.uint8, out, start, (length, stride, 1))
+            target[:] = own_times[view, :, None, :size]
         data = out.tobytes()
         return [data[at : at + length] for at in range(0, len(data), length)]
 
@@ -317,8 +330,10 @@ def _encode_times(
     Returns:
         Frames of shape (views, n, `_TIME_WIDTH`) and the bytes used of each.
     """
-    if times_s.size <= FEW_TIMES:
-        return _encode_few_times(times_s)
+    listed = times_s.ravel().tolist()
+    distinct = set(listed)
+    if len(distinct) <= FEW_TIMES:
+        return _encode_few_times(listed, distinct, times_s.shape)
     known = np.isfinite(times_s)
     micros = np.where(known, np.rint(times_s * 1e6), 0).astype(np.int64)
     seconds, fractions = np.divmod(micros, 1_000_000)
@@ -344,26 +359,26 @@ def _encode_times(
 
 
 def _encode_few_times(
-    times_s: NDArray[np.float64],
+    listed: list[float], distinct: set[float], shape: tuple[int, ...]
 ) -> tuple[NDArray[np.uint8], NDArray[np.intp]]:
-    """As `_encode_times`, one by one: for a handful that costs less."""
-    encoded: dict[float, bytes] = {}
-    cells = []
-    for time_s in times_s.ravel().tolist():
-        cell = encoded.get(time_s)
-        if cell is None:
-            parts = b""
-            if math.isfinite(time_s):
-                seconds, micros = divmod(round(time_s * 1e6), 1_000_000)
-                if seconds:
-                    parts += _SECONDS + varint(seconds & _U64_MASK)
-                if micros:
-                    parts += _NANOS + varint(micros * 1000)
-            cell = encoded[time_s] = delimited(_EVENT_TIMES, parts)
-        cells.append(cell)
-    frames = np.array(cells, f"S{_TIME_WIDTH}").view(np.uint8).reshape(*times_s.shape, _TIME_WIDTH)
-    sizes = np.array([len(cell) for cell in cells], np.intp).reshape(times_s.shape)
-    return frames, sizes
+    """As `_encode_times`, of times of which few differ."""
+    places = {time_s: place for place, time_s in enumerate(distinct)}
+    cells = [_encode_time(time_s) for time_s in distinct]
+    frames = np.array(cells, f"S{_TIME_WIDTH}").view(np.uint8).reshape(-1, _TIME_WIDTH)
+    sizes = np.array([len(cell) for cell in cells], np.intp)
+    which = np.array([places[time_s] for time_s in listed], np.intp).reshape(shape)
+    return frames[which], sizes[which]
+
+
+def _encode_time(time_s: float) -> bytes:
+    parts = b""
+    if math.isfinite(time_s):
+        seconds, micros = divmod(round(time_s * 1e6), 1_000_000)
+        if seconds:
+            parts += _SECONDS + varint(seconds & _U64_MASK)
+        if micros:
+            parts += _NANOS + varint(micros * 1000)
+    return delimited(_EVENT_TIMES, parts)
 
 
 def _varints(values: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.intp]]:
