@@ -176,7 +176,7 @@ def _start(stack: ExitStack, work: Path, counts: Sequence[int], console: Console
     )
     sdk = stack.enter_context(_sdk(feature_subjects.feast_sdk(repo)))
 
-    def over_grpc(port: int, path: str, kind: str) -> Callable[[Shape, float], Figures]:
+    def by_grpc(port: int, path: str, kind: str) -> Callable[[Shape, float], Figures]:
         def measure(shape: Shape, seconds: float) -> Figures:
             return over_grpc(port, path, bodies[kind, shape.rows], shape, seconds)
 
@@ -195,10 +195,10 @@ def _start(stack: ExitStack, work: Path, counts: Sequence[int], console: Console
 
     _refuse_disagreement(ports, bodies["feast", counts[0]])
     return [
-        Peer(GATEWAY, over_grpc(ports[GATEWAY], FEAST_PATH, "feast"), gateway_pid),
-        Peer(PACKED, over_grpc(ports[GATEWAY], PACKED_PATH, "packed"), gateway_pid),
+        Peer(GATEWAY, by_grpc(ports[GATEWAY], FEAST_PATH, "feast"), gateway_pid),
+        Peer(PACKED, by_grpc(ports[GATEWAY], PACKED_PATH, "packed"), gateway_pid),
         Peer(SDK, sdk, None),
-        Peer(LISTEN, over_grpc(ports[LISTEN], FEAST_PATH, "feast"), listen_pid),
+        Peer(LISTEN, by_grpc(ports[LISTEN], FEAST_PATH, "feast"), listen_pid),
         Peer(SERVE, over_http, serve_pid),
     ]
 

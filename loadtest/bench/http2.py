@@ -9,8 +9,8 @@ have been answered or not, and latencies count from when they were due.
 h2load is faster and sends one body only, which would let a server that merges equal entities cheat.
 This one keeps up with every server here, without a gRPC library in the way. It knows just as
 much of the protocol as it needs: requests fit one DATA frame, header blocks are indexed after the
-first one, as every gRPC client has them, and those of answers are not read. An answer is a success if its stream carried a message and was closed by
-trailers; gRPC sends no message with an error.
+first one, as every gRPC client has them, and those of answers are not read. An answer is a success
+if its stream carried a message and was closed by trailers; gRPC sends no message with an error.
 
 Source: RFC 9113 (frames, flow control), RFC 7541 (literals with incremental indexing, indexed
 fields), gRPC over HTTP/2.
