@@ -92,6 +92,30 @@ def _read_varint(message: bytes, position: int) -> tuple[int, int]:
     return value, position
 
 
+def first_fields(message: bytes, count: int) -> tuple[list[bytes], int]:
+    """
+    Read the fields numbered 1 to `count` at the beginning of a message, without a parser.
+
+    Args:
+        message: Not parsed yet; may be no message at all.
+        count: At most 15; all of the fields are length-delimited.
+
+    Returns:
+        Their contents, empty where one is absent, and where they end. They are all there is of them
+        if the writer kept to the order of field numbers, as protobuf's libraries do: where that
+        matters, see whether anything follows.
+    """
+    contents, position, size = [], 0, len(message)
+    for number in range(1, count + 1):
+        content = b""
+        if position + 1 < size and message[position] == number << 3 | LENGTH_DELIMITED:
+            length, start = _read_varint(message, position + 1)
+            content = message[start : start + length]
+            position = start + length
+        contents.append(content)
+    return contents, position
+
+
 def tag(field_number: int) -> bytes:
     """Encode the tag of a length-delimited field."""
     return varint(field_number << 3 | LENGTH_DELIMITED)

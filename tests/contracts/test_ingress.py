@@ -8,7 +8,8 @@ from concurrent import futures
 import grpc
 import pytest
 
-from headrace.rpc.completion_queue import CompletionQueueIngress, unusable_because
+from headrace.rpc.completion_queue.ingress import CompletionQueueIngress
+from headrace.rpc.completion_queue.self_check import unusable_because
 from headrace.rpc.ingress import HotMethod
 from headrace.rpc.status import Status
 from headrace.rpc.threads import ThreadIngress

@@ -15,12 +15,12 @@ SERVE_WITH_A_FAULT = """
 import sys
 from headrace.__main__ import main
 from headrace.batching.batcher import Batcher
-from headrace.rpc import completion_queue
+from headrace.rpc.completion_queue import ingress, self_check
 
 def fail(*_):
     raise RuntimeError("the fault")
 
-completion_queue.unusable_because = lambda: None  # it would notice
+self_check.unusable_because = lambda: None  # it would notice
 {fault} = fail
 sys.exit(main(sys.argv[1:]))
 """
@@ -43,7 +43,7 @@ def model_repository(tmp_path):
 @pytest.mark.parametrize(
     ("fault", "event", "ingress"),
     [
-        ("completion_queue._Call._on_message", "ingress_died", "completion-queue"),
+        ("ingress._Call._on_message", "ingress_died", "completion-queue"),
         ("Batcher.take", "executor_died", "completion-queue"),
         ("Batcher.take", "executor_died", "threads"),
     ],

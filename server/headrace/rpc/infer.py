@@ -53,7 +53,7 @@ _TYPED_CONTENTS = {
 
 class ModelInfer:
     """
-    The hot method.
+    The hot method; streams of the same messages build on it.
 
     Args:
         catalog: Returns the models as they are now.
@@ -63,6 +63,7 @@ class ModelInfer:
     path = PATH
 
     def __init__(self, catalog: Callable[[], Catalog], calls: CallRecorder) -> None:
+        self._request_class = InferRequest
         self._catalog = catalog
         self._calls = calls
         self._sample = calls.sample
@@ -70,9 +71,11 @@ class ModelInfer:
 
     def accept(self, call: HotCall, message: bytes) -> None:
         """Parse, check and queue one request; refuse it when it cannot be served."""
-        self._accept(call, message, None if self._sample is None else self._sample(call.metadata))
+        trace = None if self._sample is None else self._sample(call.metadata)
+        self.accept_sampled(call, message, trace)
 
-    def _accept(self, call: HotCall, message: bytes, trace: Trace | None) -> None:
+    def accept_sampled(self, call: HotCall, message: bytes, trace: Trace | None) -> None:
+        """As `accept`, when it is decided whether the call is traced."""
         catalog = self._catalog()
         try:
             requests = self._known
@@ -80,7 +83,7 @@ class ModelInfer:
                 requests = self._known = KnownRequests(catalog)
             known = requests.find(message)
             if known is not None:
-                request = _again(call, self._calls, message, known)
+                request = _again(self._request_class, call, self._calls, message, known)
                 request.trace = trace
                 known.model.submit(request)
             else:
@@ -89,7 +92,7 @@ class ModelInfer:
             if self._catalog() is catalog:  # the server stops
                 self._refuse(call, error, trace)
             else:  # a version on its way out; its successor serves already
-                self._accept(call, message, trace)
+                self.accept_sampled(call, message, trace)
         except DecodeError:
             no_message = InvalidRequest("the message is not a ModelInferRequest")
             self._refuse(call, no_message, trace)
@@ -118,17 +121,17 @@ class ModelInfer:
             deadline_s = min(deadline_s, _queue_deadline_s(request.parameters))
         known.learn(message, request, model, given, checked, selection)
         request_id = request.id.encode()
-        checked_request = _InferRequest(
+        checked_request = self._request_class(
             call, self._calls, checked, deadline_s, request_id, selection, len(message)
         )
         checked_request.trace = trace
         model.submit(checked_request)
 
     def _refuse(self, call: HotCall, error: Exception, trace: Trace | None) -> None:
-        refuse(call, error, self._calls, METHOD, trace)
+        refuse(call, error, self._calls, self._request_class.method, trace)
 
 
-class _InferRequest(Request):
+class InferRequest(Request):
     """A `ModelInfer` call in the queue."""
 
     __slots__ = ("_call", "_calls", "_id", "_selection")
@@ -171,16 +174,20 @@ class _InferRequest(Request):
         self._call.reply(b"".join(parts))
 
     def fail(self, error: ServingError) -> None:
-        refuse(self._call, error, self._calls, METHOD, self.trace, self)
+        refuse(self._call, error, self._calls, self.method, self.trace, self)
 
 
 def _again(
-    call: HotCall, calls: CallRecorder, message: bytes, known: KnownRequest
-) -> _InferRequest:
+    request_class: type[InferRequest],
+    call: HotCall,
+    calls: CallRecorder,
+    message: bytes,
+    known: KnownRequest,
+) -> InferRequest:
     """Make the request of a message that is known but for its id and its tensors' bytes."""
     raws = tuple([message[start:stop] for start, stop in known.raw_spans])
     span = known.id_span
-    return _InferRequest(
+    return request_class(
         call,
         calls,
         CheckedInputs(known.rows, raws, known.trailing),
@@ -265,9 +272,13 @@ def _output_name(output: Any, model: str) -> str:
 
 
 def _queue_deadline_s(parameters: Any) -> float:
-    """Read Triton's reserved `timeout`, in microseconds; other `triton_` parameters are refused."""
+    """
+    Read Triton's reserved `timeout`, in microseconds; other `triton_` parameters are refused.
+
+    But for the wish for an empty final response: every model here answers once, so none is needed.
+    """
     for name in parameters:
-        if name.startswith("triton_"):
+        if name.startswith("triton_") and name != "triton_enable_empty_final_response":
             raise InvalidRequest(f"parameter '{name}' is reserved")
     timeout_us = parameters["timeout"].int64_param if "timeout" in parameters else 0
     return time.time() + timeout_us / 1e6 if timeout_us > 0 else math.inf

@@ -23,6 +23,10 @@ from headrace.wire import delimited, refuse_costly_parse, tag
 METHOD = "headrace.v1.PredictionService/Predict"
 PATH = f"/{METHOD}"
 
+BYTES_VALUES = (3, 2, 7, 1)  # columns, values, bytes_values, values
+MAX_TYPED_BYTES = 4 << 20  # ten thousand rows of fifty doubles
+TOO_MUCH = "columns; send fewer rows in one request"
+
 _COLUMN_KINDS: dict[str, tuple[str, ...]] = {
     "INT64": ("int64s",),
     "INT32": ("int32s",),
@@ -43,7 +47,7 @@ _COLUMN_KINDS: dict[str, tuple[str, ...]] = {
 
 class Predict:
     """
-    The hot method.
+    The hot method; streams of such requests build on it.
 
     Args:
         catalog: Returns the models as they are now.
@@ -53,20 +57,21 @@ class Predict:
     path = PATH
 
     def __init__(self, catalog: Callable[[], Catalog], calls: CallRecorder) -> None:
+        self._request_class = PredictRequest
         self._catalog = catalog
         self._calls = calls
         self._sample = calls.sample
 
     def accept(self, call: HotCall, message: bytes) -> None:
         """Parse, check and queue one request; refuse it when it cannot be served."""
-        self._accept(call, message, None if self._sample is None else self._sample(call.metadata))
+        trace = None if self._sample is None else self._sample(call.metadata)
+        self.accept_sampled(call, message, trace)
 
-    def _accept(self, call: HotCall, message: bytes, trace: Trace | None) -> None:
+    def accept_sampled(self, call: HotCall, message: bytes, trace: Trace | None) -> None:
+        """As `accept`, when it is decided whether the call is traced."""
         catalog = self._catalog()
         try:
-            refuse_costly_parse(
-                message, _BYTES_VALUES, _MAX_TYPED_BYTES, "columns; send fewer rows in one request"
-            )
+            refuse_costly_parse(message, BYTES_VALUES, MAX_TYPED_BYTES, TOO_MUCH)
             asked = pb.PredictRequest.FromString(message)
             version = str(asked.model_version) if asked.HasField("model_version") else ""
             model = catalog.find(asked.model_name, version)
@@ -74,7 +79,7 @@ class Predict:
             given = [_given(column, specs, model) for column in asked.columns]
             checked = model.signature.check(given)
             selection = model.signature.check_outputs(asked.output_names)
-            request = _PredictRequest(
+            request = self._request_class(
                 *(call, self._calls, checked, selection),
                 include_features=asked.include_features,
                 byte_count=len(message),
@@ -85,17 +90,17 @@ class Predict:
             if self._catalog() is catalog:  # the server stops
                 self._refuse(call, error, trace)
             else:  # a version on its way out; its successor serves already
-                self._accept(call, message, trace)
+                self.accept_sampled(call, message, trace)
         except DecodeError:
             self._refuse(call, InvalidRequest("the message is not a PredictRequest"), trace)
         except Exception as error:
             self._refuse(call, error, trace)
 
     def _refuse(self, call: HotCall, error: Exception, trace: Trace | None) -> None:
-        refuse(call, error, self._calls, METHOD, trace)
+        refuse(call, error, self._calls, self._request_class.method, trace)
 
 
-class _PredictRequest(Request):
+class PredictRequest(Request):
     """A `Predict` call in the queue."""
 
     __slots__ = ("_call", "_calls", "_include_features", "_selection")
@@ -142,7 +147,7 @@ class _PredictRequest(Request):
         self._call.reply(b"".join(parts))
 
     def fail(self, error: ServingError) -> None:
-        refuse(self._call, error, self._calls, METHOD, self.trace, self)
+        refuse(self._call, error, self._calls, self.method, self.trace, self)
 
     def _timings(self, batch: AnsweredBatch) -> pb.Timings:
         return pb.Timings(
@@ -227,8 +232,6 @@ def _tag_of(message: Any, field: str) -> bytes:
     return tag(message.DESCRIPTOR.fields_by_name[field].number)
 
 
-_BYTES_VALUES = (3, 2, 7, 1)  # columns, values, bytes_values, values
-_MAX_TYPED_BYTES = 4 << 20  # ten thousand rows of fifty doubles
 _OUTPUTS = _tag_of(pb.PredictResponse, "outputs")
 _FEATURES = _tag_of(pb.PredictResponse, "features")
 _VALUES_OF_OUTPUT = _tag_of(pb.OutputColumn, "values")

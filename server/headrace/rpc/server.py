@@ -15,8 +15,10 @@ from grpc_reflection.v1alpha import reflection
 
 from headrace.catalog import Catalog
 from headrace.errors import Draining, StartupError
-from headrace.rpc import completion_queue, infer, oip, prediction
-from headrace.rpc.ingress import HotMethod, Ingress
+from headrace.rpc import infer, oip, prediction, stream_infer, stream_predict
+from headrace.rpc.completion_queue import self_check
+from headrace.rpc.completion_queue.ingress import CompletionQueueIngress
+from headrace.rpc.ingress import HotMethod, HotStream, Ingress
 from headrace.rpc.status import status_of
 from headrace.rpc.threads import ThreadIngress
 from headrace.settings import join_address
@@ -111,16 +113,24 @@ class GrpcServer:
             HotMethod(method.path, method.accept)
             for method in (infer.ModelInfer(catalog, calls), prediction.Predict(catalog, calls))
         ]
+        streams = [
+            HotStream(method.path, method.begin)
+            for method in (
+                stream_infer.ModelStreamInfer(catalog, calls),
+                stream_predict.StreamPredict(catalog, calls),
+            )
+        ]
         self._features = features
         if features is not None:
             hot += features.hot_methods
             self._server.add_generic_rpc_handlers(features.handlers)
         self.ingress: Ingress = (
-            ThreadIngress(self._server, hot)
+            ThreadIngress(self._server, hot, streams)
             if ingress == "threads"
-            else completion_queue.CompletionQueueIngress(self._server, hot)
+            else CompletionQueueIngress(self._server, hot, streams)
         )
         metrics.open_calls = lambda: self.ingress.open_calls
+        metrics.open_streams = lambda: self.ingress.open_streams
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._server.add_generic_rpc_handlers(
@@ -158,7 +168,7 @@ class GrpcServer:
         self._health.enter_graceful_shutdown()
 
     def refuse_new(self) -> None:
-        """Answer hot calls from now on with UNAVAILABLE."""
+        """Answer new hot calls with UNAVAILABLE; end streams with it once they are answered."""
         self._refusing_since_s = time.monotonic()
         self.ingress.refuse_new(status_of(Draining("this server is stopping")))
 
@@ -192,7 +202,7 @@ def _usable(ingress: str) -> str:
     """Return the ingress asked for, or the one that works with the installed grpcio."""
     if ingress == "threads":
         return ingress
-    reason = completion_queue.unusable_because()
+    reason = self_check.unusable_because()
     if reason is None:
         return ingress
     _LOG.warning("ingress_fell_back", ingress="threads", reason=reason, grpcio=grpc.__version__)

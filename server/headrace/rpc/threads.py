@@ -4,7 +4,6 @@ Slower than the completion queue and with nothing private in it; what the server
 an installed grpcio does not have the private names.
 """
 
-import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,16 +12,14 @@ from concurrent import futures
 import grpc
 import structlog
 
-from headrace.rpc.ingress import HotCall, HotMethod, Metadata
+from headrace.rpc.ingress import Accept, HotMethod, HotStream, Metadata
 from headrace.rpc.status import Status
+from headrace.rpc.thread_streams import AbortStatus, ThreadStreams, deadline_of, metadata_of
 
 _LOG = structlog.get_logger(__name__)
 
 CALL_THREADS = 256
 """Each open call holds one; more calls wait for a thread inside grpcio."""
-
-_NO_DEADLINE_S = 1e9
-"""`time_remaining` of a call without a deadline is None or centuries, depending on grpcio."""
 
 
 class ThreadIngress:
@@ -32,11 +29,17 @@ class ThreadIngress:
     Args:
         server: Not started yet.
         methods: Must not be registered with the server as well.
+        streams: Likewise.
     """
 
     name = "threads"
 
-    def __init__(self, server: grpc.Server, methods: Sequence[HotMethod]) -> None:
+    def __init__(
+        self,
+        server: grpc.Server,
+        methods: Sequence[HotMethod],
+        streams: Sequence[HotStream] = (),
+    ) -> None:
         self._refusal: Status | None = None
         self._lock = threading.Lock()
         self._open = 0
@@ -48,6 +51,10 @@ class ThreadIngress:
             behaviour = self._behaviour(method.accept)
             behaviour.experimental_thread_pool = self._pool  # type: ignore[attr-defined]
             services.setdefault(service, {})[name] = grpc.unary_unary_rpc_method_handler(behaviour)
+        self._streams = ThreadStreams()
+        for stream in streams:
+            service, name = stream.path.strip("/").split("/")
+            services.setdefault(service, {})[name] = self._streams.handler(stream)
         server.add_generic_rpc_handlers(
             tuple(
                 grpc.method_handlers_generic_handler(service, handlers)
@@ -59,26 +66,31 @@ class ThreadIngress:
         """Do nothing: the server hands calls over by itself."""
 
     def refuse_new(self, status: Status) -> None:
-        """Answer every call from now on with `status`."""
+        """Answer new calls with `status`; end streams with it once they are answered."""
         self._refusal = status
+        self._streams.drain(status)
 
     def end(self) -> None:
         """End the pool's threads, once their calls have ended."""
         self._pool.shutdown(wait=False)
+        self._streams.shutdown()
 
     @property
     def open_calls(self) -> int:
-        """Calls that have not ended yet."""
-        return self._open
+        """Calls that have not ended yet, and messages of streams."""
+        return self._open + self._streams.messages_under_way
+
+    @property
+    def open_streams(self) -> int:
+        """Streams that have not ended yet."""
+        return len(self._streams)
 
     @property
     def is_alive(self) -> bool:
         """Always: grpcio's handlers catch what is raised in them."""
         return True
 
-    def _behaviour(
-        self, accept: Callable[[HotCall, bytes], None]
-    ) -> Callable[[bytes, grpc.ServicerContext], bytes]:
+    def _behaviour(self, accept: Accept) -> Callable[[bytes, grpc.ServicerContext], bytes]:
         def behave(message: bytes, context: grpc.ServicerContext) -> bytes:
             with self._lock:
                 self._open += 1
@@ -96,7 +108,7 @@ class ThreadIngress:
         return behave
 
 
-def _accept(accept: Callable[[HotCall, bytes], None], call: "_Call", message: bytes) -> None:
+def _accept(accept: Accept, call: "_Call", message: bytes) -> None:
     try:
         accept(call, message)
     except Exception:
@@ -114,15 +126,13 @@ class _Call:
         self._answered = threading.Event()
         self._answer: bytes | Status = b""
         self.gone = False
-        remaining_s = context.time_remaining()
-        has_deadline = remaining_s is not None and remaining_s < _NO_DEADLINE_S
-        self.deadline_s = time.time() + remaining_s if has_deadline else math.inf
+        self.deadline_s = deadline_of(context)
         if not context.add_callback(self._left):
             self._left()
 
     @property
     def metadata(self) -> Metadata:
-        return [(key, value) for key, value in self._context.invocation_metadata()]
+        return metadata_of(self._context)
 
     def reply(self, message: bytes) -> None:
         self._end(message)
@@ -134,7 +144,7 @@ class _Call:
         self._answered.wait()  # ends when somebody answers, and when the call itself ends
         if isinstance(self._answer, bytes):
             return self._answer
-        self._context.abort_with_status(_AbortStatus(self._answer))
+        self._context.abort_with_status(AbortStatus(self._answer))
         raise AssertionError("abort returned")
 
     def _end(self, answer: bytes | Status) -> None:
@@ -146,12 +156,3 @@ class _Call:
     def _left(self) -> None:
         self.gone = True
         self._end(b"")  # nobody hears it: the pool thread is free again
-
-
-class _AbortStatus(grpc.Status):
-    """A status in the shape that `abort_with_status` takes."""
-
-    def __init__(self, status: Status) -> None:
-        self.code = status.code
-        self.details = status.details
-        self.trailing_metadata = status.trailing

@@ -63,6 +63,8 @@ class CallRecorder:
         self._exporter = exporter
         self.sample = None if sampler is None else sampler.sample
         """Decides about a call by its metadata; None while no call is ever traced."""
+        self.another = None if sampler is None else sampler.another
+        """Returns a trace for one more message of a stream that is sampled."""
         self._lock = threading.Lock()
         self._records: deque[TracedBatch | FailedCall] = deque()
         self._waiting = 0

@@ -65,7 +65,8 @@ METRICS: dict[str, str] = {
     "failed, by result.",
     "headrace_model_loads_total": "Attempts to load a model version, by result.",
     "headrace_rpc_errors_total": "Hot calls refused or failed, by gRPC code.",
-    "headrace_rpc_open_calls": "Hot calls received and not yet finished.",
+    "headrace_rpc_open_calls": "Hot calls, and messages of streams, received and not yet finished.",
+    "headrace_rpc_open_streams": "Streams that have not ended yet.",
     "headrace_spans_total": "Spans built, by what became of them.",
     "headrace_call_records_dropped_total": "Sampled and failed calls not told of.",
     "headrace_stream_rows_total": "Rows of predictions for the monitor, by what became of them.",
@@ -225,6 +226,7 @@ class Metrics(Collector):
         self._rpc_errors: dict[tuple[str, str], int] = {}
         self._model_loads: dict[tuple[str, str], int] = {}
         self.open_calls: Callable[[], int] = int
+        self.open_streams: Callable[[], int] = int
         self.calls: CallNumbers | None = None
         self.stream: PredictionStreamNumbers | None = None
         self.more: list[Collector] = []
@@ -268,8 +270,11 @@ class Metrics(Collector):
         for key, count in model_loads.items():
             loads.add_metric(list(key), count)
         yield loads
-        open_calls = "headrace_rpc_open_calls"
-        yield GaugeMetricFamily(open_calls, METRICS[open_calls], value=self.open_calls())
+        for gauge, count in (
+            ("headrace_rpc_open_calls", self.open_calls()),
+            ("headrace_rpc_open_streams", self.open_streams()),
+        ):
+            yield GaugeMetricFamily(gauge, METRICS[gauge], value=count)
         if self.calls is not None:
             yield from _call_metrics(self.calls)
         if self.stream is not None:

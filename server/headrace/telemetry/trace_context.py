@@ -170,13 +170,26 @@ class Sampler:
             self._skips = self._next_skips()
         if parent is None:
             return self.begin()
-        stem = self._random_bits(56).to_bytes(7, "big")
-        return Trace(parent.trace_id, parent.span_id, stem, _state(metadata))
+        return Trace(parent.trace_id, parent.span_id, self._stem(), _state(metadata))
+
+    def another(self, trace: Trace) -> Trace:
+        """
+        Return a trace for one more call of a sampled stream.
+
+        Under the same caller's span, or where there is none in a trace of its own: a stream may
+        last, and a trace must end.
+        """
+        if not trace.parent_id:
+            return self.begin()
+        return Trace(trace.trace_id, trace.parent_id, self._stem(), trace.state)
 
     def begin(self) -> Trace:
         """Begin a trace."""
         ids = (self._random_bits(184) or 1).to_bytes(23, "little")
         return Trace(ids[:16], b"", ids[16:])
+
+    def _stem(self) -> bytes:
+        return self._random_bits(56).to_bytes(7, "big")
 
     def _next_skips(self) -> float:
         """

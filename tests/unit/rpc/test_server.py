@@ -7,7 +7,7 @@ import pytest
 import structlog
 
 from headrace.catalog import Catalog
-from headrace.rpc import completion_queue
+from headrace.rpc.completion_queue import core, ingress, self_check, streams
 from headrace.rpc.server import GrpcServer
 from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.metrics import Metrics
@@ -60,22 +60,25 @@ def test_the_ingress_that_is_asked_for_is_taken(ingress):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("owner", "name", "value"),
     [
-        pytest.param("cygrpc", None, id="the module is gone"),
-        pytest.param("_loop_thread", lambda state: None, id="the loop thread is not found"),
-        pytest.param("_Call._on_close", _raise, id="the close event has changed"),
-        pytest.param("_Call._on_sent", _raise, id="the status event has changed"),
-        pytest.param("_FAR_FUTURE_S", math.inf, id="no deadline looks otherwise"),
-        pytest.param("_server", type("Changed", (), {"_ServerStage": None}), id="a name is gone"),
+        pytest.param(self_check, "cygrpc", None, id="the module is gone"),
+        pytest.param(ingress, "loop_thread", lambda state: None, id="the loop thread is not found"),
+        pytest.param(ingress._Call, "_on_close", _raise, id="the close event has changed"),
+        pytest.param(ingress._Call, "_on_sent", _raise, id="the status event has changed"),
+        pytest.param(ingress, "FAR_FUTURE_S", math.inf, id="no deadline looks otherwise"),
+        pytest.param(
+            core, "_server", type("Changed", (), {"_ServerStage": None}), id="a name is gone"
+        ),
+        pytest.param(streams._Stream, "_on_message", _raise, id="a stream's message has changed"),
+        pytest.param(streams._Stream, "_on_close", lambda *_: (None, ()), id="no stream ends"),
     ],
 )
-def test_a_grpcio_with_other_privates_is_served_on_threads_and_logged(monkeypatch, name, value):
-    owner, _, attribute = name.rpartition(".")
-    monkeypatch.setattr(
-        getattr(completion_queue, owner) if owner else completion_queue, attribute, value
-    )
-    monkeypatch.setattr(completion_queue, "_SELF_CHECK_S", 0.5)
+def test_a_grpcio_with_other_privates_is_served_on_threads_and_logged(
+    monkeypatch, owner, name, value
+):
+    monkeypatch.setattr(owner, name, value)
+    monkeypatch.setattr(self_check, "_SELF_CHECK_S", 0.5)
     with structlog.testing.capture_logs() as log:
         made = server("completion-queue")
     monkeypatch.undo()

@@ -1,0 +1,1 @@
+"""Hot calls and streams straight from grpcio's completion queue; all that touches its privates."""
