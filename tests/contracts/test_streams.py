@@ -1,6 +1,7 @@
 """What a hot stream can rely on, whichever ingress carries it."""
 
 import queue
+import sys
 import threading
 import time
 from concurrent import futures
@@ -234,6 +235,24 @@ def test_many_streams_are_open_at_once_and_unary_calls_go_on(port):
     finally:
         for talk in talks:
             talk.close()
+    nothing_is_left(port)
+
+
+def test_one_stream_too_many_is_refused_and_there_is_room_again_when_one_ends(port, monkeypatch):
+    module = sys.modules[type(port.ingress._streams).__module__]
+    monkeypatch.setattr(module, "STREAMS_MAX", 3)
+    talks = [Talk(port) for _ in range(3)]
+    until(lambda: port.ingress.open_streams == 3)
+
+    with pytest.raises(grpc.RpcError) as refused:
+        next(port.stream(iter([b"x"]), timeout=20))
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    talks[0].close()
+    until(lambda: port.ingress.open_streams == 2)
+
+    assert list(port.stream(iter([b"x"]), timeout=20)) == [b"echo:x"]
+    for talk in talks:
+        talk.close()
     nothing_is_left(port)
 
 

@@ -240,6 +240,20 @@ def test_the_streams_deadline_is_that_of_each_message(gateway, stub):
     assert numbers.requests == requests
 
 
+def test_a_message_may_have_less_time_than_its_stream(stub):
+    hurried = infer_request(1, "patient", "hurried")
+    hurried.parameters["timeout"].int64_param = 100_000
+    asked = [hurried, infer_request(2, "scores", "other")]
+
+    answers = {
+        answer.infer_response.id: answer
+        for answer in stub.ModelStreamInfer(iter(asked), timeout=WAIT_S)
+    }
+
+    assert "deadline passed" in answers["hurried"].error_message
+    assert value(answers["other"]) == [8]
+
+
 def test_two_hundred_streams_each_get_their_own_answers(gateway, stub):
     asked = {
         i: [infer_request(1_000 * i + j, request_id=f"{i}/{j}") for j in range(5)]
@@ -357,7 +371,7 @@ def test_open_streams_are_a_metric(gateway, stub):
 
 
 def test_a_reader_that_does_not_read_slows_nobody_and_costs_little(gateway, stub):
-    rows = 5_000  # of `lines`: 40 kB in; `echo_fp32` returns what it gets
+    count = 5_000
     message = service_pb2.ModelInferRequest(model_name="echo_fp32")
     message.inputs.add(name="x", datatype="FP32", shape=[8, 2])
     message.raw_input_contents.append(np.ones((8, 2), np.float32).tobytes())
@@ -365,7 +379,7 @@ def test_a_reader_that_does_not_read_slows_nobody_and_costs_little(gateway, stub
     asked = [0]
 
     def endless():
-        while asked[0] < rows:
+        while asked[0] < count:
             asked[0] += 1
             yield message
 

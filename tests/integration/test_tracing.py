@@ -181,6 +181,39 @@ def test_members_of_one_batch_share_its_span(collector, serve, channels):
     assert len(runs) < len(members), "the model waits for company"
 
 
+@pytest.mark.parametrize("ingress", ["completion-queue", "threads"])
+def test_each_message_of_a_sampled_stream_is_a_call_under_its_callers_span(
+    collector, serve, channels, ingress
+):
+    channel = channels(serve(ingress=ingress))
+    stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+    predictions = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+    list(stub.ModelStreamInfer(iter([scores()]), timeout=10))  # not asked for
+
+    wanted = [scores(), scores(), scores(model="nobody")]
+    list(stub.ModelStreamInfer(iter(wanted), metadata=TRACEPARENT, timeout=10))
+    asked = prediction_service_pb2.StreamPredictRequest(request=trips())
+    list(predictions.StreamPredict(iter([asked]), metadata=TRACEPARENT, timeout=10))
+
+    def requests(spans):
+        found = [span for span in spans if span.name == "headrace.request"]
+        return found if len(found) >= 4 else None
+
+    found = collector.wait_for(requests)
+    assert {(span.trace_id.hex(), span.parent_span_id.hex()) for span in found} == {(TRACE, SPAN)}
+    assert len({span.span_id for span in found}) == 4
+    methods = [
+        pair.value.string_value
+        for span in found
+        for pair in span.attributes
+        if pair.key == "rpc.method"
+    ]
+    assert sorted(methods) == [
+        "headrace.v1.PredictionService/StreamPredict",
+        *["inference.GRPCInferenceService/ModelStreamInfer"] * 3,
+    ]
+
+
 def test_who_does_not_ask_leaves_no_span(collector, serve, channels):
     stub = service_pb2_grpc.GRPCInferenceServiceStub(channels(serve()))
     unsampled = (("traceparent", f"00-{'1' * 32}-{SPAN}-00"),)

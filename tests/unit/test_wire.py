@@ -10,7 +10,7 @@ from tritonclient.grpc import service_pb2
 
 from headrace.errors import InvalidRequest
 from headrace.v1 import prediction_service_pb2 as pb
-from headrace.wire import delimited, refuse_costly_parse, tag, varint
+from headrace.wire import delimited, first_fields, refuse_costly_parse, tag, varint
 
 
 @given(st.integers(0, 2**63 - 1))
@@ -94,3 +94,31 @@ def test_what_may_cost_the_parser_much_is_refused(message):
 def test_no_message_breaks_the_look_ahead(message, limit):
     with contextlib.suppress(InvalidRequest):
         refuse_costly_parse(message, PATH, limit, "contents")
+
+
+@given(st.text(max_size=300), st.text(max_size=3), st.text(max_size=200), st.binary(max_size=99))
+def test_the_first_fields_are_read_as_a_parser_reads_them(model, version, request_id, raw):
+    message = service_pb2.ModelInferRequest(
+        model_name=model, model_version=version, id=request_id, raw_input_contents=[raw]
+    )
+
+    fields, end = first_fields(message.SerializeToString(), 3)
+
+    assert [field.decode() for field in fields] == [model, version, request_id]
+    message.raw_input_contents.pop()
+    assert end == message.ByteSize()
+
+
+@given(st.binary(max_size=60))
+def test_what_is_no_message_has_some_first_fields_or_none(message):
+    fields, end = first_fields(message, 3)
+
+    assert len(fields) == 3
+    assert all(field in message for field in fields)
+    assert end >= 0
+
+
+def test_fields_that_are_written_later_are_not_among_the_first():
+    later = delimited(tag(4), b"four") + delimited(tag(1), b"one")
+
+    assert first_fields(later, 2) == ([b"", b""], 0)

@@ -18,7 +18,7 @@ from headrace.rpc.stream_message import StreamMessage
 _LOG = structlog.get_logger(__name__)
 
 STREAMS_MAX = 256
-"""Open at once; one more is refused with RESOURCE_EXHAUSTED."""
+"""Open at once, with two threads each; one more is refused with RESOURCE_EXHAUSTED."""
 
 _SPARE_THREADS = 8
 """To refuse with, when all others have a stream."""

@@ -108,6 +108,26 @@ def test_a_call_is_a_child_of_its_callers_span():
     assert trace.span_id != trace.parent_id
 
 
+def test_calls_of_one_stream_are_siblings_under_their_callers_span():
+    sampler = Sampler(Rule(0.0))
+    stream = sampler.sample([("traceparent", SAMPLED), ("tracestate", "a=1")])
+
+    calls = [sampler.another(stream) for _ in range(3)]
+
+    assert {(c.trace_id.hex(), c.parent_id.hex(), c.state) for c in calls} == {(TRACE, SPAN, "a=1")}
+    assert len({call.span_id for call in (stream, *calls)}) == 4
+
+
+def test_calls_of_a_stream_without_a_caller_have_a_trace_each():
+    sampler = Sampler(Rule(1.0))
+    stream = sampler.sample([])
+
+    calls = [sampler.another(stream) for _ in range(3)]
+
+    assert len({call.trace_id for call in (stream, *calls)}) == 4
+    assert {call.parent_id for call in calls} == {b""}
+
+
 def test_a_broken_context_begins_a_trace_of_its_own():
     trace = Sampler(Rule(1.0)).sample([("traceparent", "00-nonsense"), ("tracestate", "a=1")])
     assert (trace.parent_id, trace.state) == (b"", "")

@@ -24,7 +24,7 @@ from headrace.rpc.stream_message import StreamMessage
 _LOG = structlog.get_logger(__name__)
 
 STREAMS_MAX = 4_096
-"""Open at once; one more is refused with RESOURCE_EXHAUSTED. An idle one costs about 10 KiB."""
+"""Open at once; one more is refused with RESOURCE_EXHAUSTED. An idle one costs 20 KiB."""
 
 _OK = Status(grpc.StatusCode.OK, "")
 _INTERNAL = Status(grpc.StatusCode.INTERNAL, "internal error")
