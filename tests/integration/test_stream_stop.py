@@ -129,7 +129,7 @@ def test_a_stop_is_prompt_and_answers_every_message_that_was_taken(model_reposit
         codes = [idler.code() for idler in idlers] + [talker.join() for talker in talkers]
 
     numbers = gateway.metrics.model("scores", "1")
-    assert took_s < 3
+    assert took_s < 5
     assert set(codes) == {grpc.StatusCode.UNAVAILABLE}
     assert sum(talker.answers for talker in talkers) + len(idlers) == numbers.requests
     assert numbers.requests_failed == 0
