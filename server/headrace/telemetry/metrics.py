@@ -75,8 +75,26 @@ METRICS: dict[str, str] = {
     "queue, or lost because their file could not be written.",
     "headrace_skew_log_queue_bytes": "Bytes of sampled rows that wait for their file.",
     "headrace_skew_log_files_deleted_total": "Files of the skew log deleted to make room.",
+    "headrace_workers": "Worker processes that there should be; only where there are several.",
+    "headrace_workers_ready": "Worker processes that are ready.",
+    "headrace_worker_restarts_total": "Worker processes that ended and were replaced, by worker.",
 }
 """Name and help of every metric; durations in seconds. `docs/operations.md` lists the same."""
+
+GAUGES: dict[str, str] = {
+    "headrace_queue_requests": "sum",
+    "headrace_feature_queue_requests": "sum",
+    "headrace_feature_store_readable": "min",
+    "headrace_feature_store_held_off": "max",
+    "headrace_registry_readable": "min",
+    "headrace_rpc_open_calls": "sum",
+    "headrace_stream_queue_bytes": "sum",
+    "headrace_stream_connected": "min",
+    "headrace_skew_log_queue_bytes": "sum",
+    "headrace_workers": "sum",
+    "headrace_workers_ready": "sum",
+}
+"""How the gauges of several workers become one: the worst of what is or is not, or the sum."""
 
 
 class Histogram:
