@@ -1,17 +1,31 @@
 """What this process may use: cores, and GPUs where the ONNX Runtime for them is installed."""
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from headrace.workers.policy import visible_devices
+from headrace.workers.policy import quota_cores, visible_devices
 
 
-def core_count() -> int:
-    """Return how many cores this process may run on."""
-    return len(os.sched_getaffinity(0))
+def core_count(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """
+    Return how many cores this process may use: its affinity, or its container's share of time.
+
+    Source: Linux, "Control Group v2", `cpu.max`; "CFS Bandwidth Control" for version 1.
+    """
+    cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError):
+        return quota_cores((cgroups / "cpu.max").read_text(), cores)
+    with contextlib.suppress(OSError):
+        quota, period = (
+            (cgroups / "cpu" / f"cpu.cfs_{name}_us").read_text().strip()
+            for name in ("quota", "period")
+        )
+        return quota_cores(f"{quota} {period}", cores)
+    return cores
 
 
 def gpu_devices(

@@ -1,15 +1,15 @@
 """Numbers of several workers as one page.
 
-Counters and histograms are summed, gauges combined as `telemetry.metrics.GAUGES` says. What a
+Counters and histograms are summed, gauges combined as `telemetry.instruments.GAUGES` says. What a
 worker had counted stays when it has ended and another counts from zero, so that no sum falls.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from prometheus_client.core import Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from headrace.telemetry.metrics import GAUGES
+from headrace.telemetry.instruments import GAUGES, METRICS
 
 Page = list[list[Any]]
 """Families as JSON has them: [name, type, help, [[sample, {label: value}, number], …]]."""
@@ -34,6 +34,25 @@ def page_of(families: Iterable[Metric]) -> Page:
             [[sample.name, sample.labels, sample.value] for sample in family.samples],
         ]
         for family in families
+    ]
+
+
+def supervisor_families(ready: int, restarts: Mapping[int, int]) -> list[Metric]:
+    """
+    Return the supervisor's own numbers.
+
+    Args:
+        ready: How many workers are.
+        restarts: By worker, all that there should be.
+    """
+    name = "headrace_worker_restarts_total"
+    replaced = CounterMetricFamily(name.removesuffix("_total"), METRICS[name], labels=["worker"])
+    for worker, times in restarts.items():
+        replaced.add_metric([str(worker)], times)
+    gauges = {"headrace_workers": len(restarts), "headrace_workers_ready": ready}
+    return [
+        *(GaugeMetricFamily(name, METRICS[name], value=value) for name, value in gauges.items()),
+        replaced,
     ]
 
 

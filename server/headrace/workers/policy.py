@@ -31,6 +31,21 @@ def plan_workers(asked: int | None, *, cores: int, devices: Sequence[str]) -> li
     return [devices[number % len(devices)] for number in range(count)]
 
 
+def quota_cores(limit: str, cores: int) -> int:
+    """
+    Return how many cores a share of CPU time is worth, rounded up; at most `cores`.
+
+    Args:
+        limit: Quota and period in microseconds, as cgroups write them; no number, or one under 0,
+            is no limit.
+        cores: That there are.
+    """
+    quota, _, period = limit.strip().partition(" ")
+    if not quota.isdecimal() or not period.isdecimal() or not int(period):
+        return cores
+    return max(1, min(cores, -(-int(quota) // int(period))))
+
+
 def visible_devices(variable: str | None, present: int) -> list[str]:
     """
     Return the GPUs that a process may use, as CUDA_VISIBLE_DEVICES names them.

@@ -20,7 +20,7 @@ from types import FrameType
 
 import structlog
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
@@ -28,9 +28,8 @@ from headrace.errors import StartupError
 from headrace.ports import hold_port
 from headrace.settings import ServeSettings, join_address, split_address
 from headrace.telemetry.http import HttpEndpoint
-from headrace.telemetry.metrics import METRICS
 from headrace.workers.channel import Message
-from headrace.workers.numbers import Ledger
+from headrace.workers.numbers import Ledger, supervisor_families
 from headrace.workers.policy import STEADY_S, WorkerState, readiness, restart_delay_s
 from headrace.workers.process import WorkerProcess, describe_exit
 
@@ -512,21 +511,12 @@ class Supervisor:
         question.answer.result(2 * NUMBERS_TIMEOUT_S)
         return question.result
 
-    def own_numbers(self) -> Iterable[Metric]:
+    def own_numbers(self) -> list[Metric]:
         """Return what the supervisor counts itself."""
-        places = self._places
-        for name, value in (
-            ("headrace_workers", len(places)),
-            ("headrace_workers_ready", sum(place.state.is_ready for place in places)),
-        ):
-            yield GaugeMetricFamily(name, METRICS[name], value=value)
-        name = "headrace_worker_restarts_total"
-        restarts = CounterMetricFamily(
-            name.removesuffix("_total"), METRICS[name], labels=["worker"]
+        return supervisor_families(
+            sum(place.state.is_ready for place in self._places),
+            {place.number: place.restarts for place in self._places},
         )
-        for place in places:
-            restarts.add_metric([str(place.number)], place.restarts)
-        yield restarts
 
     def _page_of_each(self) -> tuple[str, bytes]:
         registry = CollectorRegistry()
