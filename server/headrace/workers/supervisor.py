@@ -10,11 +10,9 @@ import selectors
 import signal
 import socket
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from itertools import count
 from queue import Empty, SimpleQueue
 from types import FrameType
 
@@ -28,15 +26,14 @@ from headrace.errors import StartupError
 from headrace.ports import hold_port
 from headrace.settings import ServeSettings, join_address, split_address
 from headrace.telemetry.http import HttpEndpoint
+from headrace.workers.changes import Changes, Failure
 from headrace.workers.channel import Message
 from headrace.workers.numbers import Ledger, supervisor_families
 from headrace.workers.policy import STEADY_S, WorkerState, readiness, restart_delay_s
 from headrace.workers.process import WorkerProcess, describe_exit
+from headrace.workers.questions import TIMEOUT_S, Make, Questions
 
 _LOG = structlog.get_logger(__name__)
-
-NUMBERS_TIMEOUT_S = 1.0
-"""A worker that does not answer in that time is on the page with what it had counted before."""
 
 LOOK_PERIOD_S = 5.0
 UNANSWERED_MAX = 12
@@ -47,9 +44,6 @@ EXIT_TIMEOUT_S = 2.0
 
 STOP_MARGIN_S = 20.0
 """How much longer than drain delay and timeout together a worker may take to stop."""
-
-CHANGE_MARGIN_S = 2.0
-"""Likewise for a change: the worker itself says first that it takes longer."""
 
 _IDLE_S = 0.5
 """How often processes are looked at though nothing has come."""
@@ -77,35 +71,6 @@ class _Place:
     last_told: str = ""
 
 
-@dataclass(slots=True)
-class _Question:
-    """Somebody waits for numbers."""
-
-    id: int
-    deadline_s: float
-    waiting: set[int]
-    present: set[int]
-    answer: Future[None]
-    make: Callable[[Iterable[int]], list[Metric]]
-    result: list[Metric] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _Change:
-    """A worker's caller wants a model loaded or unloaded everywhere."""
-
-    asker: WorkerProcess
-    asked_id: int
-    what: str
-    model: str
-    timeout_s: float
-    id: int = 0
-    deadline_s: float = 0.0
-    waiting: set[int] = field(default_factory=set)
-    failures: dict[int, dict[str, str]] = field(default_factory=dict)
-    succeeded: int = 0
-
-
 class Supervisor:
     """
     Several workers on one port.
@@ -127,12 +92,8 @@ class Supervisor:
         self.grpc_address = join_address(host, self._port.getsockname()[1])
         self._settings = settings.model_copy(update={"grpc_address": self.grpc_address})
         self._places = [_Place(number, device) for number, device in enumerate(devices, 1)]
-        self._ledger = Ledger(len(devices))
-        self._loaded: set[str] = set()
-        self._ids = count(1)
-        self._questions: dict[int, _Question] = {}
-        self._changes: deque[_Change] = deque()
-        self._change: _Change | None = None
+        self._questions = Questions(Ledger(len(devices)), self._serving, self._send_to)
+        self._changes = Changes(self._running, self._send_to)
         self._look_at_s = time.monotonic() + LOOK_PERIOD_S
         self._is_complete = False
         self._is_asked = self._is_stopping = False
@@ -238,16 +199,16 @@ class Supervisor:
         if any(place.closed_s is not None for place in self._places):
             return _CLOSING_S
         now_s = time.monotonic()
-        dues = [question.deadline_s for question in self._questions.values()]
+        dues = [self._questions.due_s, self._changes.due_s]
         dues += [place.start_at_s for place in self._places if place.process is None]
-        return min([_IDLE_S, *(max(0.001, due_s - now_s) for due_s in dues)])
+        return min([_IDLE_S, *(max(0.001, due_s - now_s) for due_s in dues if due_s is not None)])
 
     def _start(self, place: _Place) -> None:
         start = {
             "type": "start",
             "worker": place.number,
             "settings": self._settings.model_dump(mode="json"),
-            "loaded": sorted(self._loaded),
+            "loaded": sorted(self._changes.loaded),
         }
         try:
             place.process = WorkerProcess(place.number, place.device, start)
@@ -259,8 +220,7 @@ class Supervisor:
         place.closed_s = None
         self._selector.register(place.process.channel, selectors.EVENT_READ, place)
         self._mind_writing(place)
-        if self._change is not None:  # it has not begun with that
-            self._send_change(place, self._change)
+        self._changes.started(place.number)
 
     def _serve_channel(self, place: _Place, events: int) -> None:
         process = place.process
@@ -287,6 +247,15 @@ class Supervisor:
                 events |= selectors.EVENT_WRITE
             self._selector.modify(process.channel, events, place)
 
+    def _running(self) -> list[int]:
+        return [place.number for place in self._places if place.process is not None]
+
+    def _serving(self) -> list[int]:
+        return [place.number for place in self._places if place.state.is_started]
+
+    def _send_to(self, worker: int, message: Message) -> None:
+        self._send(self._places[worker - 1], message)
+
     def _send(self, place: _Place, message: Message) -> None:
         if place.process is not None and place.closed_s is None:
             place.process.send(message)
@@ -307,24 +276,21 @@ class Supervisor:
             case "state":
                 self._take_state(place, message)
             case "numbers":
-                self._ledger.report(place.number, message["families"])
-                question = self._questions.get(message["id"])
-                if question is not None:
-                    question.present.add(place.number)
-                    self._answered(question, place.number)
+                self._questions.answered(place.number, message)
             case "ask":
-                self._changes.append(
-                    _Change(
-                        asker=process,
-                        asked_id=message["id"],
-                        what=message["what"],
-                        model=message["model"],
-                        timeout_s=message["timeout_s"],
-                    )
+                self._changes.ask(
+                    message,
+                    time.monotonic(),
+                    lambda failure: self._answer(place, process, message["id"], failure),
                 )
-                self._next_change()
             case "done":
-                self._changed(message["id"], place.number, message["failure"])
+                self._changes.done(place.number, message, time.monotonic())
+
+    def _answer(
+        self, place: _Place, asker: WorkerProcess, number: int, failure: Failure | None
+    ) -> None:
+        if place.process is asker:  # else it has died, and whoever asked with it
+            self._send(place, {"type": "changed", "id": number, "failure": failure})
 
     def _take_state(self, place: _Place, message: Message) -> None:
         is_ready = bool(message["ready"])
@@ -378,13 +344,8 @@ class Supervisor:
         was_steady = process.is_started and now_s - place.started_s >= STEADY_S
         place.process, place.closed_s = None, None
         place.state = replace(place.state, is_started=False, is_ready=False, notes=())
-        self._ledger.ended(place.number)
-        for question in list(self._questions.values()):
-            self._answered(question, place.number)
-        if self._change is not None and place.number in self._change.waiting:
-            self._change.waiting.discard(place.number)
-            if not self._change.waiting:
-                self._finish_change()
+        self._questions.ended(place.number)
+        self._changes.ended(place.number, now_s)
         if self._is_stopping:
             self._was_cut_off |= code != EXIT_OK
             return
@@ -421,13 +382,8 @@ class Supervisor:
             self._send(place, {"type": "drain"})
 
     def _end_overdue(self, now_s: float) -> None:
-        for question in list(self._questions.values()):
-            if now_s >= question.deadline_s:
-                self._answer(question)
-        if self._change is not None and now_s >= self._change.deadline_s:
-            for number in self._change.waiting:
-                self._change.failures[number] = {"kind": "timeout", "text": ""}
-            self._finish_change()
+        self._questions.overdue(now_s)
+        self._changes.overdue(now_s)
         if self._is_stopping and now_s >= self._stop_by_s:
             for place in self._places:
                 if place.process is not None:
@@ -435,81 +391,21 @@ class Supervisor:
                     place.process.kill()
             self._stop_by_s = now_s + STOP_MARGIN_S
 
-    # What callers of one worker want of all of them
-
-    def _next_change(self) -> None:
-        """Begin the next change, if none is under way: all workers see them in one order."""
-        while self._change is None and self._changes:
-            change = self._change = self._changes.popleft()
-            change.id = next(self._ids)
-            change.deadline_s = time.monotonic() + change.timeout_s + CHANGE_MARGIN_S
-            # One that is starting carries it out before it says that it has: then it serves all.
-            for place in self._places:
-                if place.process is not None:
-                    self._send_change(place, change)
-            if not change.waiting:
-                self._finish_change()
-
-    def _send_change(self, place: _Place, change: _Change) -> None:
-        change.waiting.add(place.number)
-        message = {"type": "change", "id": change.id, "what": change.what, "model": change.model}
-        self._send(place, {**message, "timeout_s": change.timeout_s})
-
-    def _changed(self, change_id: int, worker: int, failure: dict[str, str] | None) -> None:
-        change = self._change
-        if change is None or change.id != change_id or worker not in change.waiting:
-            return
-        change.waiting.discard(worker)
-        if failure is None:
-            change.succeeded += 1
-        else:
-            change.failures[worker] = failure
-        if not change.waiting:
-            self._finish_change()
-
-    def _finish_change(self) -> None:
-        change, self._change = self._change, None
-        assert change is not None
-        if change.succeeded:  # a worker that comes later begins with it
-            (self._loaded.add if change.what == "load" else self._loaded.discard)(change.model)
-        failure = None
-        if change.failures:
-            failure = change.failures[min(change.failures)]
-            _LOG.warning(
-                "change_failed",
-                change=change.what,
-                model=change.model,
-                workers=sorted(change.failures),
-            )
-        for place in self._places:
-            if place.process is change.asker:
-                answer = {"type": "changed", "id": change.asked_id, "failure": failure}
-                self._send(place, answer)
-        self._next_change()
-
     # Numbers
 
-    def numbers(self, make: Callable[[Ledger, Iterable[int]], list[Metric]]) -> list[Metric]:
+    def numbers(self, make: Make) -> list[Metric]:
         """
         Ask all workers for their numbers. Not for the main thread.
 
         Args:
-            make: Makes the page, of the ledger and the workers that answered in time.
+            make: Makes the page of what they say.
 
         Raises:
             TimeoutError: the main thread is not there any more.
         """
-        question = _Question(
-            id=next(self._ids),
-            deadline_s=time.monotonic() + NUMBERS_TIMEOUT_S,
-            waiting=set(),
-            present=set(),
-            answer=Future(),
-            make=lambda present: make(self._ledger, present),
-        )
-        self._post(lambda: self._ask_all(question))
-        question.answer.result(2 * NUMBERS_TIMEOUT_S)
-        return question.result
+        answer: Future[list[Metric]] = Future()
+        self._post(lambda: self._questions.ask(make, answer, time.monotonic()))
+        return answer.result(2 * TIMEOUT_S)
 
     def own_numbers(self) -> list[Metric]:
         """Return what the supervisor counts itself."""
@@ -522,31 +418,6 @@ class Supervisor:
         registry = CollectorRegistry()
         registry.register(_OneByOne(self))
         return CONTENT_TYPE_LATEST, generate_latest(registry)
-
-    def _ask_all(self, question: _Question) -> None:
-        self._questions[question.id] = question
-        for place in self._places:
-            if place.process is not None and place.state.is_started and place.closed_s is None:
-                question.waiting.add(place.number)
-        for place in self._places:
-            if place.number in question.waiting:
-                self._send(place, {"type": "numbers", "id": question.id})
-        if not question.waiting:
-            self._answer(question)
-
-    def _answered(self, question: _Question, worker: int) -> None:
-        question.waiting.discard(worker)
-        if not question.waiting and question.id in self._questions:
-            self._answer(question)
-
-    def _answer(self, question: _Question) -> None:
-        del self._questions[question.id]
-        try:
-            question.result = question.make(sorted(question.present))
-        except Exception as error:  # noqa: BLE001 the workers go on
-            question.answer.set_exception(error)
-        else:
-            question.answer.set_result(None)
 
     def _do_posts(self) -> None:
         while True:
