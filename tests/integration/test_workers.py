@@ -19,6 +19,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.grpc import service_pb2, service_pb2_grpc
+from worker_processes import is_there, workers_of
 
 from headrace.telemetry.instruments import GAUGES
 
@@ -81,22 +82,6 @@ class Supervised:
         self.process.stdout.close()
         self.process.stderr.close()
         until(lambda: not any(is_there(pid) for pid in pids), "workers are left behind")
-
-
-def workers_of(process):
-    pids = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[1]) == process.pid and fields[0] != "Z":
-                pids.append(int(stat.parent.name))
-    return sorted(pids)
-
-
-def is_there(pid):
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
 
 
 def until(holds, what, limit_s=30.0):
@@ -238,16 +223,20 @@ def test_it_says_once_that_it_serves_when_all_workers_do(pair):
     assert sorted(line.get("worker", 0) for line in started) == [0, 1, 2]
 
 
-def test_connections_to_the_one_port_reach_every_worker(pair):
-    before = pair.answered_by()
+def test_connections_reach_every_worker_and_no_two_predictions_share_an_id(pair):
+    before, ids = pair.answered_by(), []
 
     def both_have_answered():
         with channel(pair.address) as one:
-            stub_of(one).ModelInfer(row(), timeout=10, wait_for_ready=True)
+            reply = stub_of(one).ModelInfer(row(), timeout=10, wait_for_ready=True)
+            ids.append(reply.parameters["prediction_id"].string_param)
         after = pair.answered_by()
         return all(after[worker] > before[worker] for worker in after)
 
     until(both_have_answered, "one worker got every connection")
+
+    assert all(ids)
+    assert len(set(ids)) == len(ids)
 
 
 def test_one_page_adds_up_the_numbers_of_all_workers(pair):

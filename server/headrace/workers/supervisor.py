@@ -346,14 +346,16 @@ class Supervisor:
         place.state = replace(place.state, is_started=False, is_ready=False, notes=())
         self._questions.ended(place.number)
         self._changes.ended(place.number, now_s)
-        if self._is_stopping:
-            self._was_cut_off |= code != EXIT_OK
+        if self._is_asked:
+            # One that had accepted nothing may end as it likes: service managers signal all of us.
+            self._was_cut_off |= process.is_started and code != EXIT_OK
             return
         reason = process.cannot_start or describe_exit(code)
         if not self._is_complete:
             if process.cannot_start is not None:
                 raise StartupError(process.cannot_start)
-            _LOG.critical("worker_died_at_start", worker=place.number, reason=reason)
+            if not self._was_cut_off:  # one is enough to know
+                _LOG.critical("worker_died_at_start", worker=place.number, reason=reason)
             self._was_cut_off = True
             return
         place.deaths = 1 if was_steady else place.deaths + 1
