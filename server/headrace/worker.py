@@ -28,13 +28,16 @@ def run_worker(channel_fd: int) -> int:
 
     Returns:
         The exit code: 0 stopped as asked, 1 failed while running, 2 could not start.
+
+    Raises:
+        StartupError: the channel is none.
     """
-    channel = socket.socket(fileno=channel_fd)
-    channel.set_inheritable(False)
-    link = SupervisorLink(channel)
     try:
+        channel = socket.socket(fileno=channel_fd)
+        channel.set_inheritable(False)
+        link = SupervisorLink(channel)
         start = link.receive_start()
-    except ChannelBrokenError as error:
+    except (ChannelBrokenError, OSError) as error:
         raise StartupError(f"a worker is started by `headrace serve` only: {error}") from None
     settings = load(ServeSettings, start["settings"])
     set_up_logs(settings.log_level, worker=start["worker"])
