@@ -1,8 +1,12 @@
 """What tests of all kinds share: whether there is a GPU."""
 
 import ctypes
+import os
 
 import pytest
+
+# Servers that tests start are one process unless the test says otherwise, whatever machine it is.
+os.environ["HEADRACE_WORKERS"] = "1"
 
 
 @pytest.fixture(scope="session")

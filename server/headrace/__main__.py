@@ -23,6 +23,8 @@ import headrace  # noqa: E402
 from headrace.errors import StartupError  # noqa: E402
 from headrace.settings import MonitorSettings, ServeSettings, Settings, load  # noqa: E402
 from headrace.telemetry.logs import set_up_logs  # noqa: E402
+from headrace.workers.devices import core_count, gpu_devices  # noqa: E402
+from headrace.workers.policy import plan_workers  # noqa: E402
 
 EXIT_OK, EXIT_FAILED, EXIT_CANNOT_START = 0, 1, 2
 
@@ -50,12 +52,10 @@ def _serve(options: dict[str, Any]) -> int:
     config = options.pop("config")
     settings = load(ServeSettings, _given(options), config)
     set_up_logs(settings.log_level)
-    if _GRPC_CAME_FIRST or "-event_engine_listener" not in os.environ["GRPC_EXPERIMENTS"]:
-        structlog.get_logger().warning(
-            "grpc_experiment_missing",
-            effect="GRPC_EXPERIMENTS lacks -event_engine_listener, or came after the import of "
-            "grpc: slower, nothing else",
-        )
+    _warn_of_the_slower_engine()
+    devices = plan_workers(settings.workers, cores=core_count(), devices=gpu_devices())
+    if len(devices) > 1:
+        return _supervise(settings, devices)
     from headrace.app import open_gateway  # noqa: PLC0415 after the settings: it takes seconds
 
     gateway = open_gateway(settings)
@@ -66,6 +66,32 @@ def _serve(options: dict[str, Any]) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def _supervise(settings: ServeSettings, devices: Sequence[str | None]) -> int:
+    from headrace.workers.supervisor import Supervisor  # noqa: PLC0415 only for several workers
+
+    supervisor = Supervisor(settings, devices)
+    return supervisor.run(
+        on_ready=lambda: _say_serving(
+            supervisor.grpc_address, supervisor.http_address, workers=len(devices)
+        )
+    )
+
+
+def _serve_worker(options: dict[str, Any]) -> int:
+    from headrace.worker import run_worker  # noqa: PLC0415 it takes seconds
+
+    return run_worker(options["channel"])
+
+
+def _warn_of_the_slower_engine() -> None:
+    if _GRPC_CAME_FIRST or "-event_engine_listener" not in os.environ["GRPC_EXPERIMENTS"]:
+        structlog.get_logger().warning(
+            "grpc_experiment_missing",
+            effect="GRPC_EXPERIMENTS lacks -event_engine_listener, or came after the import of "
+            "grpc: slower, nothing else",
+        )
 
 
 def _monitor(options: dict[str, Any]) -> int:
@@ -82,12 +108,14 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _say_serving(grpc_address: str, http_address: str) -> None:
+def _say_serving(grpc_address: str, http_address: str, **more: int) -> None:
     """Write the one line that whoever started the server waits for."""
+    fields = {"grpc_address": grpc_address, "http_address": http_address, **more}
     if sys.stdout.isatty():
-        print(f"serving  grpc_address={grpc_address}  http_address={http_address}", flush=True)
+        print(
+            "serving", *(f"{name}={value}" for name, value in fields.items()), sep="  ", flush=True
+        )
     else:
-        fields = {"grpc_address": grpc_address, "http_address": http_address}
         print(json.dumps({"event": "serving", **fields}), flush=True)
 
 
@@ -193,6 +221,7 @@ _FEATURE_ACTIONS = {
 
 _COMMANDS = {
     "serve": _serve,
+    "serve-worker": _serve_worker,
     "monitor": _monitor,
     "predict": _predict,
     "models": _models,
@@ -210,6 +239,8 @@ def _parser() -> argparse.ArgumentParser:
         "serve", help="serve the models of a repository over gRPC", description=_serve.__doc__
     )
     _add_settings(serve, ServeSettings)
+    worker = commands.add_parser("serve-worker")  # `serve` runs it: no help, no place in the list
+    worker.add_argument("channel", type=int)
     monitor = commands.add_parser(
         "monitor",
         help="watch what gateways predict for drift",

@@ -4,7 +4,8 @@ import gc
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -21,8 +22,10 @@ from headrace.features.skew_log import SkewLog
 from headrace.features.store import OnlineStore
 from headrace.loading import VersionLoader
 from headrace.monitoring.stream import PredictionStream
+from headrace.ports import refuse_taken_port
 from headrace.repository.manager import RepositoryManager
-from headrace.rpc.server import GrpcServer, refuse_taken_port
+from headrace.rpc.oip import Repository
+from headrace.rpc.server import GrpcServer
 from headrace.settings import ServeSettings, join_address, split_address
 from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.feature_metrics import (
@@ -57,6 +60,23 @@ WATCH_PERIOD_S = 1.0
 """How often the threads that carry requests, and the feature store, are looked at."""
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerPlace:
+    """
+    What makes a process one of several: it shares the gRPC port, and has no HTTP port.
+
+    Args:
+        number: From 1.
+        loaded: Models that callers have had loaded before it came (`explicit` only).
+        shared: Makes the repository that callers reach, of the control mode: what they change is
+            changed everywhere.
+    """
+
+    number: int
+    loaded: Collection[str]
+    shared: Callable[[str], Repository]
+
+
 class Gateway:
     """
     One serving process.
@@ -66,20 +86,23 @@ class Gateway:
 
     Args:
         settings: Fixed for its life.
+        place: Among several processes; None for one on its own.
 
     Raises:
         StartupError: a port, the model repository or the feature repository is unusable.
     """
 
-    def __init__(self, settings: ServeSettings) -> None:
+    def __init__(self, settings: ServeSettings, place: WorkerPlace | None = None) -> None:
         self._settings = settings
         self._stopping = threading.Event()
+        self._hurry = threading.Event()
         refuse_two_builds()
-        for flag, address in (
-            ("--grpc-address", settings.grpc_address),
-            ("--http-address", settings.http_address),
-        ):  # before minutes of loading
-            refuse_taken_port(flag, *split_address(address))
+        if place is None:
+            for flag, address in (
+                ("--grpc-address", settings.grpc_address),
+                ("--http-address", settings.http_address),
+            ):  # before minutes of loading
+                refuse_taken_port(flag, *split_address(address))
         self.metrics = Metrics()
         self._feature_repo: FeatureRepo | None = None
         self._store: OnlineStore | None = None
@@ -103,7 +126,7 @@ class Gateway:
             )
             self.metrics.stream = self._stream
         record = None if self._stream is None else self._stream.put
-        self.calls = _call_recorder(self.metrics)
+        self.calls = _call_recorder(self.metrics, None if place is None else place.number)
         self._plans: FeaturePlans | None = None
         self._registry: RegistryWatch | None = None
         if self._feature_repo is not None and self._store is not None:
@@ -145,6 +168,7 @@ class Gateway:
             publish=self._publish,
             on_load=self.metrics.model_load,
             mode=settings.model_control_mode,
+            wanted=() if place is None else place.loaded,
             settle_s=settings.settle_s,
             poll_s=settings.repository_poll_s,
             retire_timeout_s=settings.drain_timeout_s,
@@ -157,20 +181,24 @@ class Gateway:
             port=port,
             ingress=settings.ingress,
             catalog=lambda: self._catalog,
-            repository=self.repository,
+            repository=self.repository if place is None else place.shared(self.repository.mode),
             is_ready=self.is_ready,
             features=self._feature_services(),
             metrics=self.metrics,
             calls=self.calls,
             max_message_bytes=settings.max_message_bytes,
             with_reflection=settings.reflection,
-        )
-        http_host, http_port = split_address(settings.http_address)
-        self.http = HttpEndpoint(
-            http_host, http_port, self.is_ready, self.metrics, notes=self._readiness_notes
+            shares_port=place is not None,
         )
         self.grpc_address = join_address(host, self.grpc.port)
-        self.http_address = join_address(http_host, self.http.port)
+        self.http: HttpEndpoint | None = None
+        self.http_address = ""
+        if place is None:
+            http_host, http_port = split_address(settings.http_address)
+            self.http = HttpEndpoint(
+                http_host, http_port, self.is_ready, self.metrics, notes=self.readiness_notes
+            )
+            self.http_address = join_address(http_host, self.http.port)
         self._feature_watch = threading.Thread(
             target=self._watch_features, name="feature-store-watch", daemon=True
         )
@@ -196,7 +224,8 @@ class Gateway:
         if self._reads is not None:
             self._reads.start()
         self.grpc.start()
-        self.http.start()
+        if self.http is not None:
+            self.http.start()
         self._is_started = True
         self._feature_watch.start()
         if self._registry is not None:
@@ -215,22 +244,25 @@ class Gateway:
             models=sorted({served.name for served in self._catalog.served()}),
         )
 
-    def run(self, on_ready: Callable[[], None]) -> int:
+    def run(self, on_ready: Callable[[], None], asked: threading.Event | None = None) -> int:
         """
         Start, serve until SIGTERM or SIGINT, and stop; a second signal ends the process at once.
 
         Args:
             on_ready: Called once, when requests are served.
+            asked: Set when it shall stop, by others than signals too.
 
         Returns:
             The exit code: 0 stopped as asked, 1 failed while running.
         """
-        asked = threading.Event()
+        asked = threading.Event() if asked is None else asked
+        has_signal = threading.Event()
 
         def on_signal(number: int, _frame: FrameType | None) -> None:
-            if asked.is_set():
+            if has_signal.is_set():
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
+            has_signal.set()
             asked.set()
 
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -252,8 +284,12 @@ class Gateway:
         _LOG.info("draining_started", drain_delay_s=delay_s)
         self._stopping.set()
         self.grpc.leave()
-        time.sleep(delay_s)  # a second signal ends it
+        self._hurry.wait(delay_s)  # a second signal ends it
         return 0 if self.stop() else 1
+
+    def hurry(self) -> None:
+        """Leave out the drain delay, or the rest of it: nobody is told where else to go."""
+        self._hurry.set()
 
     def stop(self) -> bool:
         """
@@ -272,7 +308,8 @@ class Gateway:
         for served in models:
             ended &= served.stop(max(0.0, deadline_s - time.monotonic()))
         unfinished = self.grpc.stop(max(0.0, deadline_s - time.monotonic()))
-        self.http.stop()
+        if self.http is not None:
+            self.http.stop()
         self.repository.stop(max(0.0, deadline_s - time.monotonic()))
         if self._feature_watch.ident is not None:
             self._feature_watch.join(max(0.0, deadline_s - time.monotonic()))
@@ -333,7 +370,7 @@ class Gateway:
         self._plans.swap(repo)
         self.repository.look_soon()
 
-    def _readiness_notes(self) -> list[str]:
+    def readiness_notes(self) -> list[str]:
         """What is not as it should be, and does not keep this server from serving."""
         if self._registry is not None and not self._registry.is_readable:
             return ["the feature registry cannot be read; its last good state is served"]
@@ -352,13 +389,13 @@ class Gateway:
             self.grpc.update_health()
 
 
-def _call_recorder(metrics: Metrics) -> CallRecorder:
+def _call_recorder(metrics: Metrics, worker: int | None) -> CallRecorder:
     """Build what tells of single calls; it traces when OpenTelemetry's environment asks for it."""
     rule = tracing_rule()
     if rule is None:
         calls = CallRecorder(metrics)
     else:
-        calls = CallRecorder(metrics, Sampler(rule), SpanExporter())
+        calls = CallRecorder(metrics, Sampler(rule), SpanExporter(worker))
     metrics.calls = calls
     return calls
 
@@ -388,14 +425,14 @@ def _calm_the_collector() -> None:
     gc.set_threshold(GC_THRESHOLD, 20, 20)
 
 
-def open_gateway(settings: ServeSettings) -> Gateway:
+def open_gateway(settings: ServeSettings, place: WorkerPlace | None = None) -> Gateway:
     """
-    Build a gateway.
+    Build a gateway; see there.
 
     Raises:
         StartupError: with one line that says why.
     """
     try:
-        return Gateway(settings)
+        return Gateway(settings, place)
     except OSError as error:
         raise StartupError(str(error)) from None

@@ -20,8 +20,8 @@ from headrace.monitoring.references import ReferenceFiles
 from headrace.monitoring.report import report
 from headrace.monitoring.state import MonitorState
 from headrace.monitoring.thread import MonitorThread
+from headrace.ports import refuse_taken_port
 from headrace.rpc.monitor import MonitorServer
-from headrace.rpc.server import refuse_taken_port
 from headrace.settings import MonitorSettings, join_address, split_address
 from headrace.telemetry.http import HttpEndpoint
 

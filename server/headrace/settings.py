@@ -66,6 +66,14 @@ class ServeSettings(Settings):
         "127.0.0.1:8501",
         description="host:port for /healthz, /readyz and /metrics, which change nothing.",
     )
+    workers: int | None = Field(
+        None,
+        ge=1,
+        le=256,
+        description="Processes that share the gRPC port, each with models, queues and caches of "
+        "its own. By default one for each core but one, or one for each NVIDIA GPU where "
+        "onnxruntime-gpu is installed.",
+    )
     model_control_mode: Literal["poll", "explicit", "none"] = Field(
         "poll",
         description="What loads and unloads models after the start: changes in the model "

@@ -14,7 +14,7 @@ from headrace import errors
 from headrace.monitoring.metrics import METRICS as MONITOR_METRICS
 from headrace.rpc.status import CODES
 from headrace.settings import MonitorSettings, ServeSettings
-from headrace.telemetry.metrics import METRICS
+from headrace.telemetry.instruments import METRICS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

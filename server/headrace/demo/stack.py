@@ -66,7 +66,8 @@ def serve(root: Path, model_repository: Path, *arguments: str) -> list[str]:
     return [
         *(sys.executable, "-m", "headrace", "serve"),
         *("--model-repository", str(model_repository), "--feature-repo", str(root / "features")),
-        *("--drain-delay-s", "0", "--log-level", "warning", *arguments),
+        # One process whatever the machine has: a demonstration shares it with all the rest.
+        *("--workers", "1", "--drain-delay-s", "0", "--log-level", "warning", *arguments),
     ]
 
 

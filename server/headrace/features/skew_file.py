@@ -6,6 +6,7 @@ and `status.<feature>`; `event_time.<view>`, with the number of the key group be
 one view is read by two keys. The footer's entry `headrace.skew` is a `LoggedPlan` in JSON.
 """
 
+import contextlib
 import os
 import secrets
 import time
@@ -144,29 +145,32 @@ class SkewFolder:
                 file.flush()
                 os.fsync(file.fileno())
                 size = file.tell()
-            self._make_room(size)
+            self._make_room(size, temporary.name)
             temporary.rename(self._path / f"skew-{name}.parquet")
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _make_room(self, size: int) -> None:
+    def _make_room(self, size: int, own_name: str) -> None:
         if size > self._max_bytes:
             raise OSError(f"a file of {size} bytes where the whole log may have {self._max_bytes}")
-        files = []
+        files, total = [], size
         dead_s = time.time() - _TEMPORARY_LIFE_S
         with os.scandir(self._path) as entries:
             for entry in entries:
                 if entry.name.startswith(_TEMPORARY_PREFIX) and entry.name.endswith(".tmp"):
                     if _modified_s(entry) < dead_s:
                         Path(entry.path).unlink(missing_ok=True)
+                    elif entry.name != own_name:  # another process is about to add it
+                        total += _size(entry)
                 elif Path(entry.name).match(FILE_PATTERN):
                     files.append((entry.name, _size(entry)))
-        total = size + sum(one for _, one in files)
+        total += sum(one for _, one in files)
         for name, one in sorted(files):  # names begin with their time
             if total <= self._max_bytes:
                 return
-            (self._path / name).unlink(missing_ok=True)  # another process may have been faster
-            self.files_deleted += 1
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                (self._path / name).unlink()
+                self.files_deleted += 1
             total -= one
 
 

@@ -10,7 +10,7 @@ import contextlib
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from queue import SimpleQueue
@@ -62,6 +62,7 @@ class RepositoryManager(Generic[ServedT]):
         revision: Describes what of a model lies outside its files, as a feature service does; its
             versions are loaded anew when that changes.
         mode: What makes versions come and go.
+        wanted: Models that were asked for before; `explicit` loads them from the start.
         settle_s: As above.
         poll_s: How often to look without being told of a change.
         retire_timeout_s: Longest that an old version may take to finish what waits.
@@ -76,6 +77,7 @@ class RepositoryManager(Generic[ServedT]):
         on_load: Callable[[str, bool], None],
         revision: Callable[[ModelConfig], str] = lambda _config: "",
         mode: ControlMode = "poll",
+        wanted: Collection[str] = (),
         settle_s: float = 1.0,
         poll_s: float = 5.0,
         retire_timeout_s: float = 30.0,
@@ -90,7 +92,7 @@ class RepositoryManager(Generic[ServedT]):
         self._poll_s = poll_s
         self._retire_timeout_s = retire_timeout_s
         self._models: dict[str, Model[ServedT]] = {}
-        self._wanted: set[str] | None = set() if mode == "explicit" else None
+        self._wanted: set[str] | None = set(wanted) if mode == "explicit" else None
         self._commands: SimpleQueue[tuple[Callable[[], None], Future[None]]] = SimpleQueue()
         self._wake = threading.Event()
         self._stopping = threading.Event()

@@ -15,7 +15,7 @@ from headrace.errors import Draining, InvalidRequest, Overloaded, ServingError, 
 from headrace.monitoring.monitor import Monitor
 from headrace.monitoring.records import PredictionRows, from_wire, parse_prediction_id
 from headrace.monitoring.thread import MonitorThread
-from headrace.rpc.server import refuse_taken_port
+from headrace.ports import refuse_taken_port
 from headrace.rpc.status import status_of
 from headrace.settings import join_address
 from headrace.v1 import monitor_service_pb2 as pb

@@ -1,7 +1,5 @@
 """The gRPC port: hot methods on the chosen ingress, everything else on an ordinary server."""
 
-import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -15,6 +13,7 @@ from grpc_reflection.v1alpha import reflection
 
 from headrace.catalog import Catalog
 from headrace.errors import Draining, StartupError
+from headrace.ports import refuse_taken_port
 from headrace.rpc import infer, oip, prediction, stream_infer, stream_predict
 from headrace.rpc.completion_queue import self_check
 from headrace.rpc.completion_queue.ingress import CompletionQueueIngress
@@ -70,6 +69,7 @@ class GrpcServer:
         max_message_bytes: In and out.
         with_reflection: Whether to serve reflection.
         features: The services that read features as they are; None without a feature repository.
+        shares_port: Whether other processes listen on the port too; whoever starts them holds it.
 
     Raises:
         StartupError: the address cannot be listened on.
@@ -89,8 +89,10 @@ class GrpcServer:
         max_message_bytes: int,
         with_reflection: bool,
         features: "FeatureServices | None" = None,
+        shares_port: bool = False,
     ) -> None:
-        refuse_taken_port("--grpc-address", host, port)
+        if not shares_port:
+            refuse_taken_port("--grpc-address", host, port)
         self._catalog = catalog
         self._is_ready = is_ready
         self._refusing_since_s = 0.0
@@ -103,7 +105,7 @@ class GrpcServer:
             maximum_concurrent_rpcs=CALLS_ON_THREADS_MAX if ingress == "threads" else None,
             options=[
                 # grpcio would otherwise share a taken port silently.
-                ("grpc.so_reuseport", 0),
+                ("grpc.so_reuseport", int(shares_port)),
                 ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION_MAX),
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", max_message_bytes),
@@ -207,26 +209,3 @@ def _usable(ingress: str) -> str:
         return ingress
     _LOG.warning("ingress_fell_back", ingress="threads", reason=reason, grpcio=grpc.__version__)
     return "threads"
-
-
-def refuse_taken_port(flag: str, host: str, port: int) -> None:
-    """
-    Bind plainly first: grpcio shares a taken port, or does not say why it failed.
-
-    Raises:
-        StartupError: the address cannot be listened on.
-    """
-    if not port:
-        return
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
-        raise StartupError(
-            f"{flag} {join_address(host, port)}: {reason}; choose another or stop what uses it"
-        ) from None

@@ -15,9 +15,9 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from headrace.telemetry.instruments import METRICS
 from headrace.telemetry.metrics import (
     FEATURE_STATUSES,
-    METRICS,
     ROWS_BOUNDS,
     SECONDS_BOUNDS,
     Histogram,

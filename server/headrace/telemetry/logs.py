@@ -6,9 +6,10 @@ import sys
 from typing import TextIO, cast
 
 import structlog
+from structlog.typing import EventDict
 
 
-def set_up_logs(level: str) -> None:
+def set_up_logs(level: str, worker: int | None = None) -> None:
     """
     Configure logging for the process, once.
 
@@ -16,7 +17,13 @@ def set_up_logs(level: str) -> None:
 
     Args:
         level: `debug`, `info`, `warning` or `error`.
+        worker: Said on every line, where several processes write to one stream.
     """
+
+    def say_worker(_logger: object, _method: str, event: EventDict) -> EventDict:
+        event["worker"] = worker
+        return event
+
     is_terminal = sys.stderr.isatty()
     renderer: structlog.typing.Processor = (
         structlog.dev.ConsoleRenderer() if is_terminal else structlog.processors.JSONRenderer()
@@ -24,6 +31,7 @@ def set_up_logs(level: str) -> None:
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
+            *([] if worker is None else [say_worker]),
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             *([] if is_terminal else [structlog.processors.format_exc_info]),
@@ -34,7 +42,11 @@ def set_up_logs(level: str) -> None:
         cache_logger_on_first_use=True,
     )
     logging.basicConfig(
-        level=logging.WARNING, stream=_Unfailing(sys.stderr), format="%(name)s: %(message)s"
+        level=logging.WARNING,
+        stream=_Unfailing(sys.stderr),
+        format="%(name)s: %(message)s"
+        if worker is None
+        else f"worker {worker}: %(name)s: %(message)s",
     )
 
 

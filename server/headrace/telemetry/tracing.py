@@ -2,7 +2,8 @@
 
 import os
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Mapping, Sequence
 from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
@@ -56,15 +57,33 @@ def tracing_rule() -> Rule | None:
     )
 
 
+def worker_attributes(named: Mapping[str, Any], worker: int) -> dict[str, str | int]:
+    """
+    Return what tells one of several processes from the others.
+
+    Source: OpenTelemetry's semantic conventions, "Service": `service.instance.id` must be unique
+    for each instance of a service.
+
+    Args:
+        named: The attributes that all share.
+        worker: Which one.
+    """
+    instance = str(named.get("service.instance.id") or uuid.uuid4())
+    return {"service.instance.id": f"{instance}-{worker}", "headrace.worker": worker}
+
+
 class SpanExporter:
     """
     Sends spans; endpoint, headers, TLS and compression are those of the environment.
 
     One thread's own. An export takes at most its timeout; after one that failed, spans are dropped
     for `PAUSE_S`, so that a collector that hangs costs next to nothing.
+
+    Args:
+        worker: Which of several processes this is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, worker: int | None = None) -> None:
         endpoint = next(os.environ[name] for name in _ENDPOINTS if os.environ.get(name))
         options: Any = None
         if _is_loopback(endpoint):  # a proxy has no business between us and ourselves
@@ -77,6 +96,8 @@ class SpanExporter:
         named = Resource({"service.version": headrace.__version__}).merge(Resource.create())
         if str(named.attributes["service.name"]).startswith("unknown_service"):
             named = named.merge(Resource({"service.name": "headrace"}))
+        if worker is not None:
+            named = named.merge(Resource(worker_attributes(named.attributes, worker)))
         self._envelope = _Envelope(named)
         self._resume_s = 0.0
         self.exported = 0

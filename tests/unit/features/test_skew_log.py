@@ -354,6 +354,22 @@ def test_what_a_dead_writer_left_behind_is_swept_up(tmp_path):
     assert alive.exists()
 
 
+def test_room_is_made_for_what_another_process_is_about_to_add_too(tmp_path, fast):
+    log = log_to(tmp_path, file_rows=1, folder_bytes=20_000)
+    log.start()
+    source = source_of(FLOATS)
+    put(log, source, {"driver_id": [1]})
+    eventually(lambda: log.rows_written, 1)
+
+    (tmp_path / ".skew-other.tmp").write_bytes(b"x" * 15_000)
+    put(log, source, {"driver_id": [2]})
+    eventually(lambda: log.rows_written, 2)
+    log.stop(10)
+
+    assert [row["key.driver_id"] for row in written(tmp_path)] == [2]
+    assert log.files_deleted == 1
+
+
 def test_a_full_disk_is_counted_logged_once_and_leaves_nothing_behind(tmp_path, fast, monkeypatch):
     def full(_descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

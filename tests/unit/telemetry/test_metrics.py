@@ -19,7 +19,9 @@ from headrace.telemetry.feature_metrics import (
     StoreMetrics,
     ViewMetrics,
 )
-from headrace.telemetry.metrics import METRICS, SECONDS_BOUNDS, Histogram, Metrics
+from headrace.telemetry.instruments import METRICS
+from headrace.telemetry.metrics import SECONDS_BOUNDS, Histogram, Metrics
+from headrace.workers.numbers import supervisor_families
 
 
 def samples(metrics):
@@ -140,6 +142,8 @@ def test_every_metric_that_is_listed_is_exported_and_none_besides(tmp_path):
 
     names = set()
     for family in registry.collect():
+        names.add(family.name + "_total" * (family.type == "counter"))
+    for family in supervisor_families(ready=1, restarts={1: 0}):
         names.add(family.name + "_total" * (family.type == "counter"))
 
     assert names == set(METRICS)

@@ -1,9 +1,11 @@
 """Whether calls are traced is what OpenTelemetry's environment says, and its tools would do."""
 
+import re
+
 import pytest
 
 from headrace.telemetry.trace_context import Rule
-from headrace.telemetry.tracing import _is_loopback, tracing_rule
+from headrace.telemetry.tracing import _is_loopback, tracing_rule, worker_attributes
 
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 
@@ -63,3 +65,14 @@ def test_otherwise_no_call_is_looked_at(environment, variables):
 )
 def test_a_proxy_is_passed_by_only_on_the_way_to_this_machine(endpoint, expected):
     assert _is_loopback(endpoint) is expected
+
+
+@pytest.mark.parametrize(
+    ("named", "instance"),
+    [({"service.instance.id": "pod-7"}, "pod-7-2"), ({}, r"[0-9a-f-]{36}-2")],
+)
+def test_several_processes_are_instances_of_their_own(named, instance):
+    attributes = worker_attributes(named, 2)
+
+    assert attributes["headrace.worker"] == 2
+    assert re.fullmatch(instance, attributes["service.instance.id"])

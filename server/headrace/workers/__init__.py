@@ -1,0 +1,1 @@
+"""Several processes behind one gRPC port, and the one that starts, watches and replaces them."""
