@@ -78,7 +78,17 @@ class FeatureRequest(ABC):
         trace: Of a sampled call.
     """
 
-    __slots__ = ("arrival_s", "batch_key", "byte_count", "deadline_s", "rows", "trace")
+    __slots__ = (
+        "arrival_s",
+        "batch_key",
+        "byte_count",
+        "deadline_s",
+        "place",
+        "priority",
+        "rows",
+        "timeout_s",
+        "trace",
+    )
 
     def __init__(
         self,
@@ -95,6 +105,10 @@ class FeatureRequest(ABC):
         self.deadline_s = deadline_s
         self.arrival_s = arrival_s
         self.byte_count = byte_count
+        self.priority = 0
+        self.timeout_s = 0.0
+        self.place: Any = None
+        """The queue's own."""
         self.trace = trace
 
     @property

@@ -10,7 +10,7 @@ from headrace.backends.oip import load_oip
 from headrace.backends.onnx_runtime import load_onnx
 from headrace.backends.warm_up import warm_up
 from headrace.batching.batcher import Batcher
-from headrace.batching.policy import BatchPolicy
+from headrace.batching.policy import BatchPolicy, LevelPolicy
 from headrace.errors import ModelLoadError
 from headrace.features.join import FeatureJoin
 from headrace.features.plans import FeaturePlans, Selection
@@ -20,6 +20,7 @@ from headrace.monitoring.records import BatchRecord
 from headrace.predict import Request, ServedModel
 from headrace.repository.completion import complete, with_batch_size
 from headrace.repository.config import ModelConfig, parse_config
+from headrace.repository.queueing import max_queue_size
 from headrace.repository.scan import VersionFolder, read_config
 from headrace.repository.validate import check_golden
 from headrace.settings import ServeSettings
@@ -109,8 +110,11 @@ class VersionLoader:
             BatchPolicy(
                 config.max_batch_size, config.max_queue_delay_s, config.preferred_batch_sizes
             ),
-            max_queue_size=config.max_queue_size or self._settings.max_queue_size,
+            max_queue_size=max_queue_size(config.queue_levels) or self._settings.max_queue_size,
             max_queue_bytes=self._settings.max_queue_bytes,
+            levels=[LevelPolicy(*level) for level in config.queue_levels],
+            default_level=config.default_priority_level,
+            executors=executor_count(config),
         )
         served = ServedModel(
             name=config.name,
@@ -122,6 +126,7 @@ class VersionLoader:
             join=join,
             store=self._store if join is not None else None,
             executor_count=executor_count(config),
+            latency_slo_s=config.latency_slo_s,
             feature_timeout_s=self._settings.feature_timeout_s,
             max_entities=self._settings.max_entities,
             max_feature_age_s=config.max_feature_age_s,
@@ -130,7 +135,7 @@ class VersionLoader:
             view_metrics=self._view_metrics,
             skew_log=self._skew_log,
         )
-        metrics.queue_size = lambda: served.waiting
+        metrics.queue = batcher
         return config, served
 
     def revision(self, config: ModelConfig) -> str:

@@ -68,9 +68,12 @@ class Request(ABC):
         "batch_key",
         "byte_count",
         "deadline_s",
+        "place",
+        "priority",
         "raws",
         "rows",
         "served",
+        "timeout_s",
         "trace",
     )
 
@@ -86,6 +89,12 @@ class Request(ABC):
         self.deadline_s = deadline_s
         self.arrival_s = arrival_s
         self.byte_count = byte_count
+        self.priority = 0
+        """1 is served first; 0 when the caller names none."""
+        self.timeout_s = 0.0
+        """Longest wait for a batch that the caller asks for; 0 when he does not."""
+        self.place: Any = None
+        """The queue's own."""
         self.served: ServedModel | None = None
         """Whose queue it is in."""
         self.trace: Trace | None = None
@@ -104,8 +113,13 @@ class Request(ABC):
         """Reply with an error."""
 
     def drop(self) -> None:
-        """Give up on an expired request: whoever still listens learns that its time is over."""
-        self.fail(DeadlineExceeded("the deadline passed while the request waited"))
+        """Give up on a request that waits: whoever still listens learns that its time is over."""
+        self.fail(DeadlineExceeded("the deadline came too close while the request waited"))
+
+    def leave(self) -> None:
+        """Leave the queue at once, if it is still there: its caller has gone."""
+        if self.served is not None and self.served.leave(self):
+            self.drop()  # nobody hears it, but only what is answered ends
 
 
 class OutputBlock:
@@ -190,6 +204,7 @@ class ServedModel:
         join: How entities become model inputs; None when callers send the tensors themselves.
         store: Where `join`'s features are read; required with it.
         executor_count: Threads that carry batches, one per model instance.
+        latency_slo_s: Time budget of a request whose caller sets no deadline.
         feature_timeout_s: Longest that one batch waits for its features.
         max_entities: Most rows of one request to a model with features.
         max_feature_age_s: Older values are missing.
@@ -211,6 +226,7 @@ class ServedModel:
         join: FeatureJoin | None = None,
         store: OnlineStore | None = None,
         executor_count: int = 1,
+        latency_slo_s: float | None = None,
         feature_timeout_s: float = 1.0,
         max_entities: int = 10_000,
         max_feature_age_s: float | None = None,
@@ -230,6 +246,7 @@ class ServedModel:
         self._batcher = batcher
         self._metrics = metrics
         self._store = store
+        self._latency_slo_s = latency_slo_s
         self._feature_timeout_s = feature_timeout_s
         self._max_feature_age_s = max_feature_age_s
         # The signature may name a part of what the model returns, in another order.
@@ -305,11 +322,21 @@ class ServedModel:
         Queue a checked request. Never blocks.
 
         Raises:
-            Overloaded: the queue is full.
+            Overloaded: too many wait, or the request could not be answered in time.
             Draining: the model is stopping.
         """
         request.served = self
+        if (
+            self._latency_slo_s is not None
+            and request.deadline_s == math.inf
+            and not request.timeout_s
+        ):
+            request.deadline_s = time.time() + self._latency_slo_s
         self._batcher.put(request)
+
+    def leave(self, request: Request) -> bool:
+        """Take a request out of the queue, since its caller has left; say whether it was there."""
+        return self._batcher.leave(request)
 
     @property
     def waiting(self) -> int:
@@ -341,7 +368,7 @@ class ServedModel:
             return True
         entities = self._entities(self.join, columns)
         try:
-            features = self._read(self.join, entities, now_s)
+            features = self._read(self.join, entities, now_s, _longest_wait_s(batch, now_s))
         except ComputationFailed as error:
             # Somebody's values are to blame: only theirs shall fail.
             if len(batch) == 1:
@@ -387,14 +414,21 @@ class ServedModel:
         return keys
 
     def _read(
-        self, feature_join: FeatureJoin, entities: dict[str, NDArray[np.generic]], now_s: float
+        self,
+        feature_join: FeatureJoin,
+        entities: dict[str, NDArray[np.generic]],
+        now_s: float,
+        longest_wait_s: float | None,
     ) -> FeatureRows:
         assert self._store is not None
+        timeout_s = self._feature_timeout_s
+        if longest_wait_s is not None:
+            timeout_s = min(timeout_s, longest_wait_s)
         return self._store.read(
             feature_join.plan,
             entities,
             now_s=now_s,
-            timeout_s=self._feature_timeout_s,
+            timeout_s=timeout_s,
             max_age_s=self._max_feature_age_s,
         )
 
@@ -520,7 +554,7 @@ class ServedModel:
 
 def _longest_wait_s(batch: Sequence[Request], now_s: float) -> float | None:
     """Until when anybody waits for the batch, from now; None when somebody waits for ever."""
-    deadline_s = max(request.deadline_s for request in batch)
+    deadline_s = max([request.deadline_s for request in batch])
     return None if deadline_s == math.inf else max(0.001, deadline_s - now_s)
 
 

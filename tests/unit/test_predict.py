@@ -130,8 +130,10 @@ def test_a_caller_who_has_left_costs_nothing_and_does_not_disturb_its_batch(serv
 
 
 def test_a_deadline_that_passes_in_the_queue_drops_the_request(served):
-    late, patient = Caller(5, deadline_s=time.time() - 1), Caller(6)
+    late, patient = Caller(5, deadline_s=time.time() + 0.1), Caller(6)
     served.hold(late, patient)
+    while time.time() < late.deadline_s:
+        time.sleep(0.01)
 
     served.gate.set()
 

@@ -8,8 +8,12 @@ work-conserving: an executor that is free takes what waits, which beat every fix
 simulation on one executor.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
+
+UNLIMITED = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +28,26 @@ class Dispatch:
 
     count: int
     wait_s: float = 0.0
+
+
+class LevelPolicy(NamedTuple):
+    """
+    How requests of one priority level wait.
+
+    Args:
+        max_queue_size: Most of them waiting at once; 0 for the queue's own limit alone.
+        timeout_s: Longest that one waits for its batch, in seconds.
+        is_delayed: Whether one that has waited so long goes after all others of its level, instead
+            of being given up.
+        may_override: Whether a request may ask for a shorter time.
+
+    Source: Triton, `ModelQueuePolicy`.
+    """
+
+    max_queue_size: int = 0
+    timeout_s: float = math.inf
+    is_delayed: bool = False
+    may_override: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +68,14 @@ class BatchPolicy:
     max_queue_delay_s: float = 0.0
     preferred_batch_sizes: tuple[int, ...] = ()
 
-    def decide(self, rows: Iterable[int], oldest_wait_s: float) -> Dispatch:
+    @property
+    def most_requests(self) -> int:
+        """How many requests at the head of a queue `decide` may have to look at."""
+        return self.max_batch_size + 1
+
+    def decide(
+        self, rows: Iterable[int], oldest_wait_s: float, most_rows: int = UNLIMITED
+    ) -> Dispatch:
         """
         Decide about the requests at the head of one queue.
 
@@ -52,6 +83,7 @@ class BatchPolicy:
             rows: Rows of each waiting request, oldest first, each in [1, max_batch_size]; read
                 only as far as one batch can reach. At least one request.
             oldest_wait_s: How long the oldest has waited.
+            most_rows: What the batch may hold besides, for the sake of somebody's deadline.
 
         Returns:
             How many to take now, at least one; or how long to wait.
@@ -59,17 +91,18 @@ class BatchPolicy:
         if not self.max_batch_size:
             return Dispatch(1)
         preferred_sizes = self.preferred_batch_sizes
+        most = min(self.max_batch_size, most_rows)
         total = fitting = preferred = 0
         is_full = False
         for request_rows in rows:
-            if total + request_rows > self.max_batch_size:
+            if fitting and total + request_rows > most:
                 is_full = True
                 break
             total += request_rows
             fitting += 1
             if preferred_sizes and total in preferred_sizes:
                 preferred = fitting
-            if total == self.max_batch_size:
+            if total >= most:
                 is_full = True
                 break
         if preferred:

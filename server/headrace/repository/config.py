@@ -23,6 +23,7 @@ from headrace.repository.parameters import (
 )
 from headrace.repository.placement import gpu_device, gpu_options, instance_count
 from headrace.repository.policy import VersionPolicy
+from headrace.repository.queueing import QueueLevel, queue_levels
 from headrace.tensors import TensorSpec
 
 PLATFORM = "onnxruntime_onnx"
@@ -73,7 +74,10 @@ _READ = {
     "instance_group.gpus",
     "dynamic_batching.preferred_batch_size",
     "dynamic_batching.max_queue_delay_microseconds",
-    "dynamic_batching.default_queue_policy.max_queue_size",
+    "dynamic_batching.default_queue_policy",
+    "dynamic_batching.priority_levels",
+    "dynamic_batching.default_priority_level",
+    "dynamic_batching.priority_queue_policy",
     "optimization.graph.level",
     "version_policy",
 }
@@ -134,7 +138,8 @@ class ModelConfig:
         outputs: What callers get, in reply order; a part of the ONNX model's outputs. As `inputs`.
         max_queue_delay_s: Longest wait for a better batch; 0 sends at once what waits.
         preferred_batch_sizes: Row counts worth waiting for, ascending.
-        max_queue_size: Most waiting requests; 0 for the server's own limit.
+        queue_levels: How requests of each priority level wait, of level 1 first.
+        default_priority_level: Of a request that names none.
         instance_count: Executors that run the model side by side.
         version_policy: Which versions serve.
         remote: Where the model runs, when it is elsewhere.
@@ -164,7 +169,8 @@ class ModelConfig:
     outputs: tuple[TensorSpec, ...] = ()
     max_queue_delay_s: float = 0.0
     preferred_batch_sizes: tuple[int, ...] = ()
-    max_queue_size: int = 0
+    queue_levels: tuple[QueueLevel, ...] = (QueueLevel(),)
+    default_priority_level: int = 1
     instance_count: int = 1
     version_policy: VersionPolicy = field(default_factory=VersionPolicy)
     remote: RemoteModel | None = None
@@ -227,7 +233,8 @@ def parse_config(text: str, model_name: str) -> ModelConfig:
         outputs=_tensors("output", message.output, message.max_batch_size),
         max_queue_delay_s=_queue_delay_s(message.dynamic_batching),
         preferred_batch_sizes=_preferred_batch_sizes(message.dynamic_batching),
-        max_queue_size=message.dynamic_batching.default_queue_policy.max_queue_size,
+        queue_levels=queue_levels(message.dynamic_batching),
+        default_priority_level=message.dynamic_batching.default_priority_level or 1,
         instance_count=instance_count(message.instance_group),
         gpu_device=device,
         gpu_options=() if device is None else tuning,
@@ -251,7 +258,6 @@ def parse_config(text: str, model_name: str) -> ModelConfig:
                 {
                     *_unread(message),
                     *parameters.unknown(),
-                    *(["parameters.latency_slo_ms"] if latency_slo_ms else []),
                     *(f"parameters.{key}" for key, _ in tuning if device is None),
                 }
             )

@@ -4,8 +4,6 @@ Source: Open Inference Protocol and Triton's behaviour where it is silent: raw c
 id and resolved version echoed; requested outputs in request order.
 """
 
-import math
-import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -33,6 +31,8 @@ _TYPED_BYTES = (5, 5, 8)  # inputs, contents, bytes_contents
 _MAX_TYPED_BYTES = 1 << 20
 _RAW_OUTPUT = tag(6)
 _MEMO_SIZE_MAX = 4_096
+
+_NONE = 0, 0.0
 
 _TYPED_CONTENTS = {
     "BOOL": "bool_contents",
@@ -85,6 +85,7 @@ class ModelInfer:
             if known is not None:
                 request = _again(self._request_class, call, self._calls, message, known)
                 request.trace = trace
+                call.on_gone = request.leave
                 known.model.submit(request)
             else:
                 self._accept_unknown(call, message, requests, trace)
@@ -116,15 +117,15 @@ class ModelInfer:
         selection = model.signature.check_outputs(
             [_output_name(output, model.name) for output in outputs] if outputs else ()
         )
-        deadline_s = call.deadline_s
-        if request.parameters:
-            deadline_s = min(deadline_s, _queue_deadline_s(request.parameters))
+        priority, timeout_s = _queue_parameters(request.parameters) if request.parameters else _NONE
         known.learn(message, request, model, given, checked, selection)
         request_id = request.id.encode()
         checked_request = self._request_class(
-            call, self._calls, checked, deadline_s, request_id, selection, len(message)
+            call, self._calls, checked, call.deadline_s, request_id, selection, len(message)
         )
+        checked_request.priority, checked_request.timeout_s = priority, timeout_s
         checked_request.trace = trace
+        call.on_gone = checked_request.leave
         model.submit(checked_request)
 
     def _refuse(self, call: HotCall, error: Exception, trace: Trace | None) -> None:
@@ -271,17 +272,31 @@ def _output_name(output: Any, model: str) -> str:
     return str(output.name)
 
 
-def _queue_deadline_s(parameters: Any) -> float:
+def _queue_parameters(parameters: Any) -> tuple[int, float]:
     """
-    Read Triton's reserved `timeout`, in microseconds; other `triton_` parameters are refused.
+    Read Triton's reserved `priority` and `timeout`; other `triton_` parameters are refused.
 
     But for the wish for an empty final response: every model here answers once, so none is needed.
+
+    Returns:
+        The priority, 0 for the default, and the timeout in seconds, 0 for none.
     """
     for name in parameters:
         if name.startswith("triton_") and name != "triton_enable_empty_final_response":
             raise InvalidRequest(f"parameter '{name}' is reserved")
-    timeout_us = parameters["timeout"].int64_param if "timeout" in parameters else 0
-    return time.time() + timeout_us / 1e6 if timeout_us > 0 else math.inf
+    priority, timeout_us = (
+        _whole(name, parameters[name]) if name in parameters else 0
+        for name in ("priority", "timeout")
+    )
+    return priority, max(0.0, timeout_us / 1e6)
+
+
+def _whole(name: str, parameter: Any) -> int:
+    """Return an integer: clients send it as int64 or, newer ones, as uint64."""
+    kind = parameter.WhichOneof("parameter_choice")
+    if kind not in ("int64_param", "uint64_param"):
+        raise InvalidRequest(f"parameter '{name}' is no integer")
+    return int(getattr(parameter, kind))
 
 
 class _Frame(NamedTuple):

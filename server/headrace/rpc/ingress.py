@@ -35,6 +35,12 @@ class HotCall(Protocol):
         A call that is answered within some milliseconds may never learn it.
         """
 
+    on_gone: Callable[[], None] | None
+    """
+    Called once when the caller is found to have left, and forgotten when the call is answered. Of a
+    message of a stream it is not called: what a lost stream still has in a queue is passed over.
+    """
+
     @property
     def metadata(self) -> Metadata:
         """What the caller sent besides the message."""

@@ -85,6 +85,7 @@ class Predict:
                 byte_count=len(message),
             )
             request.trace = trace
+            call.on_gone = request.leave
             model.submit(request)
         except Draining as error:
             if self._catalog() is catalog:  # the server stops

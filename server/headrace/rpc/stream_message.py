@@ -2,6 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Protocol
 
 from headrace.rpc.ingress import HotCall, Metadata
@@ -33,12 +34,13 @@ class StreamMessage:
         size: Bytes of the message.
     """
 
-    __slots__ = ("_stream", "arrival_s", "deadline_s", "is_answered", "size")
+    __slots__ = ("_stream", "arrival_s", "deadline_s", "is_answered", "on_gone", "size")
 
     def __init__(self, stream: Stream, size: int) -> None:
         self._stream = stream
         self.arrival_s = time.perf_counter()
         self.deadline_s = stream.deadline_s
+        self.on_gone: Callable[[], None] | None = None
         self.size = size
         self.is_answered = False
         """The stream's to read and write, under its lock."""
@@ -66,12 +68,13 @@ class WrappedMessage(ABC):
         call: The message's own.
     """
 
-    __slots__ = ("_call", "arrival_s", "deadline_s")
+    __slots__ = ("_call", "arrival_s", "deadline_s", "on_gone")
 
     def __init__(self, call: HotCall) -> None:
         self._call = call
         self.arrival_s = call.arrival_s
         self.deadline_s = call.deadline_s
+        self.on_gone: Callable[[], None] | None = None
 
     @property
     def gone(self) -> bool:

@@ -127,6 +127,7 @@ class _Call:
         self._answer: bytes | Status = b""
         self.gone = False
         self.deadline_s = deadline_of(context)
+        self.on_gone: Callable[[], None] | None = None
         if not context.add_callback(self._left):
             self._left()
 
@@ -151,8 +152,12 @@ class _Call:
         with self._lock:
             if not self._answered.is_set():
                 self._answer = answer
+                self.on_gone = None
                 self._answered.set()
 
     def _left(self) -> None:
         self.gone = True
+        on_gone = self.on_gone
         self._end(b"")  # nobody hears it: the pool thread is free again
+        if on_gone is not None:
+            on_gone()

@@ -3,6 +3,10 @@
 METRICS: dict[str, str] = {
     "headrace_requests_total": "Requests answered with a prediction.",
     "headrace_requests_failed_total": "Requests that reached a batch and were not answered.",
+    "headrace_requests_refused_total": "Requests refused on arrival: the queue was full, or they "
+    "could not have been answered before their deadline.",
+    "headrace_requests_dropped_total": "Requests given up in the queue: their caller left, or they "
+    "would have been answered too late.",
     "headrace_request_seconds": "From a request's arrival to the end of its batch's replies.",
     "headrace_queue_seconds": "How long a request waited for its batch.",
     "headrace_batches_total": "Batches run.",

@@ -66,12 +66,23 @@ class Histogram:
         return list(zip(edges, accumulate(self.counts), strict=True))
 
 
+class QueueNumbers(Protocol):
+    """What a model version's queue says of itself."""
+
+    refused_full: int
+    refused_late: int
+    dropped: int
+
+    def __len__(self) -> int:
+        """Return how many requests wait."""
+
+
 class ModelMetrics:
     """Numbers of one model version. Any thread may fold into it."""
 
     def __init__(self, model: str, version: str) -> None:
         self.labels = [model, version]
-        self.queue_size: Callable[[], int] = int
+        self.queue: QueueNumbers | None = None
         self._lock = threading.Lock()
         self.requests = self.requests_failed = self.batches = 0
         self.request_s = Histogram(SECONDS_BOUNDS)
@@ -288,14 +299,20 @@ def _model_counters(models: Sequence[ModelMetrics]) -> Iterable[Metric]:
     queue = GaugeMetricFamily(
         "headrace_queue_requests", METRICS["headrace_queue_requests"], labels=_LABELS
     )
+    refused = _counter("headrace_requests_refused_total", [*_LABELS, "reason"])
+    dropped = _counter("headrace_requests_dropped_total")
     for model in models:
         requests.add_metric(model.labels, model.requests)
         failed.add_metric(model.labels, model.requests_failed)
         batches.add_metric(model.labels, model.batches)
-        queue.add_metric(model.labels, model.queue_size())
+        if model.queue is not None:
+            queue.add_metric(model.labels, len(model.queue))
+            refused.add_metric([*model.labels, "queue_full"], model.queue.refused_full)
+            refused.add_metric([*model.labels, "deadline"], model.queue.refused_late)
+            dropped.add_metric(model.labels, model.queue.dropped)
         for status, count in zip(FEATURE_STATUSES[1:], model.statuses[1:].tolist(), strict=True):
             values.add_metric([*model.labels, status], count)
-    return [requests, failed, batches, values, queue]
+    return [requests, failed, refused, dropped, batches, values, queue]
 
 
 def _model_histograms(models: Sequence[ModelMetrics]) -> Iterable[Metric]:

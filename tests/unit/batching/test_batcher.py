@@ -1,5 +1,6 @@
 """What callers and executors of the batcher can rely on. Executors are driven by hand here."""
 
+import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,17 +16,23 @@ from headrace.errors import Draining, Overloaded
 class Caller:
     """A request that can leave."""
 
-    def __init__(self, name, rows=1, batch_key="shape", byte_count=1):
+    def __init__(
+        self, name, rows=1, batch_key="shape", byte_count=1, deadline_s=math.inf, priority=0
+    ):
         self.name = name
         self.byte_count = byte_count
         self.rows = rows
         self.batch_key = batch_key
         self.arrival_s = time.perf_counter()
+        self.deadline_s = deadline_s
+        self.priority = priority
+        self.timeout_s = 0.0
+        self.place = None
         self.has_left = False
         self.drops = 0
 
     def expired(self, now_s):
-        return self.has_left
+        return self.has_left or self.deadline_s <= now_s
 
     def drop(self):
         self.drops += 1

@@ -7,6 +7,7 @@ from headrace.errors import ModelLoadError
 from headrace.repository.completion import AUTO_MAX_BATCH_SIZE, complete
 from headrace.repository.config import parse_config
 from headrace.repository.policy import VersionPolicy
+from headrace.repository.queueing import QueueLevel
 from headrace.tensors import TensorSpec
 
 X = TensorSpec("x", "FP32", (-1, 4))
@@ -61,7 +62,8 @@ def test_every_setting_is_read():
     assert (config.name, config.max_batch_size, config.gpu_device) == ("m", 64, None)
     assert (config.inputs, config.outputs) == ((X,), (Y,))
     assert config.preferred_batch_sizes == (8, 32)
-    assert (config.max_queue_delay_s, config.max_queue_size) == (0.0015, 100)
+    assert config.max_queue_delay_s == 0.0015
+    assert [level.max_queue_size for level in config.queue_levels] == [100]
     assert config.instance_count == 3
     assert config.graph_optimization == "extended"
     assert (config.feature_service, config.feature_order) == ("homes", ("a", "b"))
@@ -71,7 +73,7 @@ def test_every_setting_is_read():
     assert config.execution_mode == "parallel"
     assert not config.enable_mem_arena
     assert not config.enable_mem_pattern
-    assert config.without_effect == ("parameters.latency_slo_ms",)  # until there is admission
+    assert config.without_effect == ()
 
 
 @pytest.mark.parametrize(
@@ -97,7 +99,8 @@ def test_the_version_policy_is_tritons(text, policy):
 def test_an_empty_file_gives_the_defaults():
     config = parse_config("", "m")
     assert (config.inputs, config.outputs, config.max_batch_size) == ((), (), 0)
-    assert (config.max_queue_delay_s, config.max_queue_size, config.instance_count) == (0.0, 0, 1)
+    assert (config.max_queue_delay_s, config.instance_count) == (0.0, 1)
+    assert config.queue_levels == (QueueLevel(),)
     assert (config.intra_op_thread_count, config.execution_mode) == (1, "sequential")
     assert (config.graph_optimization, config.missing_features) == ("all", "nan")
     assert config.feature_service is None
@@ -154,7 +157,6 @@ def test_settings_that_are_not_used_are_named():
         max_batch_size: 8
     """ + parameter("feature_servce", "homes")
     assert parse_config(text, "m").without_effect == (
-        "dynamic_batching.default_queue_policy.default_timeout_microseconds",
         "dynamic_batching.preserve_ordering",
         "metric_tags",
         "optimization.input_pinned_memory",

@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -196,6 +196,7 @@ class _Call:
         "arrival_s",
         "deadline_s",
         "gone",
+        "on_gone",
     )
 
     def __init__(
@@ -212,6 +213,7 @@ class _Call:
         self.deadline_s = deadline_s if deadline_s < FAR_FUTURE_S else math.inf
         self.arrival_s = time.perf_counter()
         self.gone = False
+        self.on_gone: Callable[[], None] | None = None
         self._answered = self._watched = False
         self._unfinished = 1
         self._is_counted = False
@@ -264,6 +266,7 @@ class _Call:
             if self._answered:
                 return
             self._answered = True
+        self.on_gone = None  # whom it leads to leads back here: references alone would not free it
         try:
             if self._watched:
                 error = self._call.start_server_batch(operations, self._on_sent)
@@ -296,6 +299,10 @@ class _Call:
     def _on_close(self, event: Any) -> Any:
         try:
             self.gone = event.batch_operations[0].cancelled()
+            on_gone = self.on_gone
+            if self.gone and on_gone is not None:
+                self.on_gone = None
+                on_gone()
         except Exception:
             _LOG.exception("ingress_failed", where="on_close")
         return self._finish_one()

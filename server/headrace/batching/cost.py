@@ -1,0 +1,90 @@
+"""How long a batch takes: a fixed part and a part per row, fitted as batches finish.
+
+Pure: durations come in, an estimate comes out; no clock is read.
+
+Source: weighted least squares of seconds on rows, its moments kept as exponentially weighted
+averages (West, "Updating mean and variance estimates", CACM 1979); the margin follows a quantile by
+the stochastic approximation of Robbins and Monro, 1951.
+"""
+
+import math
+
+MEMORY_S = 0.5
+"""
+Of work: what was seen so long ago counts a third. A model that slows down is believed within a
+second, and one slow batch among many is not.
+"""
+
+RECENT_MIN, RECENT_MAX = 4.0, 32.0
+"""Batches that are averaged over, however long or short they are."""
+
+SURPRISE_MAX = 4.0
+"""
+A batch counts as at most so many times what was expected: a pause of the machine is hardly seen,
+and a model that has become slower is believed after three or four batches.
+"""
+
+ROWS_MAX = 1 << 30
+QUANTILE = 0.95
+MARGIN_STEP = 0.05
+MARGIN_MAX = 4.0
+
+
+class BatchCost:
+    """
+    Estimates the duration of a batch from its rows.
+
+    Not safe for several threads at once. Before the first batch has been seen nothing is known, and
+    every estimate is 0: nobody is refused on a guess.
+    """
+
+    def __init__(self) -> None:
+        self.fixed_s = 0.0
+        """Of every batch, in seconds."""
+        self.per_row_s = 0.0
+        self.margin = 1.0
+        """What 95 % of the batches take at most, as a multiple of the estimate."""
+        self._batches = 0
+        self._rows = self._seconds = 0.0  # means
+        self._rows_variance = self._covariance = 0.0
+
+    def observe(self, rows: int, seconds: float) -> None:
+        """Learn from a batch of `rows` that took `seconds`, both above 0."""
+        if self._batches:
+            expected_s = self.estimate_s(rows)
+            self._follow_quantile(seconds / expected_s)
+            seconds = min(seconds, SURPRISE_MAX * expected_s)
+        self._batches += 1
+        # Plain averages of the first few, then older ones fade.
+        weight = min(max(-math.expm1(-seconds / MEMORY_S), 1.0 / RECENT_MAX), 1.0 / RECENT_MIN)
+        weight = max(weight, 1.0 / self._batches)
+        rows_off, seconds_off = rows - self._rows, seconds - self._seconds
+        self._rows += weight * rows_off
+        self._seconds += weight * seconds_off
+        kept = 1.0 - weight
+        self._rows_variance = kept * (self._rows_variance + weight * rows_off * rows_off)
+        self._covariance = kept * (self._covariance + weight * rows_off * seconds_off)
+        # Where sizes hardly vary the slope cannot be told from them: as much as they do not vary by
+        # a row, the one believed so far counts.
+        slope = (self._covariance + self.per_row_s) / (self._rows_variance + 1.0)
+        self.per_row_s = min(max(slope, 0.0), self._seconds / self._rows)
+        self.fixed_s = self._seconds - self.per_row_s * self._rows
+
+    def estimate_s(self, rows: float) -> float:
+        """Return how long a batch of `rows` takes on average, in seconds."""
+        return self.fixed_s + self.per_row_s * rows
+
+    def bound_s(self, rows: float) -> float:
+        """Return how long a batch of `rows` takes at most, 19 times in 20."""
+        return self.margin * (self.fixed_s + self.per_row_s * rows)
+
+    def rows_within(self, seconds: float) -> int:
+        """Return how many rows a batch can have whose `bound_s` is at most that; perhaps 0."""
+        left_s = seconds / self.margin - self.fixed_s
+        if left_s <= 0:
+            return 0
+        return int(left_s / self.per_row_s) if self.per_row_s * ROWS_MAX > left_s else ROWS_MAX
+
+    def _follow_quantile(self, ratio: float) -> None:
+        step = QUANTILE if ratio > self.margin else QUANTILE - 1.0
+        self.margin = min(max(self.margin * (1.0 + MARGIN_STEP * step), 1.0), MARGIN_MAX)

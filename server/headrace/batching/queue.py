@@ -1,0 +1,397 @@
+"""The requests that wait for one model version: in what order they go, and which go no more.
+
+Pure but for its own contents: times come in, no clock is read and nobody is told anything.
+`batcher` locks it, wakes executors and answers those that are dropped; the simulation in the tests
+drives it with a clock of its own.
+
+Order: by priority level, in a level by when a request is due (earliest deadline first), at equal
+times by arrival. Requests share a batch only with those of the same `batch_key`, which have a lane.
+"""
+
+import heapq
+import itertools
+import math
+from bisect import bisect_left, insort
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
+
+from headrace.batching.cost import BatchCost
+from headrace.batching.policy import BatchPolicy, LevelPolicy
+
+PATIENCE_S = 1.0
+"""
+A request without a deadline, or with a later one, has its turn as if it were due after so long:
+whoever asks with a short deadline goes first, and nobody waits for ever.
+"""
+
+
+_NONE = -1
+
+
+class Waiting(Protocol):
+    """What the queue needs to know of a request."""
+
+    rows: int
+    byte_count: int
+    """What it holds in memory, about."""
+    arrival_s: float
+    """On `time.perf_counter`'s clock."""
+    deadline_s: float
+    """When it must have been answered, Unix seconds; infinite when it need not."""
+    priority: int
+    """1 is served first; 0 for the default level."""
+    timeout_s: float
+    """How long it may wait for its batch, as its caller says; 0 when he does not."""
+    place: Any
+    """The queue's own."""
+
+    @property
+    def batch_key(self) -> Hashable:
+        """Requests share a batch only when their keys are equal."""
+
+    def expired(self, now_s: float) -> bool:
+        """Say whether its caller has left, or its deadline has passed (Unix seconds)."""
+
+    def drop(self) -> None:
+        """Answer a request that is given up."""
+
+
+RequestT = TypeVar("RequestT", bound=Waiting)
+
+
+_Entry = tuple[int, float, int, float, RequestT]
+"""
+A request in line: its level, when it is due, its number, until when it waits for a batch under its
+level's policy, itself. A plain tuple: one is made for each request. They sort by the first three,
+and no two numbers are equal. Times are Unix seconds.
+"""
+
+_NUMBER: Final = 2
+_START_BY: Final = 3
+_REQUEST: Final = 4
+
+_rows, _byte_count = attrgetter("rows"), attrgetter("byte_count")
+
+
+@dataclass(slots=True)
+class _Lane(Generic[RequestT]):
+    """Requests that may share a batch, in the order in which they go."""
+
+    key: Hashable
+    entries: list[_Entry[RequestT]] = field(default_factory=list)
+    filed: int = _NONE
+    """Number of the head that was filed last, while it has its place among the heads."""
+
+
+class Taken(NamedTuple, Generic[RequestT]):
+    """
+    What an executor gets.
+
+    Args:
+        batch: Requests of one lane; none when nothing may leave yet.
+        dropped: Those that were passed over, and have left the queue.
+        wait_s: How long to wait for more when `batch` is empty; None for as long as it takes.
+    """
+
+    batch: list[RequestT]
+    dropped: list[RequestT]
+    wait_s: float | None
+
+
+class RequestQueue(Generic[RequestT]):
+    """
+    Requests in line. Not safe for several threads at once.
+
+    Every request that was `add`ed leaves once: in a batch, among the dropped, or by `remove`.
+
+    Args:
+        policy: Decides what makes a batch.
+        levels: Policies of the priority levels, of level 1 first.
+        default_level: Of a request that names none, or one that is not there.
+        cost: How long a batch takes.
+        executors: How many batches run side by side.
+    """
+
+    def __init__(
+        self,
+        policy: BatchPolicy,
+        cost: BatchCost,
+        levels: Sequence[LevelPolicy] = (LevelPolicy(),),
+        default_level: int = 1,
+        executors: int = 1,
+    ) -> None:
+        self.count = self.byte_count = self.rows = 0
+        self._policy = policy
+        self._cost = cost
+        self._levels = levels
+        self._default_level = default_level
+        self._executors = executors
+        self._counts = [0] * (len(levels) + 1)
+        self._lanes: dict[Hashable, _Lane[RequestT]] = {}
+        # A place for each lane's head; those of former heads are passed over.
+        self._heads: list[tuple[int, float, int, Hashable]] = []
+        self._numbers = itertools.count()
+        self._last_rows = 0
+        self._is_plain = len(levels) == 1 and levels[0] == LevelPolicy()
+
+    def level_of(self, request: RequestT) -> int:
+        """Return the level at which a request waits; Source: Triton, `InferenceRequest`."""
+        given = request.priority
+        return given if 1 <= given <= len(self._levels) else self._default_level
+
+    def bind(self, request: RequestT, now_s: float) -> None:
+        """Make what a request says of its own timeout a part of its deadline, where it counts."""
+        if request.timeout_s and not self._levels[self.level_of(request) - 1].is_delayed:
+            request.deadline_s = min(request.deadline_s, now_s + request.timeout_s)
+
+    def finish_s(self, request: RequestT, now_s: float, free_in_s: float) -> float:
+        """
+        Predict when a request would have been answered if it were added now.
+
+        Args:
+            request: Not in the queue.
+            now_s: Unix seconds.
+            free_in_s: In how many seconds an executor will be free, about.
+        """
+        cost, most = self._cost, self._policy.max_batch_size
+        lane = self._lanes.get(request.batch_key)
+        ahead = self.rows
+        if lane is not None:
+            place = (self.level_of(request), min(request.deadline_s, now_s + PATIENCE_S))
+            entries = lane.entries
+            if place < entries[-1][:2]:
+                # Rows of those ahead, as if all had as many: exact where all have one.
+                position = bisect_left(entries, place)
+                ahead -= self._rows_of(lane) * (len(entries) - position) // len(entries)
+        if not most:
+            before, last = ahead, 1
+        else:
+            before = (ahead + request.rows - 1) // most
+            last = self.rows + request.rows - before * most
+            if free_in_s or before:  # others will come meanwhile: about as many as last time
+                last = max(last, self._last_rows)
+            last = min(most, last)
+            most = min(most, self.rows)
+        wait_s = before * cost.estimate_s(most or 1) / self._executors
+        return now_s + free_in_s + wait_s + cost.bound_s(last)
+
+    def is_in_time(self, deadline_s: float, now_s: float) -> bool:
+        """Say whether a deadline is so far away that `finish_s` needs no asking."""
+        most = self._policy.max_batch_size or 1
+        return now_s + (self.rows // most + 3) * self._cost.bound_s(most) <= deadline_s
+
+    def add(self, request: RequestT, now_s: float) -> bool:
+        """Put a request in line, unless its level is full; `now_s` in Unix seconds."""
+        due_s, start_by_s, level = now_s + PATIENCE_S, math.inf, 1
+        due_s = min(due_s, request.deadline_s)
+        if not self._is_plain:
+            level = self.level_of(request)
+            policy = self._levels[level - 1]
+            if policy.max_queue_size and self._counts[level] >= policy.max_queue_size:
+                return False
+            timeout_s = policy.timeout_s
+            if request.timeout_s and policy.may_override:
+                timeout_s = min(timeout_s, request.timeout_s)
+            start_by_s = now_s + timeout_s
+        self._insert((level, due_s, next(self._numbers), start_by_s, request))
+        return True
+
+    def remove(self, request: RequestT) -> bool:
+        """Take out a request that nobody waits for any more; say whether it was in line."""
+        entry: _Entry[RequestT] | None = request.place
+        lane = self._lanes.get(request.batch_key)
+        if entry is None or lane is None:
+            return False
+        at = bisect_left(lane.entries, entry)
+        if at == len(lane.entries) or lane.entries[at] is not entry:
+            return False
+        del lane.entries[at]
+        self._left((entry,))
+        if not lane.entries:
+            del self._lanes[lane.key]
+        return True
+
+    def sweep(self, now_s: float) -> list[RequestT]:
+        """Take out every request that has expired. Walks the whole queue."""
+        gone = [
+            request
+            for lane in self._lanes.values()
+            for *_, request in lane.entries
+            if request.expired(now_s)
+        ]
+        for request in gone:
+            self.remove(request)
+        return gone
+
+    def take(self, now_s: float, arrived_before_s: float = math.inf) -> Taken[RequestT]:
+        """
+        Take the batch whose turn it is.
+
+        Args:
+            now_s: Unix seconds.
+            arrived_before_s: Now, on the clock of `arrival_s`; infinite to wait for no company.
+        """
+        dropped: list[RequestT] = []
+        held: list[_Lane[RequestT]] = []
+        batch: list[RequestT] = []
+        wait_s: float | None = None
+        while not batch and (lane := self._next_lane()) is not None:
+            most = self._drop_hopeless(lane, now_s, dropped)
+            if not lane.entries:
+                del self._lanes[lane.key]
+                continue
+            count = len(lane.entries)
+            if self.rows > most or self._policy.max_queue_delay_s:  # else everything goes
+                decision = self._policy.decide(
+                    [entry[_REQUEST].rows for entry in lane.entries[: self._policy.most_requests]],
+                    self._oldest_wait_s(lane, arrived_before_s),
+                    most,
+                )
+                count = decision.count
+                if not count:
+                    held.append(lane)
+                    wait_s = decision.wait_s if wait_s is None else min(wait_s, decision.wait_s)
+                    continue
+            batch = self._take_from(lane, count, now_s, dropped)
+        for lane in held:
+            self._file(lane)
+        return Taken(batch, dropped, wait_s)
+
+    def _rows_of(self, lane: _Lane[RequestT]) -> int:
+        if len(self._lanes) == 1:
+            return self.rows
+        return sum([entry[_REQUEST].rows for entry in lane.entries])
+
+    def _insert(self, entry: _Entry[RequestT]) -> None:
+        request = entry[_REQUEST]
+        request.place = entry
+        key = request.batch_key
+        lane = self._lanes.get(key)
+        if lane is None:
+            lane = self._lanes[key] = _Lane(key)
+        entries = lane.entries
+        if not entries or entry > entries[-1]:
+            entries.append(entry)
+        else:
+            insort(entries, entry)
+        self.rows += request.rows
+        self.count += 1
+        self.byte_count += request.byte_count
+        if not self._is_plain:
+            self._counts[entry[0]] += 1
+        if entries[0] is entry:
+            self._file(lane)
+
+    def _file(self, lane: _Lane[RequestT]) -> None:
+        level, due_s, number, _, _ = lane.entries[0]
+        if number == lane.filed:
+            return
+        lane.filed = number
+        heapq.heappush(self._heads, (level, due_s, number, lane.key))
+
+    def _next_lane(self) -> _Lane[RequestT] | None:
+        """Pop the lane whose head goes first."""
+        while self._heads:
+            _, _, number, key = heapq.heappop(self._heads)
+            lane = self._lanes.get(key)
+            if lane is not None:
+                head = lane.entries[0][_NUMBER]
+                if head == number:
+                    lane.filed = _NONE
+                    return lane
+                if head != lane.filed:
+                    self._file(lane)
+        return None
+
+    def _drop_hopeless(self, lane: _Lane[RequestT], now_s: float, dropped: list[RequestT]) -> int:
+        """
+        Drop heads that would be answered too late; return how many rows the next one's batch has.
+
+        While more waits than a batch can hold, batches are full, and whoever cannot make it in a
+        full one makes room: small batches for the sake of the most urgent would cost more of the
+        others. Otherwise the batch is as small as its head needs. The last one of all is never
+        dropped for what is expected of it: something must run for the expectation to mend.
+        """
+        cost, limit = self._cost, self._policy.max_batch_size or 1
+        while lane.entries:
+            entry = lane.entries[0]
+            request = entry[_REQUEST]
+            if request.deadline_s == math.inf and entry[_START_BY] == math.inf:
+                if not request.expired(now_s):
+                    return limit
+                full_s = alone_s = now_s
+            else:
+                rows = self._rows_of(lane)
+                full_s = now_s + cost.bound_s(max(request.rows, min(limit, rows)))
+                alone_s = full_s
+                if self.count == 1:
+                    alone_s = now_s
+                elif rows <= limit:
+                    alone_s = now_s + cost.bound_s(request.rows)
+            if request.expired(alone_s) or entry[_START_BY] < now_s:
+                del lane.entries[0]
+                self._pass_over(entry, alone_s, dropped)
+                continue
+            if request.deadline_s <= full_s:
+                return max(request.rows, cost.rows_within(request.deadline_s - now_s))
+            return limit
+        return 0
+
+    def _pass_over(
+        self,
+        entry: _Entry[RequestT],
+        soonest_s: float,
+        dropped: list[RequestT],
+    ) -> None:
+        """Let go of a request that was taken out of its lane, or put it behind the others."""
+        self._left((entry,))
+        level, _, number, _, request = entry
+        if self._levels[level - 1].is_delayed and not request.expired(soonest_s):
+            self._insert((level, math.inf, number, math.inf, request))
+        else:
+            dropped.append(request)
+
+    def _left(self, entries: Sequence[_Entry[RequestT]]) -> None:
+        """Count requests out that were taken out of their lane."""
+        requests = [entry[_REQUEST] for entry in entries]
+        self.rows -= sum(map(_rows, requests))
+        self.count -= len(requests)
+        self.byte_count -= sum(map(_byte_count, requests))
+        if not self._is_plain:
+            for entry in entries:
+                self._counts[entry[0]] -= 1
+
+    def _oldest_wait_s(self, lane: _Lane[RequestT], arrived_before_s: float) -> float:
+        delay_s = self._policy.max_queue_delay_s
+        if not delay_s or arrived_before_s == math.inf:
+            return delay_s
+        return arrived_before_s - min([entry[_REQUEST].arrival_s for entry in lane.entries])
+
+    def _take_from(
+        self, lane: _Lane[RequestT], count: int, now_s: float, dropped: list[RequestT]
+    ) -> list[RequestT]:
+        entries = lane.entries
+        taken = entries[:count]
+        del entries[:count]
+        rows = sum([entry[_REQUEST].rows for entry in taken])
+        soonest_s = now_s + self._cost.bound_s(rows)
+        # The head has been looked at: the batch is as it needs it.
+        late = [
+            entry
+            for entry in taken[1:]
+            if entry[_REQUEST].expired(soonest_s) or entry[_START_BY] < now_s
+        ]
+        if late:
+            passed = {entry[_NUMBER] for entry in late}
+            taken = [entry for entry in taken if entry[_NUMBER] not in passed]
+        self._left(taken)
+        for entry in late:
+            self._pass_over(entry, soonest_s, dropped)
+        if lane.entries:
+            self._file(lane)
+        else:
+            del self._lanes[lane.key]
+        self._last_rows = rows
+        return [entry[_REQUEST] for entry in taken]

@@ -1,0 +1,74 @@
+"""How requests wait, as a model's `dynamic_batching` has it: queue policies and priority levels.
+
+Source: Triton, `ModelDynamicBatching` and `ModelQueuePolicy` in `model_config.proto`.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from tritonclient.grpc import model_config_pb2
+
+from headrace.repository.parameters import wrong
+
+PRIORITY_LEVELS_MAX = 64
+
+
+class QueueLevel(NamedTuple):
+    """
+    How requests of one priority level wait, as the file has it.
+
+    Args:
+        max_queue_size: Most of them waiting at once; 0 for the server's own limit.
+        timeout_s: Longest that one waits for its batch, in seconds; infinite when not given.
+        is_delayed: Whether one that has waited so long goes last, instead of being given up.
+        may_override: Whether a request may ask for a shorter time.
+    """
+
+    max_queue_size: int = 0
+    timeout_s: float = math.inf
+    is_delayed: bool = False
+    may_override: bool = False
+
+
+def queue_levels(dynamic_batching: Any) -> tuple[QueueLevel, ...]:
+    """
+    Return the policy of each priority level, of level 1 first; of the only one without levels.
+
+    Args:
+        dynamic_batching: `ModelConfig.dynamic_batching`.
+
+    Raises:
+        ModelLoadError: levels that are not there are named, or too many.
+    """
+    levels = dynamic_batching.priority_levels
+    default_level = dynamic_batching.default_priority_level
+    policies = dynamic_batching.priority_queue_policy
+    if levels > PRIORITY_LEVELS_MAX:
+        raise wrong(f"priority_levels is {levels}; expected at most {PRIORITY_LEVELS_MAX}")
+    if levels and not 1 <= default_level <= levels:
+        raise wrong(f"default_priority_level is {default_level}; expected 1 to {levels}")
+    if not levels and (default_level or policies):
+        key = "default_priority_level" if default_level else "priority_queue_policy"
+        raise wrong(f"{key} needs priority_levels")
+    for level in policies:
+        if not 1 <= level <= levels:
+            raise wrong(f"priority_queue_policy has level {level}; expected 1 to {levels}")
+    default = dynamic_batching.default_queue_policy
+    return tuple(_policy(policies.get(level, default)) for level in range(1, max(1, levels) + 1))
+
+
+def max_queue_size(levels: Sequence[QueueLevel]) -> int:
+    """Return how many requests may wait in all; 0 where a level has no limit of its own."""
+    sizes = [level.max_queue_size for level in levels]
+    return sum(sizes) if all(sizes) else 0
+
+
+def _policy(message: Any) -> QueueLevel:
+    timeout_us = message.default_timeout_microseconds
+    return QueueLevel(
+        max_queue_size=message.max_queue_size,
+        timeout_s=timeout_us / 1e6 if timeout_us else math.inf,
+        is_delayed=message.timeout_action == model_config_pb2.ModelQueuePolicy.DELAY,
+        may_override=message.allow_timeout_override,
+    )

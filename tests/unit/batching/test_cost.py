@@ -1,0 +1,85 @@
+"""How long a batch takes, learned from those that have finished."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headrace.batching.cost import BatchCost
+
+
+def seen(batches):
+    cost = BatchCost()
+    for rows, seconds in batches:
+        cost.observe(rows, seconds)
+    return cost
+
+
+def test_nothing_is_expected_before_anything_was_seen():
+    cost = BatchCost()
+
+    assert cost.bound_s(64) == 0
+
+
+def test_fixed_part_and_part_per_row_are_told_apart():
+    numbers = random.Random(1)
+    rows = [numbers.randint(1, 64) for _ in range(400)]
+
+    cost = seen([(n, 0.002 + 0.0001 * n) for n in rows])
+
+    assert cost.estimate_s(1) == pytest.approx(0.0021, rel=0.05)
+    assert cost.estimate_s(64) == pytest.approx(0.0084, rel=0.05)
+
+
+def test_one_size_alone_says_how_long_that_size_takes():
+    cost = seen([(8, 0.004)] * 50)
+
+    assert cost.estimate_s(8) == pytest.approx(0.004)
+
+
+def test_what_is_known_of_other_sizes_outlasts_a_time_with_one_size_only():
+    cost = seen([(n, 0.001 + 0.0002 * n) for n in [1, 32] * 100] + [(1, 0.0012)] * 100)
+
+    assert cost.estimate_s(32) == pytest.approx(0.0074, rel=0.2)
+
+
+def test_a_model_that_slows_down_five_times_is_believed_within_a_second_of_work():
+    cost = seen([(4, 0.05)] * 100)
+    passed_s = 0.0
+    while passed_s < 1.0:
+        cost.observe(4, 0.25)
+        passed_s += 0.25
+
+    assert cost.bound_s(4) > 0.18
+
+
+def test_one_slow_batch_among_many_is_soon_forgotten():
+    cost = seen([(4, 0.005)] * 100 + [(4, 1.0)] + [(4, 0.005)] * 20)
+
+    assert cost.estimate_s(4) < 0.01
+
+
+def test_nineteen_of_twenty_batches_take_no_longer_than_the_bound():
+    numbers = random.Random(2)
+    cost, within, count = BatchCost(), 0, 4_000
+    for number in range(count + 500):
+        rows = numbers.randint(1, 32)
+        seconds = (0.003 + 0.0002 * rows) * numbers.lognormvariate(0, 0.2)
+        within += number >= 500 and seconds <= cost.bound_s(rows)
+        cost.observe(rows, seconds)
+
+    assert 0.90 <= within / count <= 0.99
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 1024), st.floats(1e-6, 10)), min_size=1, max_size=60),
+    st.floats(0, 20),
+)
+def test_estimates_are_finite_grow_with_the_rows_and_are_kept_by_rows_within(batches, seconds):
+    cost = seen(batches)
+
+    assert 0 <= cost.estimate_s(1) <= cost.estimate_s(2) <= cost.bound_s(1024) < float("inf")
+    assert 1.0 <= cost.margin <= 4.0
+    rows = cost.rows_within(seconds)
+    assert rows == 0 or cost.bound_s(rows) <= seconds * (1 + 1e-9)

@@ -1,0 +1,195 @@
+"""Who goes first, who waits no longer, and what is promised to a request that comes."""
+
+import math
+
+import pytest
+
+from headrace.batching.cost import BatchCost
+from headrace.batching.policy import BatchPolicy, LevelPolicy
+from headrace.batching.queue import PATIENCE_S, RequestQueue
+
+ONE_LEVEL = (LevelPolicy(),)
+
+
+class Caller:
+    def __init__(self, name, due=math.inf, rows=1, priority=0, key="x", timeout_s=0.0):
+        self.name, self.deadline_s, self.rows, self.priority = name, due, rows, priority
+        self.batch_key, self.timeout_s = key, timeout_s
+        self.byte_count, self.arrival_s, self.place = rows, 0.0, None
+
+    def expired(self, now_s):
+        return self.deadline_s <= now_s
+
+
+def cost(fixed_s, per_row_s=0.0):
+    known = BatchCost()
+    for _ in range(50):
+        for rows in (1, 16, 64):
+            known.observe(rows, fixed_s + per_row_s * rows)
+    return known
+
+
+def queue(*callers, size=4, levels=ONE_LEVEL, default=1, known=None, executors=1, at=0.0):
+    made = RequestQueue(BatchPolicy(size), known or BatchCost(), levels, default, executors)
+    for caller in callers:
+        assert made.add(caller, at)
+    return made
+
+
+def names(callers):
+    return "".join(caller.name for caller in callers)
+
+
+def test_the_earliest_deadline_goes_first():
+    waiting = queue(Caller("c", 0.3), Caller("a", 0.1), Caller("b", 0.2), size=2)
+
+    assert names(waiting.take(0).batch) == "ab"
+    assert names(waiting.take(0).batch) == "c"
+
+
+def test_equal_deadlines_go_in_the_order_of_arrival():
+    waiting = queue(*[Caller(name, 5) for name in "abcdef"], size=3)
+
+    assert names(waiting.take(0).batch) == "abc"
+
+
+def test_a_request_without_a_deadline_does_not_wait_for_ever():
+    waiting = queue(Caller("p"), size=1)
+    waiting.add(Caller("a", PATIENCE_S * 1.5), PATIENCE_S)
+
+    assert names(waiting.take(PATIENCE_S).batch) == "p"
+
+
+def test_a_higher_level_goes_before_an_earlier_deadline():
+    levels = [LevelPolicy()] * 2
+    waiting = queue(Caller("b", 1, priority=2), Caller("a", 9, priority=1), size=1, levels=levels)
+
+    assert names(waiting.take(0).batch) == "a"
+
+
+@pytest.mark.parametrize("priority", [0, 3, 2**63])
+def test_a_level_that_is_not_there_is_the_default_one(priority):
+    waiting = queue(levels=[LevelPolicy()] * 2, default=2)
+
+    assert waiting.level_of(Caller("a", priority=priority)) == 2
+
+
+def test_a_full_level_refuses_and_the_others_do_not():
+    waiting = queue(Caller("a", priority=1), levels=[LevelPolicy(max_queue_size=1)] * 2)
+
+    assert not waiting.add(Caller("b", priority=1), 0)
+    assert waiting.add(Caller("c", priority=2), 0)
+
+
+def test_who_has_waited_as_long_as_his_level_allows_is_given_up():
+    waiting = queue(Caller("a"), Caller("b", timeout_s=5.0), levels=[LevelPolicy(timeout_s=1.0)])
+    waiting.add(Caller("c"), 1.0)
+
+    taken = waiting.take(1.5)
+
+    assert (names(taken.batch), names(taken.dropped)) == ("c", "ab")
+
+
+def test_or_goes_after_all_others_where_the_level_delays():
+    level = LevelPolicy(timeout_s=1.0, is_delayed=True)
+    waiting = queue(Caller("a"), levels=[level], size=1)
+    waiting.add(Caller("b"), 1.0)
+
+    assert names(waiting.take(1.5).batch) == "b"
+    assert names(waiting.take(1.5).batch) == "a"
+    assert waiting.count == waiting.rows == waiting.byte_count == 0
+
+
+def test_a_request_may_shorten_its_wait_where_its_level_allows():
+    level = LevelPolicy(timeout_s=9.0, is_delayed=True, may_override=True)
+    waiting = queue(Caller("a", timeout_s=1.0), levels=[level], size=1)
+    waiting.add(Caller("b"), 1.0)
+
+    assert names(waiting.take(1.5).batch) == "b"
+
+
+def test_elsewhere_its_timeout_is_its_deadline():
+    caller = Caller("a", 9.0, timeout_s=2.0)
+
+    queue().bind(caller, 1.0)
+
+    assert caller.deadline_s == 3.0
+
+
+def test_while_more_waits_than_fits_who_would_be_late_in_a_full_batch_makes_room():
+    waiting = queue(
+        Caller("u", 1.05), *[Caller(name, 9) for name in "abcde"], known=cost(0.02, 0.02)
+    )
+
+    taken = waiting.take(1.0)  # four rows take 0.1 s, one takes 0.04 s
+
+    assert (names(taken.batch), names(taken.dropped)) == ("abcd", "u")
+
+
+def test_otherwise_the_batch_is_as_small_as_its_most_urgent_request_needs():
+    waiting = queue(Caller("u", 1.07), Caller("a", 9), Caller("b", 9), known=cost(0.02, 0.02))
+
+    assert names(waiting.take(1.0).batch) == "ua"
+    assert names(waiting.take(1.0).batch) == "b"
+
+
+def test_the_last_one_runs_although_it_should_be_late_so_that_expectations_mend():
+    waiting = queue(*[Caller(name, 1.05) for name in "abc"], known=cost(10.0))
+
+    taken = waiting.take(1.0)
+
+    assert (names(taken.batch), names(taken.dropped)) == ("c", "ab")
+
+
+def test_nothing_is_run_after_its_deadline():
+    waiting = queue(Caller("a", 1.0))
+
+    taken = waiting.take(1.0)
+
+    assert (names(taken.batch), names(taken.dropped)) == ("", "a")
+
+
+def test_an_idle_executor_is_expected_to_begin_at_once():
+    waiting = queue(known=cost(0.1))
+
+    assert waiting.finish_s(Caller("a", 9), 5.0, 0.0) == pytest.approx(5.1, rel=0.01)
+
+
+def test_what_is_ahead_is_waited_for_and_what_is_behind_is_not():
+    known = cost(0.1)
+    waiting = queue(*[Caller("w", 0.8) for _ in range(8)], known=known)
+
+    late = waiting.finish_s(Caller("a", 0.9), 0.0, 0.05)
+    early = waiting.finish_s(Caller("b", 0.7), 0.0, 0.05)
+
+    assert late == pytest.approx(0.05 + 2 * 0.1 + known.bound_s(4), rel=0.05)
+    assert early == pytest.approx(0.05 + known.bound_s(4), rel=0.05)
+
+
+def test_several_executors_share_what_is_ahead():
+    known = cost(0.1)
+    waiting = queue(*[Caller("w", 0.5) for _ in range(8)], known=known, executors=2)
+
+    finish_s = waiting.finish_s(Caller("a", 0.9), 0.0, 0.0)
+
+    assert finish_s == pytest.approx(0.1 + known.bound_s(4), rel=0.05)
+
+
+def test_a_caller_who_leaves_is_out_of_the_queue_at_once():
+    leaving = Caller("b", 2, rows=2)
+    waiting = queue(Caller("a", 1), leaving, Caller("c", 3))
+
+    assert waiting.remove(leaving)
+
+    assert (waiting.count, waiting.rows, waiting.byte_count) == (2, 2, 2)
+    assert not waiting.remove(leaving)
+    assert names(waiting.take(0).batch) == "ac"
+
+
+def test_a_lane_whose_head_leaves_keeps_its_turn():
+    head = Caller("h", 1)
+    waiting = queue(head, Caller("a", 2), Caller("b", 3, key="y"))
+    waiting.remove(head)
+
+    assert [names(waiting.take(0).batch) for _ in range(2)] == ["a", "b"]
+    assert not waiting.take(0).batch
