@@ -240,7 +240,7 @@ class Batcher(Generic[RequestT]):
             self._sweep(expired)
         if self._waiting >= self._max_queue_size or self._waiting_bytes > self._max_queue_bytes:
             self._waiting_bytes -= request.byte_count
-            raise Overloaded(f"{self._waiting} requests are already waiting for this model")
+            raise Overloaded(f"{self._waiting} requests are already waiting")
         self._refused_since_sweep = 0
 
     def _sweep(self, expired: list[RequestT]) -> None:
