@@ -161,7 +161,7 @@ class _Request(FeatureRequest):
     def column_values(self, column: RequestColumn) -> list[Any]:
         accepted = _ACCEPTED[column.value_type]
         values = []
-        for row, value in enumerate(self._find(column).val):
+        for row, value in enumerate(self.found(column).val):
             kind = value.WhichOneof("val")
             if kind not in accepted:
                 raise wrong_type(column, row, (kind or "").removesuffix("_val").upper())
@@ -175,7 +175,7 @@ class _Request(FeatureRequest):
         return self._call.gone or self.deadline_s <= now_s
 
     def answer(self, read: FeatureRead, start: int) -> None:
-        entities = [self._found[key.name].SerializeToString() for key in read.plan.join_keys]
+        entities = [self.found(key).SerializeToString() for key in read.plan.join_keys]
         self._call.reply(
             self._owner.replies(read).message(
                 start,
@@ -188,8 +188,11 @@ class _Request(FeatureRequest):
     def fail(self, error: ServingError) -> None:
         refuse(self._call, error, self._owner.calls, self._owner.method, self.trace)
 
-    def _find(self, column: RequestColumn) -> Any:
-        """Find a column under its own name or that of its entity, and keep it for the answer."""
+    def found(self, column: RequestColumn) -> Any:
+        """Return a column, sent under its own name or its entity's. What was found once stays."""
+        found = self._found.get(column.name)
+        if found is not None:
+            return found
         found = self._columns.get(column.name)
         if found is None and column.is_key:
             join_keys = self._owner.plans.entity_join_keys
