@@ -51,7 +51,8 @@ class Reads:
 
 
 class Plans:
-    entity_join_keys = {"driver": "driver_id"}
+    def __init__(self):
+        self.entity_join_keys = {"driver": "driver_id"}
 
 
 @pytest.fixture
