@@ -24,7 +24,7 @@ from ride_repo import NOW, write_ride_repo
 from headrace.app import Gateway
 from headrace.settings import load_settings
 
-START_TIMEOUT_S = 60
+START_TIMEOUT_S = 180
 SUPPORT = Path(ride_views.__file__).parent
 
 REQUESTS = {
