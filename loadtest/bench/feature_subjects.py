@@ -56,15 +56,18 @@ def references() -> list[str]:
     return [f"view{number}:f{number}_{i}" for number in range(VIEWS) for i in range(WIDTH)]
 
 
-def feast_requests(rows: int) -> list[bytes]:
+def feast_requests(rows: int, *, by_service: bool = False) -> list[bytes]:
     """Return requests in Feast's messages, for `rows` entities each."""
     template = GetOnlineFeaturesRequest()
-    template.features.val.extend(references())
+    if by_service:
+        template.feature_service = SERVICE
+    else:
+        template.features.val.extend(references())
     requests = []
-    for ids in _ids(rows):
+    for chosen in ids(rows):
         request = GetOnlineFeaturesRequest()
         request.CopyFrom(template)
-        for value in ids:
+        for value in chosen:
             request.entities["item_id"].val.add(int64_val=value)
         requests.append(bytes(request.SerializeToString()))
     return requests
@@ -73,8 +76,8 @@ def feast_requests(rows: int) -> list[bytes]:
 def packed_requests(rows: int) -> list[bytes]:
     """Return the same in Headrace's messages, by the service's name."""
     requests = []
-    for ids in _ids(rows):
-        column = pb.Column(int64s=pb.Int64Column(values=ids))
+    for chosen in ids(rows):
+        column = pb.Column(int64s=pb.Int64Column(values=chosen))
         request = GetOnlineFeatures(
             feature_service=SERVICE, entities=[pb.InputColumn(name="item_id", values=column)]
         )
@@ -85,8 +88,8 @@ def packed_requests(rows: int) -> list[bytes]:
 def json_requests(rows: int) -> list[bytes]:
     """Return the same for `feast serve`."""
     return [
-        json.dumps({"features": references(), "entities": {"item_id": ids}}).encode()
-        for ids in _ids(rows)
+        json.dumps({"features": references(), "entities": {"item_id": chosen}}).encode()
+        for chosen in ids(rows)
     ]
 
 
@@ -108,6 +111,9 @@ def feast_sdk(repo: Path) -> list[str]:
     return [sys.executable, str(HERE / "feast_sdk.py"), str(repo)]
 
 
-def _ids(rows: int) -> list[list[int]]:
-    ids: list[list[int]] = np.random.default_rng(rows).integers(0, ENTITIES, (256, rows)).tolist()
-    return ids
+def ids(rows: int) -> list[list[int]]:
+    """Return the entities of 256 requests, the same for whoever asks."""
+    chosen: list[list[int]] = (
+        np.random.default_rng(rows).integers(0, ENTITIES, (256, rows)).tolist()
+    )
+    return chosen

@@ -3,7 +3,7 @@
     python loadtest/bench/features.py [--rounds 5] [--seconds 1.5] [--rows 1,10,100,500]
 
 Fifty floats in five views of one entity, in interleaved rounds: alone (one request in flight),
-under load (64 in flight) and, for one entity, at a fixed rate that all can keep. Writes a page
+under load (64 in flight) and at a fixed rate that all can keep. Writes a page
 under loadtest/results/ and exits with 1 when a target is missed. Needs two cores: the server has
 the first one for itself, the generator and the store share the second.
 """
@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -37,13 +38,21 @@ from rich.console import Console
 from rich.table import Table
 from run import commit, machine
 
+from headrace.v1.feature_service_pb2 import GetOnlineFeaturesResponse as PackedResponse
+
 ROOT = Path(__file__).parents[2]
 FEAST_PATH = "/GrpcFeatureServer/GetOnlineFeatures"
 PACKED_PATH = "/headrace.v1.FeatureService/GetOnlineFeatures"
 SDK, LISTEN, SERVE = "Feast SDK", "feast listen", "feast serve"
 GATEWAY, PACKED = "gateway", "gateway, packed"
+GATEWAY_BY_SERVICE, LISTEN_BY_SERVICE = "gateway, by service", "feast listen, by service"
 START_TIMEOUT_S = 120.0
-FIXED_RATE_PER_S = 100.0
+RATES_PER_S = {1: 100.0, 10: 50.0, 100: 10.0, 500: 1.0}
+"""Fixed rates that all can keep, from so many rows on."""
+
+PACED_REQUESTS_MIN = 10
+"""In a round at a fixed rate, however slow."""
+
 Figures = dict[str, float]
 
 
@@ -60,14 +69,25 @@ class Shape:
     rows: int
     load: str
 
+    @property
+    def rate_per_s(self) -> float:
+        """0 for a closed loop."""
+        if self.load != "paced":
+            return 0.0
+        return min([RATES_PER_S[1], *(r for n, r in RATES_PER_S.items() if n <= self.rows)])
+
+    def seconds(self, asked: float) -> float:
+        """Return how long a round takes at least, to be `asked` seconds or have enough in it."""
+        return max(asked, PACED_REQUESTS_MIN / self.rate_per_s if self.rate_per_s else 0.0)
+
     def __str__(self) -> str:
         how = {"alone": "1 in flight", "loaded": "64 in flight"}
-        return f"{self.rows} rows, {how.get(self.load, f'{FIXED_RATE_PER_S:g} requests/s')}"
+        return f"{self.rows} rows, {how.get(self.load, f'{self.rate_per_s:g} requests/s')}"
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The gateway's figure over (or, for latencies, under) another's must reach `ratio`."""
+    """The gateway's figure over another's must reach `ratio`."""
 
     shape: Shape
     other: str
@@ -75,12 +95,13 @@ class Target:
     ratio: float
 
 
-ONE, HUNDRED = Shape(1, "alone"), Shape(100, "alone")
 TARGETS = [
     Target(Shape(1, "loaded"), SDK, "requests_per_s", 5),
     Target(Shape(100, "loaded"), SDK, "requests_per_s", 8),
     Target(Shape(1, "loaded"), LISTEN, "requests_per_s", 15),
     Target(Shape(100, "loaded"), LISTEN, "requests_per_s", 15),
+    Target(Shape(1, "loaded"), LISTEN_BY_SERVICE, "requests_per_s", 15),
+    Target(Shape(100, "loaded"), LISTEN_BY_SERVICE, "requests_per_s", 15),
 ]
 
 
@@ -120,8 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.sched_setaffinity(0, {subjects.GENERATOR_CORE})
     console = Console(stderr=True)
     counts = [int(text) for text in options.rows.split(",")]
-    shapes = [Shape(rows, load) for rows in counts for load in ("alone", "loaded")]
-    shapes += [Shape(rows, "paced") for rows in counts if rows == 1]
+    shapes = [Shape(rows, load) for rows in counts for load in ("alone", "loaded", "paced")]
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         peers = _start(stack, work, counts, console)
@@ -129,10 +149,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for shape in shapes:
                 # Who goes first changes, so that nobody always meets what another left behind.
                 for peer in peers if number % 2 else reversed(peers):
-                    figures = _measure(peer, shape, options.seconds)
+                    figures = _measure(peer, shape, shape.seconds(options.seconds))
                     peer.rounds.setdefault(shape, []).append(figures)
                     console.print(
-                        f"round {number + 1}/{options.rounds}  {shape!s:<26} {peer.name:<16} "
+                        f"round {number + 1}/{options.rounds}  {shape!s:<26} {peer.name:<24} "
                         f"{figures['requests_per_s']:>9,.0f}/s  p50 {figures['p50_ms']:.2f} ms  "
                         f"p99 {figures['p99_ms']:.2f} ms  {figures['cpu_ms']:.3f} ms of processor"
                     )
@@ -161,6 +181,7 @@ def _start(stack: ExitStack, work: Path, counts: Sequence[int], console: Console
     for rows in counts:
         for kind, make in (
             ("feast", feature_subjects.feast_requests),
+            ("service", partial(feature_subjects.feast_requests, by_service=True)),
             ("packed", feature_subjects.packed_requests),
         ):
             bodies[kind, rows] = work / f"{kind}-{rows}.bodies"
@@ -174,7 +195,11 @@ def _start(stack: ExitStack, work: Path, counts: Sequence[int], console: Console
     serve_pid = stack.enter_context(
         running(feature_subjects.feast_serve(repo, ports[SERVE]), ports[SERVE])
     )
-    sdk = stack.enter_context(_sdk(feature_subjects.feast_sdk(repo)))
+    ask_sdk = stack.enter_context(_sdk(feature_subjects.feast_sdk(repo)))
+
+    def sdk(shape: Shape, seconds: float) -> Figures:
+        figures: Figures = ask_sdk(f"{shape.rows} {seconds} {shape.rate_per_s}")
+        return figures
 
     def by_grpc(port: int, path: str, kind: str) -> Callable[[Shape, float], Figures]:
         def measure(shape: Shape, seconds: float) -> Figures:
@@ -190,15 +215,19 @@ def _start(stack: ExitStack, work: Path, counts: Sequence[int], console: Console
             connections={"alone": 1, "loaded": 8, "paced": 16}[shape.load],
             warm_up_s=0.5,
             seconds=seconds,
-            rate_per_s=FIXED_RATE_PER_S if shape.load == "paced" else None,
+            rate_per_s=shape.rate_per_s or None,
         )
 
-    _refuse_disagreement(ports, bodies["feast", counts[0]])
+    for rows in counts:
+        own = {kind: bodies[kind, rows] for kind in ("feast", "service", "packed")}
+        _refuse_disagreement(ports, own, rows, ask_sdk(f"{rows}"))
     return [
         Peer(GATEWAY, by_grpc(ports[GATEWAY], FEAST_PATH, "feast"), gateway_pid),
+        Peer(GATEWAY_BY_SERVICE, by_grpc(ports[GATEWAY], FEAST_PATH, "service"), gateway_pid),
         Peer(PACKED, by_grpc(ports[GATEWAY], PACKED_PATH, "packed"), gateway_pid),
         Peer(SDK, sdk, None),
         Peer(LISTEN, by_grpc(ports[LISTEN], FEAST_PATH, "feast"), listen_pid),
+        Peer(LISTEN_BY_SERVICE, by_grpc(ports[LISTEN], FEAST_PATH, "service"), listen_pid),
         Peer(SERVE, over_http, serve_pid),
     ]
 
@@ -211,7 +240,7 @@ def over_grpc(port: int, path: str, bodies: Path, shape: Shape, seconds: float) 
     elif shape.load == "alone":
         command += ["--connections", "1", "--in-flight", "1"]
     else:
-        command += ["--connections", "4", "--rate", str(FIXED_RATE_PER_S)]
+        command += ["--connections", "4", "--rate", str(shape.rate_per_s)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120 + 2 * seconds, check=True
     )
@@ -220,8 +249,8 @@ def over_grpc(port: int, path: str, bodies: Path, shape: Shape, seconds: float) 
 
 
 @contextmanager
-def _sdk(command: Sequence[str]) -> Iterator[Callable[[Shape, float], Figures]]:
-    """Run the SDK's loop on the server's core; it is alone by nature."""
+def _sdk(command: Sequence[str]) -> Iterator[Callable[[str], Any]]:
+    """Run the SDK's loop on the server's core; it is alone by nature. Yields how to ask it."""
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -237,13 +266,12 @@ def _sdk(command: Sequence[str]) -> Iterator[Callable[[Shape, float], Figures]]:
             if not line:
                 raise RuntimeError("the Feast SDK did not start")
 
-        def measure(shape: Shape, seconds: float) -> Figures:
-            stdin.write(f"{shape.rows} {seconds}\n")
+        def ask(line: str) -> Any:
+            stdin.write(f"{line}\n")
             stdin.flush()
-            figures: Figures = json.loads(stdout.readline())
-            return figures
+            return json.loads(stdout.readline())
 
-        yield measure
+        yield ask
     finally:
         stdin.close()
         process.wait(30)
@@ -306,27 +334,54 @@ def _cpu_s(pid: int) -> float:
     return own + sum(_cpu_s(int(child)) for child in children)
 
 
-def _refuse_disagreement(ports: dict[str, int], bodies: Path) -> None:
-    """Ask all that speak gRPC the same; wrong answers are no speed."""
-    answers = []
-    message = http2.read_bodies(bodies)[0][5:]
-    for name in (GATEWAY, LISTEN):
-        with grpc.insecure_channel(f"127.0.0.1:{ports[name]}") as channel:
-            raw = channel.unary_unary(FEAST_PATH)(message, timeout=30)
-        reply = GetOnlineFeaturesResponse.FromString(raw)
-        names = reply.metadata.feature_names.val
-        answers.append(dict(zip(names, reply.results, strict=True)))
-    if answers[0] != answers[1]:
-        raise RuntimeError("the servers disagree")
+def _refuse_disagreement(
+    ports: dict[str, int], bodies: dict[str, Path], rows: int, sdk: dict[str, list[float]]
+) -> None:
+    """Ask everybody the same; wrong answers are no speed."""
+    wanted = {name.partition(":")[2]: values for name, values in sdk.items()}
+    found = {
+        "gateway": _feast_answer(ports[GATEWAY], bodies["feast"]),
+        "gateway, by service": _feast_answer(ports[GATEWAY], bodies["service"]),
+        "gateway, packed": _packed_answer(ports[GATEWAY], bodies["packed"]),
+        "feast listen": _feast_answer(ports[LISTEN], bodies["feast"]),
+        "feast listen, by service": _feast_answer(ports[LISTEN], bodies["service"]),
+        "feast serve": _json_answer(ports[SERVE], feature_subjects.json_requests(rows)[0]),
+    }
+    for who, values in found.items():
+        for name, expected in wanted.items():
+            if len(expected) != rows or not np.isfinite(expected).all():
+                raise RuntimeError(f"the SDK found nothing of {name}")
+            if not np.array_equal(np.float32(values.get(name, [])), np.float32(expected)):
+                raise RuntimeError(f"{who} and the SDK disagree on {name}, for {rows} rows")
+
+
+def _feast_answer(port: int, bodies: Path) -> dict[str, list[float]]:
+    reply = GetOnlineFeaturesResponse.FromString(_ask(port, FEAST_PATH, bodies))
+    return {
+        name: [value.float_val for value in vector.values]
+        for name, vector in zip(reply.metadata.feature_names.val, reply.results, strict=True)
+    }
+
+
+def _packed_answer(port: int, bodies: Path) -> dict[str, list[float]]:
+    reply = PackedResponse.FromString(_ask(port, PACKED_PATH, bodies))
+    return {feature.name: list(feature.values.floats.values) for feature in reply.features}
+
+
+def _ask(port: int, path: str, bodies: Path) -> bytes:
+    """Send the first body."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        return bytes(channel.unary_unary(path)(http2.read_bodies(bodies)[0][5:], timeout=60))
+
+
+def _json_answer(port: int, body: bytes) -> dict[str, list[float]]:
     request = urllib.request.Request(
-        f"http://127.0.0.1:{ports[SERVE]}/get-online-features",
-        feature_subjects.json_requests(1)[0],
-        {"content-type": "application/json"},
+        f"http://127.0.0.1:{port}/get-online-features", body, {"content-type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=30) as response:
+    with urllib.request.urlopen(request, timeout=60) as response:
         found = json.load(response)
-    if not np.isfinite([float(result["values"][0]) for result in found["results"]]).all():
-        raise RuntimeError("feast serve answers nothing")
+    names = found["metadata"]["feature_names"]
+    return {name: result["values"] for name, result in zip(names, found["results"], strict=True)}
 
 
 def _missed(target: Target, peers: Sequence[Peer], shapes: Sequence[Shape]) -> str | None:
@@ -335,13 +390,19 @@ def _missed(target: Target, peers: Sequence[Peer], shapes: Sequence[Shape]) -> s
     by_name = {peer.name: peer for peer in peers}
     # The SDK has no queue: in process its throughput is what one caller gets.
     gateway, other = (
-        by_name[name].figure(target.shape, target.figure) for name in (GATEWAY, target.other)
+        by_name[name].figure(target.shape, target.figure)
+        for name in (_asked_alike(target.other), target.other)
     )
     if gateway / other >= target.ratio:
         return None
     return (
         f"{target.shape}, {target.figure}: {gateway / other:.1f} x {target.other} < {target.ratio}"
     )
+
+
+def _asked_alike(other: str) -> str:
+    """Return which of the gateway's figures another's are compared with."""
+    return GATEWAY_BY_SERVICE if other == LISTEN_BY_SERVICE else GATEWAY
 
 
 def _as_json(peers: Sequence[Peer]) -> list[dict[str, Any]]:
@@ -366,10 +427,10 @@ _COLUMNS = (
 
 
 def _rows(peers: Sequence[Peer], shapes: Sequence[Shape]) -> Iterator[list[str]]:
-    gateway = next(peer for peer in peers if peer.name == GATEWAY)
+    by_name = {peer.name: peer for peer in peers}
     for shape in shapes:
-        own = gateway.figure(shape, "requests_per_s")
         for peer in peers:
+            own = by_name[_asked_alike(peer.name)].figure(shape, "requests_per_s")
             yield [
                 str(shape),
                 peer.name,
@@ -420,7 +481,8 @@ Fifty floats in five views of one entity, {feature_subjects.ENTITIES:,} entities
 {rows}
 
 Medians of {options.rounds} interleaved rounds of {options.seconds:g} s after half a second of
-warm-up. Targets, {"all met" if not missed else "missed: " + "; ".join(missed)}:
+warm-up, longer ones where a fixed rate would have had fewer than {PACED_REQUESTS_MIN} requests.
+Targets, {"all met" if not missed else "missed: " + "; ".join(missed)}:
 
 {targets}
 
@@ -446,8 +508,8 @@ warm-up. Targets, {"all met" if not missed else "missed: " + "; ".join(missed)}:
 - The SDK runs in a loop in its own process: no network and no second caller. What it is compared
   with has both, so its latencies alone are the harder comparison, its throughput the fairer one.
 - `feast listen` and `feast serve` are asked for references, which is kind to them: with a feature
-  service's name they look it up anew in each request, which costs milliseconds. "packed" asks
-  by name.
+  service's name they look it up anew in each request, which costs milliseconds. "by service" asks
+  by name, as most clients do, and is compared with the gateway asked likewise; "packed" too.
 - `feast serve` answers JSON, from one worker; under load it has 8 connections, not 64 requests.
 - Loopback, no TLS. Closed loops but for the fixed rate: a slow server is asked less often.
 - The latencies of the generator are in those of whoever answers in less than a millisecond.

@@ -4,7 +4,9 @@
         [--in-flight 16] [--seconds 3] [--warm-up 1] [--rate 200]
 
 A closed loop, unless a rate is given: then requests are sent when they are due, whether the others
-have been answered or not, and latencies count from when they were due.
+have been answered or not, and latencies count from when they were due. One that the server's window
+does not allow waits for it; those that are open at the end are waited for, and what is not answered
+even then counts with its age.
 
 h2load is faster and sends one body only, which would let a server that merges equal entities cheat.
 This one keeps up with every server here, without a gRPC library in the way. It knows just as
@@ -23,6 +25,7 @@ import socket
 import struct
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +69,7 @@ class Connection:
         self._next_stream = 1
         self._is_paced = is_paced
         self._unsent = 0 if is_paced else in_flight
+        self._due: deque[float] = deque()
         self._sent_at: dict[int, float] = {}
         self._answered: set[int] = set()
         self._credit = DEFAULT_WINDOW
@@ -79,12 +83,16 @@ class Connection:
         )
         self.send()
 
-    def send(self, due_s: float | None = None) -> None:
+    def add_due(self, due_s: float) -> None:
+        """Send a request that is due, as soon as the window allows."""
+        self._due.append(due_s)
+        self._unsent += 1
+        self.send()
+
+    def send(self) -> None:
         """Start as many requests as are due and the server's window allows."""
         out = []
-        now_s = time.perf_counter() if due_s is None else due_s
-        if due_s is not None:
-            self._unsent = 1
+        now_s = time.perf_counter()
         while self._unsent:
             body = self._bodies[self._next_body]
             if self._credit < len(body):
@@ -96,7 +104,7 @@ class Connection:
             out.append(_head(len(body), DATA, END_STREAM) + stream_bytes)
             out.append(body)
             self._credit -= len(body)
-            self._sent_at[stream] = now_s
+            self._sent_at[stream] = self._due.popleft() if self._is_paced else now_s
             self._next_stream += 2
             self._next_body = (self._next_body + 1) % len(self._bodies)
             self._unsent -= 1
@@ -126,8 +134,12 @@ class Connection:
             else:
                 self._control(kind, flags, stream, data[position - length : position])
         self._received = data[position:]
-        if not self._is_paced:
-            self.send()
+        self.send()
+
+    @property
+    def open_since_s(self) -> list[float]:
+        """When the requests that are not answered yet were due, unsent ones included."""
+        return [*self._sent_at.values(), *self._due]
 
     def _finish(self, stream: int) -> None:
         sent_s = self._sent_at.pop(stream)
@@ -195,7 +207,7 @@ def run(
                 connection.counting = True
         if rate_per_s is not None:
             while due_s <= now_s:
-                opened[sent % connections].send(due_s)
+                opened[sent % connections].add_due(due_s)
                 sent += 1
                 due_s += 1 / rate_per_s
         ready = selector.select(max(0.0, due_s - now_s) if is_paced else STALL_S)
@@ -204,19 +216,35 @@ def run(
         for key, _ in ready:
             key.data.receive()
     took_s = time.perf_counter() - start_s
+    answered = results.requests
+    if is_paced:
+        _wait_for_open(selector, opened)
+        now_s = time.perf_counter()
+        for connection in opened:
+            results.latencies_s += [now_s - due_s for due_s in connection.open_since_s]
     for connection in opened:
         connection.socket.close()
     ordered = sorted(results.latencies_s)
     if not ordered:
         raise TimeoutError("nothing was answered")
     return {
-        "requests": results.requests,
-        "requests_per_s": results.requests / took_s,
+        "requests": answered,
+        "requests_per_s": answered / took_s,
         "errors": results.errors,
         "mean_ms": 1e3 * sum(ordered) / max(1, len(ordered)),
         "p50_ms": 1e3 * ordered[len(ordered) // 2],
         "p99_ms": 1e3 * ordered[len(ordered) * 99 // 100],
     }
+
+
+def _wait_for_open(selector: selectors.BaseSelector, opened: Sequence[Connection]) -> None:
+    """Take the answers to what was sent, for so long as any come within `STALL_S`."""
+    while any(connection.open_since_s for connection in opened):
+        ready = selector.select(STALL_S)
+        if not ready:
+            return
+        for key, _ in ready:
+            key.data.receive()
 
 
 def write_bodies(path: Path, messages: Sequence[bytes]) -> None:

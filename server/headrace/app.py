@@ -40,6 +40,7 @@ from headrace.telemetry.trace_context import Sampler
 from headrace.telemetry.tracing import SpanExporter, tracing_rule
 
 if TYPE_CHECKING:
+    from headrace.rpc.feast_writes import FeatureWrites
     from headrace.rpc.feature_services import FeatureServices
 
 _LOG = structlog.get_logger(__name__)
@@ -115,6 +116,7 @@ class Gateway:
                 hears_writes=settings.feature_cache_invalidation,
             )
         self._reads: FeatureReads | None = None
+        self._writes: FeatureWrites | None = None
         view_metrics = ViewMetrics()
         self._features_readable = True
         self._needs_features = self._is_started = False
@@ -223,6 +225,8 @@ class Gateway:
         _calm_the_collector()
         if self._reads is not None:
             self._reads.start()
+        if self._writes is not None:
+            self._writes.start()
         self.grpc.start()
         if self.http is not None:
             self.http.start()
@@ -280,6 +284,9 @@ class Gateway:
             if self._reads is not None and not self._reads.is_alive:
                 _LOG.critical("feature_reader_died")
                 return 1
+            if self._writes is not None and not self._writes.is_alive:
+                _LOG.critical("feature_writer_died")
+                return 1
         delay_s = self._settings.drain_delay_s
         _LOG.info("draining_started", drain_delay_s=delay_s)
         self._stopping.set()
@@ -305,6 +312,8 @@ class Gateway:
         self.repository.stop(0)  # it may be in the middle of a load: the requests come first
         models = self._catalog.served()
         ended = self._reads is None or self._reads.stop(max(0.0, deadline_s - time.monotonic()))
+        if self._writes is not None:
+            ended &= self._writes.stop(max(0.0, deadline_s - time.monotonic()))
         for served in models:
             ended &= served.stop(max(0.0, deadline_s - time.monotonic()))
         unfinished = self.grpc.stop(max(0.0, deadline_s - time.monotonic()))
@@ -345,15 +354,16 @@ class Gateway:
         from headrace.rpc.feast_writes import FeatureWrites  # noqa: PLC0415 imports Feast
         from headrace.rpc.feature_services import FeatureServices  # noqa: PLC0415 likewise
 
+        self._writes = FeatureWrites(
+            self._feature_repo, self.calls, is_allowed=self._settings.allow_feature_writes
+        )
         return FeatureServices(
             self._reads,
             self._plans,
             self.calls,
             as_feast=self._settings.feast_compat,
             is_ready=lambda: self._features_readable and not self._stopping.is_set(),
-            writes=FeatureWrites(
-                self._feature_repo, is_allowed=self._settings.allow_feature_writes
-            ),
+            writes=self._writes,
         )
 
     def _look_at_features(self) -> None:

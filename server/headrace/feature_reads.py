@@ -41,6 +41,12 @@ LONG_ROWS = 128
 SHORT_BATCH_ROWS = 512
 """In a batch of short requests."""
 
+VALUES_MAX = 1_000_000
+"""
+Of one request, rows times features, and of what is read at once: a second of work, and at most
+34 bytes each in a reply (an INT64 with its status and event time), unless they are text or lists.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class FeatureRead:
@@ -249,29 +255,27 @@ class FeatureReads:
     def _execute(self, queue: Batcher[FeatureRequest]) -> None:
         while (batch := queue.take()) is not None:
             try:
-                self._carry(batch)
-            except ComputationFailed as error:
+                plan = self._plans.find(batch[0].batch_key)
+            except Exception as error:  # noqa: BLE001 the thread must go on
+                self._fail(batch, _told(error))
+                continue
+            for part in _parts(batch, len(plan.features)):
+                self._serve(plan, part)
+
+    def _serve(self, plan: FeaturePlan, batch: Sequence[FeatureRequest]) -> None:
+        """See to it that every request of a batch is answered, whatever happens."""
+        try:
+            self._carry(plan, batch)
+        except Exception as error:  # noqa: BLE001 the thread must go on
+            if isinstance(error, ComputationFailed) and len(batch) > 1:
                 # Somebody's values are to blame: only theirs shall fail.
-                if len(batch) == 1:
-                    self._fail(batch, error)
-                else:
-                    self._carry_one_by_one(batch)
-            except ServingError as error:
-                self._fail(batch, error)
-            except Exception:  # noqa: BLE001 the thread must go on
-                _LOG.exception("feature_batch_failed")
-                self._fail(batch, BackendError("internal error"))
+                for request in batch:
+                    self._serve(plan, [request])
+            else:
+                self._fail(batch, _told(error))
 
-    def _carry_one_by_one(self, batch: Sequence[FeatureRequest]) -> None:
-        for request in batch:
-            try:
-                self._carry([request])
-            except ServingError as error:
-                self._fail([request], error)
-
-    def _carry(self, batch: Sequence[FeatureRequest]) -> None:
+    def _carry(self, plan: FeaturePlan, batch: Sequence[FeatureRequest]) -> None:
         started_s = time.perf_counter()
-        plan = self._plans.find(batch[0].batch_key)
         batch, entities = self._entities(plan, batch)
         if not batch:
             return
@@ -309,6 +313,7 @@ class FeatureReads:
         right: list[FeatureRequest] = []
         for request in batch:
             try:
+                _check_values(request.rows, len(plan.features))
                 own = [request.column_values(column) for column in plan.request_columns]
             except InvalidRequest as error:
                 self._fail([request], error)
@@ -361,6 +366,35 @@ class FeatureReads:
                 calls=traced,
                 feature_service=plan.service,
             )
+        )
+
+
+def _told(error: Exception) -> ServingError:
+    """Return what callers may know of an error."""
+    if isinstance(error, ServingError):
+        return error
+    _LOG.error("feature_batch_failed", exc_info=error)
+    return BackendError("internal error")
+
+
+def _parts(batch: Sequence[FeatureRequest], features: int) -> list[list[FeatureRequest]]:
+    """Cut a batch so that no part reads more than `VALUES_MAX`, unless one request does."""
+    parts: list[list[FeatureRequest]] = [[]]
+    values = 0
+    for request in batch:
+        values += request.rows * features
+        if values > VALUES_MAX and parts[-1]:
+            parts.append([])
+            values = request.rows * features
+        parts[-1].append(request)
+    return parts
+
+
+def _check_values(rows: int, features: int) -> None:
+    if rows * features > VALUES_MAX:
+        raise InvalidRequest(
+            f"request asks for {rows} x {features} values; at most {VALUES_MAX} are read at once: "
+            "send fewer entities in one request"
         )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from headrace.errors import InvalidRequest
 
 LENGTH_DELIMITED = 2
+_VARINT, _FIXED_BYTES = 0, {1: 8, 5: 4}
 
 MAX_FIELDS = 10_000
 """Fields looked at in a large message; a tensor is two, an element of BYTES one more."""
@@ -52,6 +53,31 @@ def refuse_costly_parse(message: bytes, path: Sequence[int], limit: int, remedy:
     costly, _ = _costly_bytes(message, 0, len(message), path, 0, MAX_FIELDS)
     if costly > limit:
         raise InvalidRequest(f"too much in typed {remedy}")
+
+
+def has_more_fields(message: bytes, limit: int) -> bool:
+    """
+    Say whether a message that is not parsed yet has more than `limit` fields at its top.
+
+    Takes as long as `limit` fields do, however large the message. One with groups in it has more
+    than can be told; what is cut off or wrong is left to the parser.
+    """
+    position, end = 0, len(message)
+    for _ in range(limit):
+        if position >= end:
+            return False
+        key, position = _read_varint(message, position)
+        kind = key & 7
+        if kind == LENGTH_DELIMITED:
+            length, position = _read_varint(message, position)
+            position += length
+        elif kind == _VARINT:
+            _, position = _read_varint(message, position)
+        elif kind in _FIXED_BYTES:
+            position += _FIXED_BYTES[kind]
+        else:
+            return True
+    return position < end
 
 
 def _costly_bytes(

@@ -10,7 +10,14 @@ from tritonclient.grpc import service_pb2
 
 from headrace.errors import InvalidRequest
 from headrace.v1 import prediction_service_pb2 as pb
-from headrace.wire import delimited, first_fields, refuse_costly_parse, tag, varint
+from headrace.wire import (
+    delimited,
+    first_fields,
+    has_more_fields,
+    refuse_costly_parse,
+    tag,
+    varint,
+)
 
 
 @given(st.integers(0, 2**63 - 1))
@@ -122,3 +129,27 @@ def test_fields_that_are_written_later_are_not_among_the_first():
     later = delimited(tag(4), b"four") + delimited(tag(1), b"one")
 
     assert first_fields(later, 2) == ([b"", b""], 0)
+
+
+@given(st.lists(st.sampled_from(["text", "number", "fixed32", "fixed64"]), max_size=30))
+def test_the_fields_at_the_top_are_counted_and_those_below_are_not(kinds):
+    below = delimited(tag(1), b"x" * 5) * 50
+    fields = {
+        "text": delimited(tag(3), below),
+        "number": varint(4 << 3) + varint(1 << 40),
+        "fixed32": varint(5 << 3 | 5) + bytes(4),
+        "fixed64": varint(6 << 3 | 1) + bytes(8),
+    }
+    message = b"".join(fields[kind] for kind in kinds)
+
+    assert not has_more_fields(message, len(kinds))
+    assert has_more_fields(message, len(kinds) - 1) is bool(kinds)
+
+
+def test_groups_hide_no_fields():
+    assert has_more_fields(b"\x0b\x0c" + delimited(tag(3), b"") * 50, 20)  # a group, empty
+
+
+@given(st.binary(max_size=300), st.integers(0, 20))
+def test_no_message_breaks_the_count(message, limit):
+    has_more_fields(message, limit)

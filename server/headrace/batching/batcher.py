@@ -222,7 +222,7 @@ class Batcher(Generic[RequestT]):
             queue.byte_count + request.byte_count > self._max_queue_bytes
         ):
             self.refused_full += 1
-            raise Overloaded(f"{queue.count} requests are already waiting for this model")
+            raise Overloaded(f"{queue.count} requests are already waiting")
         self._refused_since_sweep = 0
 
 

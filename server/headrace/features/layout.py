@@ -10,6 +10,7 @@ wrote (the golden vectors in the tests). Feast's own page on the format describe
 
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 
 from headrace.features.values import ValueType
 
@@ -43,8 +44,9 @@ def value_head(value_type: ValueType, length: int) -> bytes:
     return _U32.pack(value_type) + _U32.pack(length)
 
 
+@lru_cache(maxsize=1 << 16)
 def feature_field(view: str, feature: str) -> bytes:
-    """Return the hash field of a feature: 4 bytes."""
+    """Return the hash field of a feature: 4 bytes. Every plan asks it of the whole registry."""
     return _U32.pack(murmur3_x86_32(f"{view}:{feature}".encode()))
 
 

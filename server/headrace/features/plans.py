@@ -47,6 +47,17 @@ class Selection:
         return self._hash
 
 
+def refuse_many_references(count: int) -> None:
+    """
+    Check how many references a request has.
+
+    Raises:
+        InvalidRequest: more than `REFERENCES_MAX`.
+    """
+    if count > REFERENCES_MAX:
+        raise InvalidRequest(f"request has {count} features; at most {REFERENCES_MAX} are accepted")
+
+
 class FeaturePlans:
     """
     Finds plans by selection, as the registry is now. Safe for several threads at once.
@@ -108,11 +119,7 @@ class FeaturePlans:
         """
         if not selection.service and not selection.references:
             raise InvalidRequest("request names no feature service and no features")
-        if len(selection.references) > REFERENCES_MAX:
-            raise InvalidRequest(
-                f"request has {len(selection.references)} features; "
-                f"at most {REFERENCES_MAX} are accepted"
-            )
+        refuse_many_references(len(selection.references))
         try:
             return self.compile(selection)
         except UnknownFeatures as error:

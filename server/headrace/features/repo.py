@@ -19,6 +19,7 @@ from headrace.features.on_demand_plan import OnDemandSource, compile_on_demand_p
 from headrace.features.on_demand_store import OnDemandStore
 from headrace.features.plan import (
     FeaturePlan,
+    FeatureSource,
     ViewSource,
     compile_plan,
 )
@@ -199,12 +200,14 @@ class FeatureRepo:
             raise FeaturePlanError(f"feature '{repeated}' is there twice")
         sources: list[ViewSource | OnDemandSource] = []
         views: dict[tuple[str, int | None], ViewSource | OnDemandSource] = {}
+        columns: dict[tuple[str, int | None], dict[str, FeatureSource]] = {}
         for reference in references:
             name, version, feature = _parse_reference(reference)
             view = views.get((name, version))
             if view is None:
                 view = views[name, version] = self._views.source(name, version, label=name)
-            column = next((one for one in view.features if one.name == feature), None)
+                columns[name, version] = {one.name: one for one in view.features}
+            column = columns[name, version].get(feature)
             if column is None:
                 raise UnknownFeatures(f"feature view '{name}' has no feature '{feature}'")
             # One source per feature keeps the order that was asked for; the views are merged.

@@ -9,8 +9,14 @@ from headrace.v1 import prediction_service_pb2 as pb
 from headrace.wire import delimited, tag
 
 
-def encode_column(array: NDArray[Any]) -> bytes:
-    """Serialize a `Column` of all elements, row-major."""
+def encode_column(array: NDArray[Any], *, as_bytes: bool | None = None) -> bytes:
+    """
+    Serialize a `Column` of all elements, row-major.
+
+    Args:
+        array: The elements; None for placeholders of text.
+        as_bytes: Whether text is BYTES rather than STRING; None to see by the elements.
+    """
     dtype = array.dtype
     if dtype in (np.float32, np.float16):
         return delimited(_FLOATS, delimited(_VALUES, array.astype("<f4").tobytes()))
@@ -21,7 +27,9 @@ def encode_column(array: NDArray[Any]) -> bytes:
     flat = array.ravel().tolist()
     column = pb.Column()
     if dtype == np.object_ or dtype.kind in "SU":
-        if any(isinstance(value, bytes) for value in flat):
+        if as_bytes is None:
+            as_bytes = any(isinstance(value, bytes) for value in flat)
+        if as_bytes:
             column.bytes_values.values.extend(_as_bytes(value) for value in flat)
         elif all(value is None or isinstance(value, str) for value in flat):
             column.strings.values.extend(value or "" for value in flat)

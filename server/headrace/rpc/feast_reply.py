@@ -49,7 +49,7 @@ class _Cells(NamedTuple):
 
 class FeastReplyPlan:
     """
-    What replies with one plan have in common.
+    What replies with one plan have in common. It does not keep the plan alive.
 
     Args:
         plan: The plan.
@@ -58,8 +58,8 @@ class FeastReplyPlan:
     """
 
     def __init__(self, plan: FeaturePlan, *, as_feast: bool) -> None:
-        self.plan = plan
         self.as_feast = as_feast
+        self.value_types = [feature.value_type for feature in plan.features]
         names = [key.name for key in plan.join_keys] + [feature.name for feature in plan.features]
         listed = b"".join(delimited(b"\x0a", name.encode()) for name in names)
         self.metadata = delimited(_FEATURE_NAMES, listed)
@@ -81,9 +81,7 @@ class FeastReplyPlan:
             for dtype in self.dtypes
         ]
         self.templates: dict[tuple[int, ...], _Template] = {}
-        self.has_template = all(
-            plan.features[i].value_type in _FIXED for i in range(len(plan.features))
-        )
+        self.has_template = all(one in _FIXED for one in self.value_types)
 
 
 class FeastReplies:
@@ -161,7 +159,7 @@ class FeastReplies:
         for dtype, features in zip(plan.dtypes, plan.of_dtype, strict=True):
             block = self._rows.blocks[dtype].T
             empty = self._empty[features]
-            types = [plan.plan.features[i].value_type for i in features]
+            types = [plan.value_types[i] for i in features]
             if dtype == np.object_:
                 cells.append(_encode_objects(block, types, empty))
             elif dtype.kind == "f":
@@ -207,8 +205,8 @@ class _Template:
         self._runs: list[tuple[int, int, int, int]] = []
         self._time_sizes = time_sizes
         columns: list[list[tuple[int, int]]] = [[] for _ in plan.dtypes]
-        for feature, (group, column, view) in zip(plan.plan.features, plan.places, strict=True):
-            tag, width = TAGS[feature.value_type], _FIXED[feature.value_type]
+        for value_type, (group, column, view) in zip(plan.value_types, plan.places, strict=True):
+            tag, width = TAGS[value_type], _FIXED[value_type]
             values = _VALUES + bytes((1 + width, tag)) + bytes(width)
             vector = values + _STATUSES + b"\x01" + _PRESENT
             start = len(template)
@@ -252,7 +250,17 @@ class _Template:
 
 
 def _versions(plan: FeaturePlan) -> dict[str, int]:
-    return {view.label.rpartition("@")[0] or view.label: view.version for view in plan.views}
+    """
+    Return versions by the views' names, those of the first where several have one name.
+
+    Source: feast 0.67 `utils._populate_response_from_feature_data`; on-demand views are not told.
+    """
+    computed = {plan.features[i].view_index for one in plan.computed for i in one.features}
+    versions: dict[str, int] = {}
+    for i, view in enumerate(plan.views):
+        if i not in computed:
+            versions.setdefault(view.label.rpartition("@")[0] or view.label, view.version)
+    return versions
 
 
 def _cut(frames: NDArray[np.uint8], sizes: NDArray[np.intp]) -> _Cells:

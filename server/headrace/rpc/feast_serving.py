@@ -5,6 +5,7 @@ Importing this imports Feast, which takes seconds: only where there is a feature
 
 import weakref
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import feast
@@ -22,6 +23,7 @@ from headrace.rpc.entities import (
     equal_length,
     missing_column,
     refuse_large,
+    refuse_many,
     wrong_type,
 )
 from headrace.rpc.feast_reply import FeastReplies, FeastReplyPlan
@@ -35,9 +37,10 @@ FEATURE_SERVER = "GrpcFeatureServer"
 """The service of `feast listen`; it has no package."""
 
 SELECTIONS_MAX = 256
-"""Remembered; callers' lists are few."""
+"""Remembered; callers' lists are few. The one that was not asked for the longest makes room."""
 
 SELECTION_BYTES_MAX = 64 << 10
+"""Of a list that is remembered."""
 
 _ACCEPTED: dict[ValueType, tuple[str, ...]] = {
     ValueType.INT64: ("int64_val", "int32_val"),
@@ -76,6 +79,7 @@ class GetOnlineFeatures:
         *,
         as_feast: bool,
     ) -> None:
+        self._service = service
         self.method = f"{service}/GetOnlineFeatures"
         self.path = f"/{self.method}"
         self.plans = plans
@@ -83,7 +87,6 @@ class GetOnlineFeatures:
         self.calls = calls
         self._sample = calls.sample
         self._as_feast = as_feast
-        self._selections: dict[tuple[str, bytes, bool], Selection] = {}
         self._reply_plans: weakref.WeakKeyDictionary[FeaturePlan, FeastReplyPlan] = (
             weakref.WeakKeyDictionary()
         )
@@ -94,26 +97,16 @@ class GetOnlineFeatures:
         try:
             refuse_large(message)
             asked = pb.GetOnlineFeaturesRequest.FromString(message)
-            entities = {name: asked.entities[name].val for name in asked.entities}
-            rows = equal_length(map(len, entities.values()))
+            columns = _columns(asked)
+            refuse_many(asked.feature_service, len(asked.features.val), len(columns))
+            rows = equal_length([len(column.val) for column in columns.values()])
             self._reads.check_rows(rows)
-            self._reads.submit(_Request(self, call, asked, entities, rows, len(message), trace))
+            self._reads.submit(_Request(self, call, asked, columns, rows, len(message), trace))
         except DecodeError:
             error = InvalidRequest("the message is not a GetOnlineFeaturesRequest")
             refuse(call, error, self.calls, self.method, trace)
         except Exception as error:
             refuse(call, error, self.calls, self.method, trace)
-
-    def selection(self, asked: Any) -> Selection:
-        """Return what is asked for: the same object for the same list, which is found faster."""
-        full = bool(asked.full_feature_names)
-        key = asked.feature_service, asked.features.SerializeToString(), full
-        selection = self._selections.get(key)
-        if selection is None:
-            selection = Selection(asked.feature_service, tuple(asked.features.val), full)
-            if len(self._selections) < SELECTIONS_MAX and len(key[1]) <= SELECTION_BYTES_MAX:
-                self._selections[key] = selection
-        return selection
 
     def replies(self, read: FeatureRead) -> FeastReplies:
         """Return the replies to a batch: the same object for each of its requests."""
@@ -126,24 +119,29 @@ class GetOnlineFeatures:
             replies = read.shared[self._as_feast] = FeastReplies(reply_plan, read)
         return replies
 
+    def tells_versions(self, asked: Any) -> bool:
+        """Say whether a reply names the views' versions, which `feast listen` never does."""
+        is_told = not self._as_feast or self._service != FEATURE_SERVER
+        return is_told and bool(asked.include_feature_view_version_metadata)
+
 
 class _Request(FeatureRequest):
     """A `GetOnlineFeatures` call in the queue."""
 
-    __slots__ = ("_asked", "_call", "_entities", "_owner")
+    __slots__ = ("_asked", "_call", "_columns", "_found", "_owner")
 
     def __init__(
         self,
         owner: GetOnlineFeatures,
         call: HotCall,
         asked: Any,
-        entities: Mapping[str, Any],
+        columns: Mapping[str, Any],
         rows: int,
         byte_count: int,
         trace: Trace | None,
     ) -> None:
         super().__init__(
-            owner.selection(asked),
+            _selection(asked),
             rows,
             deadline_s=call.deadline_s,
             arrival_s=call.arrival_s,
@@ -153,7 +151,8 @@ class _Request(FeatureRequest):
         self._owner = owner
         self._call = call
         self._asked = asked
-        self._entities = entities
+        self._columns = columns
+        self._found: dict[str, Any] = {}
 
     @property
     def method(self) -> str:
@@ -162,7 +161,7 @@ class _Request(FeatureRequest):
     def column_values(self, column: RequestColumn) -> list[Any]:
         accepted = _ACCEPTED[column.value_type]
         values = []
-        for row, value in enumerate(self._entities[self._name_of(column)]):
+        for row, value in enumerate(self.found(column).val):
             kind = value.WhichOneof("val")
             if kind not in accepted:
                 raise wrong_type(column, row, (kind or "").removesuffix("_val").upper())
@@ -176,30 +175,60 @@ class _Request(FeatureRequest):
         return self._call.gone or self.deadline_s <= now_s
 
     def answer(self, read: FeatureRead, start: int) -> None:
-        entities = [
-            self._asked.entities[self._name_of(key)].SerializeToString()
-            for key in read.plan.join_keys
-        ]
+        entities = [self.found(key).SerializeToString() for key in read.plan.join_keys]
         self._call.reply(
             self._owner.replies(read).message(
                 start,
                 start + self.rows,
                 entities,
-                with_versions=self._asked.include_feature_view_version_metadata,
+                with_versions=self._owner.tells_versions(self._asked),
             )
         )
 
     def fail(self, error: ServingError) -> None:
         refuse(self._call, error, self._owner.calls, self._owner.method, self.trace)
 
-    def _name_of(self, column: RequestColumn) -> str:
-        """Return the name under which a column was sent: its own, or that of its entity."""
-        if column.name in self._entities:
-            return column.name
-        for name in self._entities if column.is_key else ():
-            if self._owner.plans.entity_join_keys.get(name) == column.name:
-                return name
-        raise missing_column(column, self._entities)
+    def found(self, column: RequestColumn) -> Any:
+        """Return a column, sent under its own name or its entity's. What was found once stays."""
+        found = self._found.get(column.name)
+        if found is not None:
+            return found
+        found = self._columns.get(column.name)
+        if found is None and column.is_key:
+            join_keys = self._owner.plans.entity_join_keys
+            names = [name for name in self._columns if join_keys.get(name) == column.name]
+            found = self._columns[names[0]] if names else None
+        if found is None:
+            raise missing_column(column, self._columns)
+        self._found[column.name] = found
+        return found
+
+
+def _columns(asked: Any) -> dict[str, Any]:
+    """
+    Return what a request carries by name, `RepeatedValue`s: entities, and request-time data.
+
+    Feast's Python client sends both as entities; its Go server takes either.
+    """
+    columns = {name: asked.entities[name] for name in asked.entities}
+    if asked.request_context:
+        for name in asked.request_context:
+            columns.setdefault(name, asked.request_context[name])
+    return columns
+
+
+def _selection(asked: Any) -> Selection:
+    """Return what is asked for: the same object for the same list, which is found faster."""
+    features = asked.features.SerializeToString()
+    full = bool(asked.full_feature_names)
+    if len(features) > SELECTION_BYTES_MAX:
+        return Selection(asked.feature_service, tuple(asked.features.val), full)
+    return _known_selection(asked.feature_service, features, full)
+
+
+@lru_cache(maxsize=SELECTIONS_MAX)
+def _known_selection(service: str, features: bytes, full_feature_names: bool) -> Selection:  # noqa: FBT001 a cache's key
+    return Selection(service, tuple(pb.FeatureList.FromString(features).val), full_feature_names)
 
 
 def info_handler() -> "grpc.GenericRpcHandler[Any, Any]":

@@ -1,135 +1,249 @@
-"""`GrpcFeatureServer/Push` and `WriteToOnlineStore`: writes through Feast's SDK, if allowed.
+"""`GrpcFeatureServer/Push` and `WriteToOnlineStore`: writes through Feast, if allowed.
 
 Importing this imports Feast, which takes seconds.
 """
 
+import queue
 import threading
-from concurrent import futures
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import grpc
-import pandas as pd
 import structlog
-from feast import FeatureStore
-from feast.data_source import PushMode
-from feast.errors import FeatureViewNotFoundException, PushSourceNotFoundException
-from feast.infra.contrib.grpc_server import parse, parse_typed
 from feast.protos.feast.serving import GrpcServer_pb2 as pb
+from google.protobuf.message import DecodeError
 
 from headrace.errors import (
+    DeadlineExceeded,
+    Draining,
     FeatureStoreUnavailable,
     InvalidRequest,
     Overloaded,
     PermissionDenied,
-    ServingError,
 )
+from headrace.features.feast_writer import FeastWriter, PushTo, moment
 from headrace.features.repo import FeatureRepo
-from headrace.rpc.oip import unary
+from headrace.rpc.ingress import HotCall, HotMethod
+from headrace.rpc.refusal import refuse
+from headrace.telemetry.calls import CallRecorder
+from headrace.telemetry.trace_context import Trace
 
 SERVICE = "GrpcFeatureServer"
+
 WAITING_MAX = 64
 """Writes that wait for the one under way; one more is refused."""
 
-_MODES = {
-    "online": PushMode.ONLINE,
-    "offline": PushMode.OFFLINE,
-    "online_and_offline": PushMode.ONLINE_AND_OFFLINE,
-}
-_LOG = structlog.get_logger(__name__)
+TIMEOUT_S = 10.0
+"""Longest that a write waits and works, from its arrival; then its caller is told so."""
+
+ROW_BYTES_MAX = 1 << 20
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Write:
+    """A call in the queue."""
+
+    call: HotCall
+    method: str
+    message: bytes
+    trace: Trace | None
+    carry: Callable[[FeastWriter, bytes], bytes]
 
 
 class FeatureWrites:
     """
     The writing methods of Feast's server. One write at a time, in the order of arrival.
 
-    A write is Feast's whole path, milliseconds at least, on a thread of its own; readers do not
-    wait for it.
+    The calls are taken straight from the port and wait without a thread. `feature-writes` owns them
+    and answers each within `TIMEOUT_S`; `feast-writer` is the only one that Feast can keep waiting.
+    A caller that has left by its turn is not written. `start` begins both threads; `stop` refuses
+    what waits, lets the write under way finish, and leaves `feast-writer` alone if it hangs: it is
+    a daemon.
 
     Args:
         repo: Where to write.
+        calls: Decides which calls are traced, and is told of those that fail.
         is_allowed: Whether to write at all.
     """
 
-    def __init__(self, repo: FeatureRepo, *, is_allowed: bool) -> None:
+    def __init__(self, repo: FeatureRepo, calls: CallRecorder, *, is_allowed: bool) -> None:
         self._repo = repo
+        self._calls = calls
         self._is_allowed = is_allowed
-        self._store: FeatureStore | None = None
-        self._places = threading.Semaphore(WAITING_MAX)
-        self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="feature-writes")
+        self._writer: FeastWriter | None = None
+        self._waiting: queue.Queue[_Write | None] = queue.Queue(WAITING_MAX)
+        self._work: queue.Queue[tuple[Callable[[], bytes], Future[bytes]] | None] = queue.Queue(1)
+        self._is_stopping = False
+        self._threads = [
+            threading.Thread(target=target, name=name, daemon=True)
+            for target, name in ((self._run, "feature-writes"), (self._run_feast, "feast-writer"))
+        ]
+        self.hot_methods = [
+            HotMethod(f"/{SERVICE}/{name}", partial(self._accept, f"{SERVICE}/{name}", carry))
+            for name, carry in (("Push", _push), ("WriteToOnlineStore", _write))
+        ]
 
-    def handler(self) -> "grpc.GenericRpcHandler[Any, Any]":
-        """Return the handler to add to a server."""
-        return grpc.method_handlers_generic_handler(
-            SERVICE,
-            {
-                "Push": unary(self.push, pb.PushRequest),
-                "WriteToOnlineStore": unary(self.write, pb.WriteToOnlineStoreRequest),
-            },
-        )
+    def start(self) -> None:
+        """Begin to write."""
+        if self._is_allowed:
+            for thread in self._threads:
+                thread.start()
 
-    def push(self, request: Any) -> Any:
-        """Write one row to the views of a push source."""
-        mode = _MODES.get(request.to)
-        if mode is None:
-            raise InvalidRequest(f"to is '{request.to}'; expected {', '.join(_MODES)}")
-        self._write(
-            request,
-            lambda store, rows: store.push(
-                push_source_name=request.stream_feature_view,
-                df=rows,
-                allow_registry_cache=request.allow_registry_cache,
-                to=mode,
-            ),
-        )
-        return pb.PushResponse(status=True)
+    def stop(self, timeout_s: float) -> bool:
+        """
+        Refuse what waits, and wait for the write under way.
 
-    def write(self, request: Any) -> Any:
-        """Write one row to a feature view."""
-        self._write(
-            request,
-            lambda store, rows: store.write_to_online_store(
-                feature_view_name=request.feature_view_name,
-                df=rows,
-                allow_registry_cache=request.allow_registry_cache,
-            ),
-        )
-        return pb.WriteToOnlineStoreResponse(status=True)
+        Returns:
+            Whether every write was answered in time.
+        """
+        self._is_stopping = True
+        owner = self._threads[0]
+        if owner.ident is None:
+            return True
+        with suppress(queue.Full):  # it looks at `_is_stopping` with each that it takes
+            self._waiting.put_nowait(None)
+        owner.join(timeout_s)
+        return not owner.is_alive()
 
-    def _write(self, request: Any, write: Any) -> None:
+    @property
+    def is_alive(self) -> bool:
+        """Whether writes are answered, until `stop`."""
+        return self._is_stopping or not self._is_allowed or self._threads[0].is_alive()
+
+    def _accept(
+        self,
+        method: str,
+        carry: Callable[[FeastWriter, bytes], bytes],
+        call: HotCall,
+        message: bytes,
+    ) -> None:
+        sample = self._calls.sample
+        trace = None if sample is None else sample(call.metadata)
+        try:
+            self._check(message)
+            self._waiting.put_nowait(_Write(call, method, message, trace, carry))
+        except queue.Full:
+            error = Overloaded(f"{WAITING_MAX} writes are already waiting")
+            refuse(call, error, self._calls, method, trace)
+        except Exception as error:
+            refuse(call, error, self._calls, method, trace)
+
+    def _check(self, message: bytes) -> None:
         if not self._is_allowed:
             raise PermissionDenied("this server only reads features; see --allow-feature-writes")
-        if request.features and request.typed_features:
-            raise InvalidRequest("features and typed_features are both set; expected one of them")
-        if not self._places.acquire(blocking=False):
-            raise Overloaded(f"{WAITING_MAX} writes are already waiting")
-        try:
-            self._thread.submit(self._write_now, request, write).result()
-        finally:
-            self._places.release()
-
-    def _write_now(self, request: Any, write: Any) -> None:
-        try:
-            if self._store is None:
-                # Of its own: Feast's stores do not promise to be safe for several threads.
-                self._store = self._repo.another_store()
-            typed = request.typed_features
-            rows = parse_typed(typed) if typed else parse(request.features)
-            for name in typed:
-                if typed[name].WhichOneof("val") == "unix_timestamp_val":
-                    # Feast 0.67 would take the seconds for nanoseconds: a row of 1970.
-                    rows[name] = pd.to_datetime(rows[name], unit="s", utc=True)
-            write(self._store, rows)
-        except ServingError:
-            raise
-        except PushSourceNotFoundException:
+        if len(message) > ROW_BYTES_MAX:
             raise InvalidRequest(
-                f"there is no push source '{request.stream_feature_view}'"
+                f"the row has {len(message)} bytes; at most {ROW_BYTES_MAX} are accepted"
+            )
+        if self._is_stopping:
+            raise Draining("this server is stopping")
+
+    def _run(self) -> None:
+        while (write := self._waiting.get()) is not None:
+            try:
+                write.call.reply(self._outcome(write))
+            except Exception as error:
+                refuse(write.call, error, self._calls, write.method, write.trace)
+            if self._is_stopping and self._waiting.empty():
+                break
+        self._leave_feast()
+
+    def _leave_feast(self) -> None:
+        try:
+            self._work.put_nowait(None)
+        except queue.Full:
+            _log.warning("feast_writer_stuck")
+
+    def _outcome(self, write: _Write) -> bytes:
+        """Return a write's reply, or raise why there is none."""
+        if self._is_stopping:
+            raise Draining("this server is stopping")
+        call = write.call
+        if call.gone or call.deadline_s <= time.time():
+            raise DeadlineExceeded("the deadline passed while the write waited; it was not done")
+        left_s = TIMEOUT_S - (time.perf_counter() - call.arrival_s)
+        future: Future[bytes] = Future()
+        work = partial(self._carry, write)
+        try:
+            self._work.put((work, future), timeout=max(0.0, left_s))
+            left_s = TIMEOUT_S - (time.perf_counter() - call.arrival_s)
+            return future.result(max(0.0, left_s))
+        except (queue.Full, TimeoutError) as error:
+            is_undone = isinstance(error, queue.Full) or future.cancel()
+            raise FeatureStoreUnavailable(
+                f"a feature store did not take a row within {TIMEOUT_S:g} s; "
+                + ("this one was not written" if is_undone else "it may be written yet")
             ) from None
-        except FeatureViewNotFoundException:
-            raise InvalidRequest("there is no such feature view") from None
-        except (KeyError, ValueError, TypeError) as error:
-            _LOG.warning("feature_write_refused", reason=str(error))
-            raise InvalidRequest("Feast refuses this row; the log says why") from None
-        except OSError as error:
-            _LOG.exception("feature_write_failed")
-            raise FeatureStoreUnavailable("the online feature store does not answer") from error
+
+    def _carry(self, write: _Write) -> bytes:
+        if self._writer is None:
+            self._writer = FeastWriter(self._repo)
+        try:
+            return write.carry(self._writer, write.message)
+        except DecodeError:
+            raise InvalidRequest(f"the message is none of {write.method}") from None
+
+    def _run_feast(self) -> None:
+        while (work := self._work.get()) is not None:
+            function, future = work
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+
+def _push(writer: FeastWriter, message: bytes) -> bytes:
+    request = pb.PushRequest.FromString(message)
+    try:
+        to = PushTo(request.to)
+    except ValueError:
+        expected = ", ".join(one.value for one in PushTo)
+        raise InvalidRequest(f"to is '{request.to}'; expected {expected}") from None
+    writer.push(
+        request.stream_feature_view,
+        _row(request),
+        to,
+        allow_registry_cache=request.allow_registry_cache,
+    )
+    return bytes(pb.PushResponse(status=True).SerializeToString())
+
+
+def _write(writer: FeastWriter, message: bytes) -> bytes:
+    request = pb.WriteToOnlineStoreRequest.FromString(message)
+    writer.write(
+        request.feature_view_name,
+        _row(request),
+        allow_registry_cache=request.allow_registry_cache,
+    )
+    return bytes(pb.WriteToOnlineStoreResponse(status=True).SerializeToString())
+
+
+def _row(request: Any) -> dict[str, Any]:
+    """Return the one row of a request, by column."""
+    typed = request.typed_features
+    if request.features and typed:
+        raise InvalidRequest("features and typed_features are both set; expected one of them")
+    if typed:
+        return {name: _value(name, typed[name]) for name in typed}
+    return dict(request.features)
+
+
+def _value(name: str, message: Any) -> Any:
+    """As Feast's `parse_typed`, but for timestamps: it takes their seconds for nanoseconds."""
+    kind = message.WhichOneof("val")
+    if kind in {None, "null_val"}:
+        return None
+    value = getattr(message, kind)
+    if kind == "unix_timestamp_val":
+        return moment(name, value)
+    if hasattr(value, "val"):
+        return dict(value.val) if isinstance(value.val, Mapping) else list(value.val)
+    return value

@@ -51,5 +51,6 @@ class FeatureServices:
                 service, reads, plans, calls, as_feast=as_feast
             )
             self.hot_methods.append(HotMethod(method.path, method.accept))
+        self.hot_methods += writes.hot_methods
         metadata = features.FeatureMetadataServicer(plans)
-        self.handlers = (metadata.handler(), feast_serving.info_handler(), writes.handler())
+        self.handlers = (metadata.handler(), feast_serving.info_handler())

@@ -16,6 +16,7 @@ from headrace.rpc.entities import (
     equal_length,
     missing_column,
     refuse_large,
+    refuse_many,
     wrong_type,
 )
 from headrace.rpc.ingress import HotCall
@@ -63,6 +64,7 @@ class GetOnlineFeatures:
         try:
             refuse_large(message)
             asked = pb.GetOnlineFeaturesRequest.FromString(message)
+            refuse_many(asked.feature_service, len(asked.features.references), len(asked.entities))
             columns = _columns(asked.entities)
             rows = equal_length(len(values) for _, values in columns.values())
             self._reads.check_rows(rows)

@@ -137,7 +137,8 @@ def _head(feature: PlannedFeature) -> bytes:
 
 def _encode(value_type: ValueType, values: NDArray[Any]) -> bytes:
     if values.dtype != np.object_ or value_type.is_text:
-        return delimited(_VALUES, encode_column(values))
+        is_bytes = value_type is ValueType.BYTES  # whatever is missing of it
+        return delimited(_VALUES, encode_column(values, as_bytes=is_bytes))
     cells = [b"" if one is None else encode_message(one, value_type) for one in values.tolist()]
     return delimited(_SERIALIZED, b"".join(delimited(_SERIALIZED_VALUES, cell) for cell in cells))
 

@@ -1,6 +1,8 @@
 """Replies written as bytes say what those made of messages would: Feast's, and the packed ones."""
 
+import gc
 import math
+import weakref
 from itertools import pairwise
 
 import numpy as np
@@ -204,3 +206,85 @@ def test_a_value_that_is_too_old_is_withheld_unless_feast_is_imitated(as_feast):
 
     assert reply.results[1].values[0].HasField("float_val") is as_feast
     assert list(reply.results[1].statuses) == [PRESENT if as_feast else OUTSIDE]
+
+
+def view(name="v", label="", version=0, features=(("f", ValueType.FLOAT),)):
+    sources = tuple(FeatureSource(feature, value_type) for feature, value_type in features)
+    return ViewSource(name, KEY, sources, label=label, version=version)
+
+
+def read_of(plan, rows=1, store=None):
+    found = (store or MemoryStore()).read(
+        plan, {"driver_id": np.arange(rows)}, now_s=NOW_S, timeout_s=1.0
+    )
+    return FeatureRead(plan, found, NOW_S, [0] if rows == 1 else [])
+
+
+def feast_message(plan, rows=1, store=None, **how):
+    replies = FeastReplies(FeastReplyPlan(plan, as_feast=False), read_of(plan, rows, store))
+    return replies.message(0, rows, [b""], with_versions=how.get("with_versions", False))
+
+
+def test_of_two_versions_of_a_view_the_first_is_told():
+    plan = compile_plan(
+        "", "demo", "1", [view("v_v1", "v@v1", 1), view("v_v2", "v@v2", 2)], full_feature_names=True
+    )
+
+    reply = GetOnlineFeaturesResponse.FromString(feast_message(plan, with_versions=True))
+
+    assert [(one.name, one.version) for one in reply.metadata.feature_view_metadata] == [("v", 1)]
+
+
+def test_a_plan_that_was_replied_with_dies_with_its_last_user():
+    plan = compile_plan("service", "demo", "1", [view()])
+    read = read_of(plan)
+    reply_plan = FeastReplyPlan(plan, as_feast=False)
+    FeastReplies(reply_plan, read).message(0, 1, [b""], with_versions=True)
+    PackedReplies(read).message(0, 1, with_times=True)
+    watched = weakref.ref(plan)
+
+    del plan, read
+    gc.collect()
+
+    assert watched() is None
+    assert reply_plan.value_types == [ValueType.FLOAT]  # what is kept is enough to go on with
+
+
+@pytest.mark.parametrize(
+    ("value_type", "kind"), [(ValueType.BYTES, "bytes_values"), (ValueType.STRING, "strings")]
+)
+@pytest.mark.parametrize("value", [None, "text"])
+def test_the_kind_of_a_packed_column_is_that_of_its_feature_whatever_is_missing(
+    value_type, kind, value
+):
+    plan = compile_plan("service", "demo", "1", [view(features=[("f", value_type)])])
+    store = MemoryStore()
+    if value is not None and value_type is ValueType.BYTES:
+        value = value.encode()
+    store.put("v", {"driver_id": 0}, {"f": value}, NOW_S)
+
+    message = PackedReplies(read_of(plan, 2, store)).message(0, 2, with_times=False)
+
+    (feature,) = pb.GetOnlineFeaturesResponse.FromString(message).features
+    assert feature.values.WhichOneof("kind") == kind
+    assert len(getattr(feature.values, kind).values) == 2
+
+
+def test_a_hundred_rows_of_fifty_floats_are_a_fifth_of_feasts_bytes():
+    """What `docs/features.md` says: 20 KB of numbers, and next to nothing around them."""
+    views = [
+        view(f"view{i}", features=[(f"f{i}_{j}", ValueType.FLOAT) for j in range(10)])
+        for i in range(5)
+    ]
+    plan = compile_plan("service", "demo", "1", views)
+    store = MemoryStore()
+    for row in range(100):
+        for i in range(5):
+            values = {f"f{i}_{j}": row + i + j / 8 for j in range(10)}
+            store.put(f"view{i}", {"driver_id": row}, values, NOW_S - 0.25)
+
+    packed = PackedReplies(read_of(plan, 100, store)).message(0, 100, with_times=False)
+    feasts = feast_message(plan, 100, store)
+
+    assert 20_000 < len(packed) < 21_500
+    assert len(feasts) > 5 * len(packed)

@@ -1,0 +1,215 @@
+"""Batches of feature requests: every caller is answered, whatever happens to the others."""
+
+import math
+import threading
+import time
+
+import pytest
+
+from headrace.errors import ComputationFailed, DeadlineExceeded, FeaturesNotFound, InvalidRequest
+from headrace.feature_reads import LONG_ROWS, VALUES_MAX, FeatureReads, FeatureRequest
+from headrace.features.memory_store import MemoryStore
+from headrace.features.plan import FeatureSource, FeatureStatus, ViewSource, compile_plan
+from headrace.features.plans import Selection
+from headrace.features.values import ValueType
+from headrace.telemetry.calls import CallRecorder
+from headrace.telemetry.feature_metrics import FeatureReadMetrics, ViewMetrics
+from headrace.telemetry.metrics import Metrics
+
+TIMEOUT_S = 10.0
+KEY = (("driver_id", "driver_id", ValueType.INT64),)
+
+
+def plan_of(features):
+    names = tuple(FeatureSource(f"f{i}", ValueType.FLOAT) for i in range(features))
+    return compile_plan("service", "demo", "1", [ViewSource("v", KEY, names)])
+
+
+class Plans:
+    """What is registered: services by the number of their features."""
+
+    def __init__(self):
+        self._plans = {}
+
+    def find(self, selection):
+        if not selection.service.isdigit():
+            raise FeaturesNotFound(f"there is no feature service '{selection.service}'")
+        return self._plans.setdefault(selection.service, plan_of(int(selection.service)))
+
+
+class Store(MemoryStore):
+    """A store in which driver -1 cannot be computed, and driver -2 is a bug."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = []
+        self.long_reads_go_on = threading.Event()
+        self.long_reads_go_on.set()
+
+    def read(self, plan, entities, **how):
+        ids = entities["driver_id"]
+        self.reads.append(len(ids))
+        if len(ids) > LONG_ROWS:
+            assert self.long_reads_go_on.wait(TIMEOUT_S)
+        if -1 in ids:
+            raise ComputationFailed("on-demand feature view 'odd' failed")
+        if -2 in ids:
+            raise MemoryError
+        return super().read(plan, entities, **how)
+
+
+class Caller(FeatureRequest):
+    method = "test/Read"
+
+    def __init__(self, ids, service="1", deadline_s=math.inf):
+        super().__init__(
+            Selection(service),
+            len(ids),
+            deadline_s=deadline_s,
+            arrival_s=time.perf_counter(),
+            byte_count=8 * len(ids),
+            trace=None,
+        )
+        self.ids = ids
+        self.has_left = False
+        self.told = threading.Event()
+        self.outcome = None
+
+    def column_values(self, column):
+        return list(self.ids)
+
+    def expired(self, now_s):
+        return self.has_left or self.deadline_s <= now_s
+
+    def answer(self, read, start):
+        self._tell([FeatureStatus(one) for one in read.rows.statuses[0, start : start + self.rows]])
+
+    def fail(self, error):
+        self._tell(error)
+
+    def _tell(self, outcome):
+        if not self.told.is_set():
+            self.outcome = outcome
+            self.told.set()
+
+    def result(self):
+        assert self.told.wait(TIMEOUT_S), "nobody answered"
+        return self.outcome
+
+
+@pytest.fixture
+def store():
+    return Store()
+
+
+@pytest.fixture
+def reads(store):
+    reads = FeatureReads(
+        Plans(),
+        store,
+        FeatureReadMetrics(),
+        ViewMetrics(),
+        CallRecorder(Metrics()),
+        max_entities=10_000,
+        max_queue_size=100,
+        max_queue_bytes=1 << 20,
+        timeout_s=1.0,
+    )
+    yield reads
+    store.long_reads_go_on.set()
+    assert reads.stop(TIMEOUT_S)
+
+
+FOUND, NOT_FOUND = [FeatureStatus.PRESENT], [FeatureStatus.NOT_FOUND]
+
+
+def test_one_request_that_cannot_be_computed_fails_alone(reads, store):
+    store.put("v", {"driver_id": 7}, {"f0": 0.5}, time.time())
+    callers = [Caller([7]), Caller([-1]), Caller([8])]
+    for caller in callers:
+        reads.submit(caller)
+
+    reads.start()
+
+    assert callers[0].result() == FOUND
+    assert isinstance(callers[1].result(), ComputationFailed)
+    assert callers[2].result() == NOT_FOUND
+    assert store.reads == [3, 1, 1, 1]
+
+
+def test_whatever_happens_then_the_thread_goes_on(reads):
+    callers = [Caller([-2]), Caller([-1]), Caller([8])]
+    for caller in callers:
+        reads.submit(caller)
+
+    reads.start()
+
+    assert str(callers[0].result()) == "internal error"
+    assert isinstance(callers[1].result(), ComputationFailed)
+    assert callers[2].result() == NOT_FOUND
+    assert reads.is_alive
+    reads.submit(later := Caller([8]))
+    assert later.result() == NOT_FOUND
+
+
+def test_a_selection_that_there_is_not_fails_those_who_ask_for_it(reads):
+    callers = [Caller([8], service="other"), Caller([8])]
+    for caller in callers:
+        reads.submit(caller)
+
+    reads.start()
+
+    assert isinstance(callers[0].result(), FeaturesNotFound)
+    assert callers[1].result() == NOT_FOUND
+
+
+def test_a_caller_who_left_or_whose_time_is_over_costs_no_read(reads, store):
+    gone, late, here = Caller([7]), Caller([7], deadline_s=time.time() - 1), Caller([8])
+    for caller in (gone, late, here):
+        reads.submit(caller)
+    gone.has_left = True
+
+    reads.start()
+
+    assert here.result() == NOT_FOUND
+    assert store.reads == [1]
+    assert all(isinstance(one.result(), DeadlineExceeded) for one in (gone, late))
+
+
+def test_a_long_read_does_not_hold_up_short_ones(reads, store):
+    store.long_reads_go_on.clear()
+    reads.start()
+    reads.submit(long := Caller(list(range(500))))
+
+    for _ in range(20):
+        reads.submit(short := Caller([8]))
+        assert short.result() == NOT_FOUND
+
+    assert not long.told.is_set()
+    store.long_reads_go_on.set()
+    assert long.result() == NOT_FOUND * 500
+
+
+def test_more_values_than_fit_a_reply_are_refused_before_they_are_read(reads, store):
+    reads.start()
+    reads.submit(wide := Caller(list(range(1_001)), service="1000"))
+
+    refusal = wide.result()
+
+    assert isinstance(refusal, InvalidRequest)
+    assert "1001 x 1000 values; at most 1000000" in str(refusal)
+    assert store.reads == []
+    reads.submit(just := Caller(list(range(1_000)), service="1000"))
+    assert just.result() == NOT_FOUND * 1_000
+
+
+def test_a_batch_reads_no_more_at_once_than_one_request_may(reads, store):
+    callers = [Caller(list(range(400)), service="1000") for _ in range(5)]
+    for caller in callers:
+        reads.submit(caller)
+
+    reads.start()
+
+    assert [caller.result() for caller in callers] == [NOT_FOUND * 400] * 5
+    assert store.reads == [800, 800, 400]
+    assert max(store.reads) * 1_000 <= VALUES_MAX
