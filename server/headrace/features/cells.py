@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from headrace.features.hash_reads import HashSample
 from headrace.features.plan import FeaturePlan, FeatureStatus, KeyGroup, PlannedFeature
+from headrace.features.redis_errors import error_word
 from headrace.features.values import (
     MAX_VARINT_BYTES,
     TAGS,
@@ -211,7 +212,9 @@ class GroupDecoder:
         for row, feature in np.argwhere(~ok).tolist():
             raw = replies[row][self._cells[feature]]
             value = self._decode_one(feature, raw) if raw else None
-            if value is None:
+            if raw is None:  # text and lists are not joined: this is the first to see that
+                statuses[row, feature] = FeatureStatus.NOT_FOUND
+            elif value is None:
                 statuses[row, feature] = FeatureStatus.NULL_VALUE
             else:
                 at, values = next(entry for entry in columns if entry[0].stop > feature)
@@ -522,7 +525,7 @@ def _varint_bits(size: int) -> bytes:
 
 def _shown(reply: Any) -> str:
     if isinstance(reply, hiredis.ReplyError):
-        return str(reply)
+        return error_word(reply)
     return f"a {type(reply).__name__} where an array is due"
 
 

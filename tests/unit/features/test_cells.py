@@ -1,7 +1,7 @@
 """Decoding replies: both ways agree with decoding cell by cell, whatever the store holds."""
 
 import struct
-import time
+from time import process_time
 
 import numpy as np
 import pytest
@@ -395,15 +395,22 @@ def test_a_batch_twenty_times_as_large_takes_no_longer_per_row():
 
     def time_per_row_s(rows):
         decoder = decoder_of(ValueType.BYTES)
-        missing = [None, stored_time(1)]
-        row = [stored(b"x" * 500, ValueType.BYTES), stored_time(1)]
+        missing = [stored_time(1), None]  # the event time comes before text
+        row = [stored_time(1), stored(b"x" * 500, ValueType.BYTES)]
         data = resp([missing]) + resp([row]) * (rows - 1)
-        began_s = time.process_time()
+        began_s = process_time()
         decoded = decoder.decode(data, rows)
-        took_s = time.process_time() - began_s
+        took_s = process_time() - began_s
         assert decoded.statuses[:, 0].tolist() == [NOT_FOUND] + [PRESENT] * (rows - 1)
         return took_s / rows
 
     few = min(time_per_row_s(500) for _ in range(5))
     many = min(time_per_row_s(10_000) for _ in range(3))
     assert many < 4 * few
+
+
+@pytest.mark.parametrize("value_type", [ValueType.BYTES, ValueType.INT64])
+def test_a_field_that_was_never_written_is_not_found_beside_an_event_time(value_type):
+    decoder = decoder_of(value_type)
+    cells = [stored_time(1), None] if value_type is ValueType.BYTES else [None, stored_time(1)]
+    assert decoder.decode(resp([cells]), 1).statuses.tolist() == [[NOT_FOUND]]
