@@ -113,6 +113,13 @@ class CommandPacker:
             return [()] * rows
         return lists[0] if len(lists) == 1 else list(zip(*lists, strict=True))
 
+    @property
+    def key_form(self) -> Hashable:
+        """Equal where `name_of` is the same."""
+        group = self._group
+        types = tuple(key.value_type for key in self._join_keys)
+        return group.key_prefix, group.key_suffix, types
+
     def name_of(self, key: bytes) -> Hashable | None:
         """Return what `keys` calls the entity of a Redis key; None if it is none of the group's."""
         group = self._group

@@ -50,6 +50,7 @@ class RedisConnection:
 
     def __init__(self, options: RedisOptions, timeout_s: float) -> None:
         deadline_s = time.monotonic() + timeout_s
+        self.address = options.host, options.port
         self._token = secrets.token_hex(12)
         self._exchanges = 0
         self._end = b""

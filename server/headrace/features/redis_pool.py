@@ -135,6 +135,11 @@ class RedisPool:
             connect_timeout_s=connect_timeout_s,
         )
 
+    @property
+    def location(self) -> tuple[str, int]:
+        """Where the server is now."""
+        return self.address
+
     def ask(self, packed: Sequence[PackedCommands], deadline_s: float) -> list[Replies]:
         conversation = self.start(exchanges(packed), deadline_s)
         answers = conversation.finish(reply_limit(packed))

@@ -9,7 +9,7 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +29,12 @@ from headrace.features.store import FeatureRows, RowBlocks, row_count
 
 PROBE_AGAIN_S = 1.0
 """After hashes that are not there, or could not be read."""
+
+FORGOTTEN_AT_ONCE_MAX = 4096
+"""
+Written keys that are looked for one by one. Of more, that came at once, everything is forgotten:
+their look-up would keep readers from running.
+"""
 
 _REFUSALS = ("NOPERM", "ERR")
 """Of a user, or a server, that knows no HGETALL."""
@@ -109,13 +115,26 @@ class RedisStore:
         """Whether what is cached is forgotten as soon as it is written."""
         return self._watch is not None and self._watch.is_listening
 
-    def key_written(self, key: bytes) -> None:
-        """Forget a row; see `key_watch.Listener`."""
+    def keys_written(self, keys: Sequence[bytes]) -> None:
+        """Forget rows; see `key_watch.Listener`."""
+        if len(keys) > FORGOTTEN_AT_ONCE_MAX:
+            self.writes_missed()
+            return
         now_s = time.monotonic()
+        names: dict[Any, list[Hashable]] = {}
+        count = 0
         for reader in self._cached_readers():
-            name = reader.whole.packer.name_of(key)
-            if name is not None and reader.cache is not None and reader.cache.forget(name, now_s):
-                self.cache_invalidations += 1  # by one thread per server: about right
+            packer, cache = reader.whole.packer, reader.cache
+            if cache is None:
+                continue
+            own = names.get(packer.key_form)
+            if own is None:  # plans of the same entities read the same keys
+                found = map(packer.name_of, keys)
+                own = names[packer.key_form] = [name for name in found if name is not None]
+            count += cache.forget(own, now_s)
+        if count:
+            with self._lock:
+                self.cache_invalidations += count
 
     def writes_missed(self) -> None:
         """Forget every row."""

@@ -84,7 +84,7 @@ def test_an_encrypted_key_without_its_pass_phrase_is_refused_and_nobody_is_asked
 
 
 def test_a_wrong_pass_phrase_is_refused_and_not_repeated(encrypted_key):
-    with pytest.raises(StartupError, match="TLS file .* unusable") as caught:
+    with pytest.raises(StartupError, match=r"TLS file .* unusable") as caught:
         parsed(encrypted_key + ",ssl_password=hunter2")
     assert "hunter2" not in str(caught.value)
 
