@@ -174,9 +174,10 @@ def test_a_node_that_hangs_is_no_reason_to_leave_the_others_alone(nodes, is_warm
         until_s = time.monotonic() + 0.8 * NODE_TIMEOUT_S
         while time.monotonic() < until_s:
             assert timed_failure_s(store, mixed, 0.1) < 0.3
+            assert not any(pools[node.port]._breaker.is_failing for node in others)
             for node in others:
                 assert own_ids(store, shares[node.port], timeout_s=1.0) == shares[node.port]
-        assert [pools[node.port]._breaker.is_failing for node in nodes] == [True, False, False]
+        assert pools[hung.port]._breaker.is_failing
     store.close()
 
 
@@ -192,7 +193,7 @@ def test_a_cluster_that_hangs_as_a_whole_costs_its_timeout_to_few_and_then_nothi
             timed_failure_s(store, EVERYBODY, 0.2)
             assert time.monotonic() < until_s
         took_s = shared_failures_s(store)
-    assert sum(at_s > 0.1 for at_s in took_s) < 0.35 * len(took_s)
+    assert sum(at_s > 0.1 for at_s in took_s) < 0.19 * len(took_s)
     store.check()
     assert own_ids(store, EVERYBODY) == EVERYBODY
     store.close()
@@ -206,7 +207,7 @@ def test_a_cluster_that_never_told_its_slots_is_held_off_as_well(nodes):
             assert timed_failure_s(store, [1], 0.2) < 0.5
             assert time.monotonic() < until_s
         took_s = shared_failures_s(store)
-    assert sum(at_s > 0.1 for at_s in took_s) < 0.35 * len(took_s)
+    assert sum(at_s > 0.1 for at_s in took_s) < 0.19 * len(took_s)
     store.check()
     assert not store.is_held_off()
     assert own_ids(store, [1]) == [1]
