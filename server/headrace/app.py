@@ -339,13 +339,20 @@ class Gateway:
         return ended and not unfinished
 
     def _watch_features(self) -> None:
-        """Look at the store now and then. A name that does not resolve may take its time here."""
+        """
+        Look at the store now and then. A name that does not resolve may take its time here.
+
+        It ends when the gateway does, whatever goes wrong: nobody else would see the store return.
+        """
         while not self._stopping.wait(WATCH_PERIOD_S):
             was_readable = self._features_readable
             self._look_at_features()
             if self._features_readable != was_readable:
                 _LOG.warning("features_changed", readable=self._features_readable)
-                self.grpc.update_health()
+                try:
+                    self.grpc.update_health()
+                except Exception:  # noqa: BLE001 this thread must go on looking
+                    _LOG.exception("health_not_updated")
 
     def _feature_services(self) -> "FeatureServices | None":
         """Serve features as they are; importing Feast's messages takes as long as Feast."""
@@ -373,6 +380,10 @@ class Gateway:
             self._store.check()
             self._features_readable = True
         except FeatureStoreUnavailable:
+            self._features_readable = False
+        except Exception:  # noqa: BLE001 a store that cannot be looked at cannot be relied on
+            if self._features_readable:  # said once
+                _LOG.exception("feature_store_check_failed")
             self._features_readable = False
 
     def _swap_registry(self, repo: FeatureRepo) -> None:

@@ -1,13 +1,17 @@
 """A Redis Cluster whose slots move and whose nodes fail, under readers."""
 
+import threading
 import time
+from contextlib import ExitStack, contextmanager
+from itertools import islice
 
 import pytest
 import redis
-from own_ids import COUNT, Readers, key_of, own_ids, write_rows
+from own_ids import COUNT, FIELD, Readers, key_of, own_ids, read, write_rows
 from redis_processes import BRANDS, cluster, wait_until
 
 from headrace.errors import FeatureStoreUnavailable
+from headrace.features.plan import FeatureStatus
 from headrace.features.redis_redirects import key_slot
 from headrace.features.redis_store import RedisStore
 from headrace.features.redis_topologies import open_redis
@@ -129,6 +133,130 @@ def test_the_check_fails_while_a_node_is_gone_and_passes_when_it_is_back(nodes, 
     wait_until(lambda: b"cluster_state:ok" in nodes[0].call("CLUSTER", "INFO"), "recovery")
     store.check()
     assert own_ids(store, EVERYBODY) == EVERYBODY
+
+
+def entities_of(node, nodes, count=20):
+    """Some whose slots it has."""
+    own = (entity for entity in EVERYBODY if owner_of(nodes, key_slot(key_of(entity))) is node)
+    return list(islice(own, count))
+
+
+def timed_failure_s(store, entities, timeout_s):
+    started_s = time.monotonic()
+    with pytest.raises(FeatureStoreUnavailable):
+        own_ids(store, entities, timeout_s=timeout_s)
+    return time.monotonic() - started_s
+
+
+@contextmanager
+def all_paused(nodes):
+    with ExitStack() as paused:
+        for node in nodes:
+            paused.enter_context(node.paused())
+        yield
+    wait_until(
+        lambda: all(b"cluster_state:ok" in node.call("CLUSTER", "INFO") for node in nodes),
+        "recovery",
+    )
+
+
+@pytest.mark.parametrize("is_warm", [True, False])
+def test_a_node_that_hangs_is_no_reason_to_leave_the_others_alone(nodes, is_warm):
+    """Batches of every node time out with it; those of the others alone are served throughout."""
+    store = store_of(nodes[1])
+    own_ids(store, EVERYBODY if is_warm else entities_of(nodes[1], nodes, 1))
+    hung, *others = nodes
+    shares = {node.port: entities_of(node, nodes) for node in nodes}
+    mixed = [entity for own in shares.values() for entity in own]
+    pools = {pool.address[1]: pool for pool in store._servers.masters()}
+    with all_paused([hung]):
+        # The node's own timeout makes the others refuse every key, after a second.
+        until_s = time.monotonic() + 0.8 * NODE_TIMEOUT_S
+        while time.monotonic() < until_s:
+            assert timed_failure_s(store, mixed, 0.1) < 0.3
+            assert not any(pools[node.port]._breaker.is_failing for node in others)
+            for node in others:
+                assert own_ids(store, shares[node.port], timeout_s=1.0) == shares[node.port]
+        assert pools[hung.port]._breaker.is_failing
+    store.close()
+
+
+def test_a_cluster_that_hangs_as_a_whole_costs_its_timeout_to_few_and_then_nothing(nodes):
+    store = store_of(nodes[1])
+    assert own_ids(store, EVERYBODY) == EVERYBODY
+    with all_paused(nodes):
+        until_s = time.monotonic() + 15
+        while not all(pool.is_held_off() for pool in store._servers.masters()):
+            timed_failure_s(store, EVERYBODY, 0.2)
+            assert time.monotonic() < until_s
+        while not store._servers._map_breaker.is_open:
+            timed_failure_s(store, EVERYBODY, 0.2)
+            assert time.monotonic() < until_s
+        took_s = shared_failures_s(store)
+    assert sum(at_s > 0.1 for at_s in took_s) < 0.19 * len(took_s)
+    store.check()
+    assert own_ids(store, EVERYBODY) == EVERYBODY
+    store.close()
+
+
+def test_a_cluster_that_never_told_its_slots_is_held_off_as_well(nodes):
+    store = store_of(*nodes)
+    with all_paused(nodes):
+        until_s = time.monotonic() + 15
+        while not store.is_held_off():
+            assert timed_failure_s(store, [1], 0.2) < 0.5
+            assert time.monotonic() < until_s
+        took_s = shared_failures_s(store)
+    assert sum(at_s > 0.1 for at_s in took_s) < 0.19 * len(took_s)
+    store.check()
+    assert not store.is_held_off()
+    assert own_ids(store, [1]) == [1]
+    store.close()
+
+
+def shared_failures_s(store):
+    """How long each read of several threads took to fail, over a second or two."""
+    took_s = []
+
+    def read_in_vain():
+        for _ in range(30):
+            took_s.append(timed_failure_s(store, [1, 2, 3], 0.2))
+            time.sleep(0.03)
+
+    threads = [threading.Thread(target=read_in_vain) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(took_s) == 120
+    return took_s
+
+
+def test_a_key_that_is_no_hash_and_a_damaged_value_cost_their_own_rows_only(nodes, store):
+    text, damaged = COUNT + 1, COUNT + 2
+    with redis.RedisCluster("127.0.0.1", nodes[0].port) as client:
+        client.set(key_of(text), "no hash")
+        client.hset(key_of(damaged), FIELD, b"\x35\0")
+        try:
+            rows = read(store, [1, text, damaged, 2, 3])
+        finally:
+            client.delete(key_of(text))
+            client.delete(key_of(damaged))
+    present, null, not_found, _ = FeatureStatus
+    assert rows.statuses.tolist() == [[present, not_found, null, present, present]]
+    assert store.mismatches == 2
+
+
+def test_a_user_with_the_few_rights_that_it_takes_is_served(nodes):
+    rights = ["+hmget", "+echo", "+cluster|slots"]
+    for node in nodes:
+        node.call("ACL", "SETUSER", "few", "on", ">hunter2", "~*", *rights)
+    store = RedisStore(
+        open_redis("redis_cluster", f"127.0.0.1:{nodes[0].port},username=few,password=hunter2", "")
+    )
+    assert own_ids(store, EVERYBODY) == EVERYBODY
+    store.check()
+    store.close()
 
 
 @pytest.mark.parametrize("brand", BRANDS)

@@ -1,12 +1,15 @@
 """One Redis server behind a bad network, or in a bad state, under readers."""
 
+import socket
+import struct
 import threading
 import time
+from contextlib import ExitStack
 
 import pytest
 import redis
 import structlog
-from own_ids import COUNT, Readers, own_ids, write_rows
+from own_ids import COUNT, FIELD, Readers, key_of, own_ids, write_rows
 from redis_processes import BRANDS, RedisProcess, alone, binary, free_port, wait_until
 from tcp_proxy import TcpProxy
 
@@ -16,6 +19,7 @@ from headrace.features.redis_pool import RedisPool
 from headrace.features.redis_store import RedisStore
 
 EVERYBODY = list(range(COUNT))
+TIME = b"_ts:view"
 BUDGET_S = 0.2
 
 
@@ -244,15 +248,106 @@ def test_a_server_that_is_loading_is_unavailable_until_it_has_loaded(tmp_path):
 
 def test_a_password_that_is_changed_under_readers_is_unavailable_to_new_connections(tmp_path):
     with alone("valkey", tmp_path) as server:
-        with redis.Redis(port=server.port) as client:
-            write_rows(client, 10)
-        store = store_at(server.port, password="old")
-        server.call("CONFIG", "SET", "requirepass", "new")
-        assert failure_time_s(store) < 0.15
-        right = store_at(server.port, password="new")
-        assert own_ids(right, [3]) == [3]
+        server.call("CONFIG", "SET", "requirepass", "old")
+        with redis.Redis(port=server.port, password="old") as client:
+            write_rows(client)
+            store = store_at(server.port, password="old")
+            with Readers(store) as readers:
+                readers.wait_for_answers(20)
+                client.config_set("requirepass", "new")
+                changed_s = time.monotonic()
+                # Who is logged in stays so.
+                readers.wait_for_answers(50, since_s=changed_s)
+                assert readers.failures_after(0) == []
+                client.client_kill_filter(_type="normal", skipme=True)
+                killed_s = time.monotonic()
+                wait_until(lambda: readers.failures_after(killed_s), "a refusal")
+                wait_until(store.is_held_off, "the breaker")
+                client.config_set("requirepass", "old")
+                readers.wait_for_answers(50, since_s=time.monotonic())
+        assert readers.wrong == []
+        assert max(took_s for _, took_s in readers.failures) < 0.5
         store.close()
-        right.close()
+
+
+def test_a_slow_line_costs_the_budget_and_not_the_size_of_the_reply(proxy, store):
+    proxy.slice_bytes, proxy.bytes_per_s = 2000, 200_000
+    started_s = time.monotonic()
+    assert own_ids(store, EVERYBODY[:300], timeout_s=5.0) == EVERYBODY[:300]
+    assert time.monotonic() - started_s > 300 * len(ROW) / proxy.bytes_per_s * 0.8
+    started_s = time.monotonic()
+    with pytest.raises(FeatureStoreUnavailable):
+        own_ids(store, EVERYBODY, timeout_s=BUDGET_S)
+    assert time.monotonic() - started_s < BUDGET_S + 0.15
+    proxy.bytes_per_s = 0
+    assert recovery_time_s(store) < 1.0
+
+
+ROW = b"*2\r\n$5\r\n5....\r\n$6\r\n......\r\n"
+
+
+def test_a_user_is_served_from_a_database_of_its_own(server):
+    server.call("ACL", "SETUSER", "few", "on", ">s3cret", "~*", "+hmget", "+echo", "+select")
+    with redis.Redis(port=server.port, db=3) as client:
+        client.hset(key_of(7), mapping={FIELD: b"\x35" + struct.pack("<f", 3007), TIME: b"\x08\1"})
+    store = store_at(server.port, username="few", password="s3cret", db=3)
+    assert own_ids(store, [7]) == [3007]
+    store.check()
+    store.close()
+    other = store_at(server.port, username="few", password="s3cret")
+    assert own_ids(other, [7]) == [7]
+    other.close()
+
+
+def test_a_check_fails_for_a_user_who_may_not_read_at_all_and_passes_one_who_may(server):
+    server.call("ACL", "SETUSER", "mute", "on", "nopass", "~*", "+echo")
+    server.call("ACL", "SETUSER", "apart", "on", "nopass", "~other:*", "+hmget", "+echo")
+    mute, apart = (store_at(server.port, username=name, password="x") for name in ("mute", "apart"))
+    with structlog.testing.capture_logs() as lines, pytest.raises(FeatureStoreUnavailable):
+        mute.check()
+    assert [line.get("reason") for line in lines] == ["HMGET is refused: NOPERM"]
+    apart.check()
+    mute.close()
+    apart.close()
+
+
+def test_no_password_is_in_the_log_of_a_server_that_knows_no_login(brand, tmp_path):
+    with alone(brand, tmp_path, "--rename-command", "AUTH", "") as server:
+        store = store_at(server.port, password="hunter2")
+        with structlog.testing.capture_logs() as lines, pytest.raises(FeatureStoreUnavailable):
+            own_ids(store, [1])
+        store.close()
+    assert [line["reason"] for line in lines] == ["AUTH is refused: ERR"]
+
+
+def test_all_addresses_of_a_host_together_have_the_budget(monkeypatch):
+    """Of listeners whose queues are full: connecting to them is silence."""
+    with ExitStack() as open_sockets:
+        ports = [full_listener(open_sockets) for _ in range(3)]
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in ports]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+        store = store_at(1)
+        assert failure_time_s(store) < BUDGET_S + 0.15
+        store.close()
+
+
+def full_listener(open_sockets):
+    listener = open_sockets.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+    for _ in range(4):
+        client = open_sockets.enter_context(socket.socket())
+        client.setblocking(False)
+        client.connect_ex(listener.getsockname())
+    return listener.getsockname()[1]
+
+
+@pytest.mark.parametrize("host", ["redis..internal", "a" * 70, "nul\0"])
+def test_a_host_that_is_no_name_is_unavailable_as_one_that_does_not_answer(host):
+    """By a cluster or a Sentinel, which announce what they like."""
+    store = RedisStore(RedisPool.to(RedisOptions(host=host)))
+    assert failure_time_s(store) < 0.5
+    with pytest.raises(FeatureStoreUnavailable):
+        store.check()
+    store.close()
 
 
 def test_a_user_who_may_not_read_those_keys_is_unavailable(server):

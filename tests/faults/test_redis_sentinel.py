@@ -2,12 +2,13 @@
 
 import socket
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import redis
+import structlog
 from own_ids import COUNT, Readers, own_ids, write_rows
-from redis_processes import BRANDS, free_port, sentinel, wait_until
+from redis_processes import BRANDS, RedisProcess, binary, free_port, sentinel, wait_until
 
 from headrace.errors import FeatureStoreUnavailable
 from headrace.features.redis_store import RedisStore
@@ -123,6 +124,85 @@ def test_a_name_that_no_sentinel_knows_is_unavailable(lasting):
         own_ids(store, [3])
     with pytest.raises(FeatureStoreUnavailable):
         store.check()
+
+
+def test_a_store_whose_sentinels_are_lost_is_read_from_its_last_master(servers):
+    master, _, watcher = servers
+    store = store_of(watcher.port, free_port())
+    assert own_ids(store, [1]) == [1]
+    with structlog.testing.capture_logs() as lines:
+        watcher.kill()
+        store.check()
+        store._servers.drop()  # it takes a new connection
+        assert own_ids(store, [2]) == [2]
+        store.check()
+        watcher.start()
+        store.check()
+    assert [line["event"] for line in lines if "sentinels" in line["event"]] == [
+        "redis_sentinels_gone",
+        "redis_sentinels_back",
+    ]
+    watcher.kill()
+    # One that has become a replica meanwhile is not read.
+    master.call("REPLICAOF", "127.0.0.1", free_port())
+    store._servers.drop()
+    with pytest.raises(FeatureStoreUnavailable):
+        own_ids(store, [2], timeout_s=0.5)
+    with pytest.raises(FeatureStoreUnavailable):
+        store.check()
+    store.close()
+
+
+def test_a_store_whose_sentinels_were_never_there_is_unavailable(lasting):
+    store = store_of(free_port(), free_port())
+    with pytest.raises(FeatureStoreUnavailable):
+        own_ids(store, [1])
+    with pytest.raises(FeatureStoreUnavailable):
+        store.check()
+    store.close()
+
+
+def test_a_failover_is_followed_by_whichever_of_several_sentinels_lives(tmp_path):
+    with written("valkey", tmp_path) as (master, replica, first), ExitStack() as more:
+        others = [
+            RedisProcess(
+                binary("valkey"),
+                tmp_path,
+                "--sentinel",
+                config=f"sentinel monitor features 127.0.0.1 {master.port} 2\n"
+                "sentinel down-after-milliseconds features 500\n"
+                "sentinel failover-timeout features 3000\n",
+            )
+            for _ in range(2)
+        ]
+        for other in others:
+            more.callback(other.kill)
+        sentinels = [first, *others]
+        wait_until(lambda: all(knows(it, sentinels=2, replicas=1) for it in sentinels), "company")
+        store = store_of(*(it.port for it in sentinels))
+        with Readers(store) as readers:
+            readers.wait_for_answers(20)
+            others[0].kill()
+            readers.wait_for_answers(20, since_s=time.monotonic())
+            master.kill()
+            live = (first, others[1])
+            wait_until(lambda: all(announced(it) == replica.port for it in live), "the failover")
+            announced_s = time.monotonic()
+            readers.wait_for_answers(100, since_s=announced_s)
+        assert own_ids(store, EVERYBODY) == EVERYBODY
+        store.close()
+    assert readers.wrong == []
+    assert readers.failures_after(announced_s + 1.0) == []
+
+
+def knows(watcher, *, sentinels, replicas):
+    found = watcher.call("SENTINEL", "MASTER", "features")
+    if not isinstance(found, dict):
+        found = dict(zip(found[::2], found[1::2], strict=True))
+    found = {
+        (key.decode() if isinstance(key, bytes) else key): value for key, value in found.items()
+    }
+    return int(found["num-other-sentinels"]) == sentinels and int(found["num-slaves"]) == replicas
 
 
 @pytest.fixture

@@ -1,28 +1,35 @@
 """A store that hears from Redis which cached rows have been written, over real servers."""
 
 import struct
+import subprocess
+import sys
 import threading
 import time
+from contextlib import contextmanager
 
+import hiredis
 import numpy as np
 import pytest
 import redis as redis_py
 import structlog
 from own_ids import FIELD, KEY, key_of, write_rows
-from redis_processes import BRANDS, alone, cluster, wait_until
+from redis_processes import BRANDS, alone, cluster, sentinel, wait_until
 
 from headrace.features.plan import FeatureSource, FeatureStatus, ViewSource, compile_plan
-from headrace.features.redis_store import RedisStore
+from headrace.features.redis_connection import RedisConnection
+from headrace.features.redis_options import RedisOptions
+from headrace.features.redis_store import FORGOTTEN_AT_ONCE_MAX, RedisStore
 from headrace.features.redis_topologies import open_redis
 from headrace.features.values import ValueType
 
 PRESENT, NOT_FOUND = FeatureStatus.PRESENT, FeatureStatus.NOT_FOUND
+FEATURES = (FeatureSource("own_id", ValueType.FLOAT),)
 # Far longer than any test takes: what is seen sooner has been heard of.
 PLAN = compile_plan(
     "service",
     "demo",
     "1",
-    [ViewSource("view", KEY, (FeatureSource("own_id", ValueType.FLOAT),), cache_max_age_s="3600")],
+    [ViewSource("view", KEY, FEATURES, cache_max_age_s="3600")],
 )
 
 
@@ -115,8 +122,8 @@ def test_a_row_that_is_written_while_it_is_read_is_not_kept(server, redis):
     store = RedisStore(servers, cache_rows=1000, hears_writes=True)
     ids(store, [0])
     wait_until(lambda: store.is_listening, "listening")
-    told = store.key_written
-    store.key_written = lambda key: (told(key), heard.set())
+    told = store.keys_written
+    store.keys_written = lambda keys: (told(keys), heard.set())
     servers.ask = ask_and_be_overtaken
     assert ids(store, [1]) == [1]
     assert ids(store, [1]) == [77]
@@ -173,6 +180,124 @@ def test_who_may_not_listen_reads_as_before(server, redis):
         assert not store.is_listening
         store.close()
     assert [line["event"] for line in lines] == ["key_watch_refused"]
+
+
+WRITER = """
+import socket, sys, time
+data = bytes.fromhex(sys.argv[2])
+with socket.create_connection(("127.0.0.1", int(sys.argv[1]))) as connection:
+    while True:
+        connection.sendall(data)
+        connection.recv(1 << 16)
+"""
+
+
+@contextmanager
+def written_to(server):
+    """Writes cached keys as fast as it can, from processes of their own."""
+    words = hiredis.pack_command(("HSET", key_of(10**6), FIELD, b"\x35aaaa"))
+    command = [sys.executable, "-c", WRITER, str(server.port), words.hex()]
+    writers = [subprocess.Popen(command) for _ in range(2)]
+    try:
+        wait_until(lambda: server.call("EXISTS", key_of(10**6)), "the first write")
+        yield
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.wait(10)
+
+
+def test_a_server_that_is_being_written_to_is_heard_at_the_first_try(server, redis):
+    with written_to(server), structlog.testing.capture_logs() as lines:
+        for _ in range(10):
+            store = watching("redis", f"127.0.0.1:{server.port}")
+            ids(store, [0])
+            wait_until(lambda store=store: store.is_listening, "listening", 5)
+            write(redis, 0, 1)
+            wait_until(lambda store=store: ids(store, [0]) == [1], "hearing of a write", 5)
+            write(redis, 0, 0)
+            store.close()
+    assert [line["event"] for line in lines if line["event"].startswith("key_watch")] == []
+
+
+def test_a_server_that_cannot_be_heard_is_told_of_once(server, redis):
+    store = watching("redis", f"127.0.0.1:{server.port}")
+    opened = []
+
+    def refuse(deadline_s):
+        opened.append(deadline_s)
+        raise ConnectionRefusedError("closed for today")
+
+    store._servers.open = refuse
+    store._servers.take = lambda: (0, RedisConnection(RedisOptions(port=server.port), 1.0))
+    with structlog.testing.capture_logs() as lines:
+        assert ids(store, [1]) == [1]
+        wait_until(lambda: len(opened) > 1, "another try", 10)
+    store.close()
+    assert [line["event"] for line in lines if line["event"].startswith("key_watch")] == [
+        "key_watch_failed"
+    ]
+
+
+def test_many_keys_written_at_once_forget_everything(store, redis):
+    assert ids(store, [1, 2]) == [1, 2]
+    with redis.pipeline() as pipeline:
+        for entity in range(FORGOTTEN_AT_ONCE_MAX + 1):
+            pipeline.hset(key_of(10**6 + entity), FIELD, b"")
+        pipeline.execute()
+    misses = store.cache_misses
+    wait_until(lambda: ids(store, [2]) == [2] and store.cache_misses > misses, "forgetting", 5)
+
+
+def test_plans_of_the_same_entities_hear_of_a_write_alike(store, redis):
+    """One parses the key for both."""
+    other = compile_plan(
+        "another", "demo", "1", [ViewSource("view", KEY, FEATURES, cache_max_age_s="60")]
+    )
+
+    def both():
+        keys = {"id": np.array([5], np.int64)}
+        rows = store.read(other, keys, now_s=1_700_000_001.0, timeout_s=10.0)
+        return ids(store, [5]) + rows.values[0].tolist()
+
+    assert both() == [5, 5]
+    write(redis, 5, 55)
+    wait_until(lambda: both() == [55, 55], "hearing of a write", 5)
+    assert store.cache_invalidations == 2
+
+
+def test_after_a_failover_that_closed_nothing_the_new_master_is_heard(tmp_path):
+    with sentinel("valkey", tmp_path) as (master, replica, watcher):
+        with redis_py.Redis(port=master.port) as client:
+            write_rows(client, 10)
+            client.wait(1, 5000)
+        store = RedisStore(
+            open_redis("redis_sentinel", f"127.0.0.1:{watcher.port}", "features"),
+            cache_rows=1000,
+            hears_writes=True,
+        )
+        ids(store, [0])
+        wait_until(lambda: store.is_listening, "listening")
+        assert heard_by(master) == 1
+        # As one that was cut off, and comes back alone: the old master goes on, as a master.
+        watcher.call("SENTINEL", "REMOVE", "features")
+        replica.call("REPLICAOF", "NO", "ONE")
+        watcher.call("SENTINEL", "MONITOR", "features", "127.0.0.1", replica.port, "1")
+        store.check()
+        assert ids(store, [1]) == [1]
+        wait_until(lambda: heard_by(replica) == 1 and heard_by(master) == 0, "hearing it", 10)
+        wait_until(lambda: store.is_listening, "listening")
+        assert ids(store, [1]) == [1]
+        with redis_py.Redis(port=replica.port) as client:
+            write(client, 1, 77)
+        wait_until(lambda: ids(store, [1]) == [77], "hearing of a write", 5)
+        store.close()
+
+
+def heard_by(server):
+    """How many listen to it."""
+    with redis_py.Redis(port=server.port) as client:
+        return sum("B" in other["flags"] for other in client.client_list())
 
 
 def test_every_node_of_a_cluster_is_heard(tmp_path):

@@ -1,11 +1,18 @@
 """Wide reads take whole hashes from a real server, and find the same."""
 
+import time
+
+import hiredis
 import numpy as np
 import pytest
 from redis import Redis
 
+from headrace.errors import FeatureStoreUnavailable
+from headrace.features.breaker import FAILURES
 from headrace.features.layout import feature_field, time_field
 from headrace.features.plan import FeatureSource, FeatureStatus, ViewSource, compile_plan
+from headrace.features.redis_connection import MAX_REPLY_BYTES
+from headrace.features.redis_errors import OversizedReplyError
 from headrace.features.redis_options import RedisOptions
 from headrace.features.redis_pool import RedisPool
 from headrace.features.redis_store import RedisStore
@@ -90,9 +97,83 @@ def test_who_may_not_read_whole_hashes_reads_fields(valkey, redis):
 def test_a_user_who_loses_the_right_is_served_again_at_once(valkey, redis):
     store = RedisStore(RedisPool.to(RedisOptions(port=valkey.port)))
     check(read(store))
-    redis.acl_setuser("default", commands=["-hgetall"])
+    redis.acl_setuser("default", enabled=True, commands=["-hgetall"])
     try:
         check(read(store))
     finally:
-        redis.acl_setuser("default", commands=["+hgetall"])
+        redis.acl_setuser("default", enabled=True, commands=["+hgetall"])
     store.close()
+
+
+def test_a_hash_that_has_grown_enormously_is_read_by_field_at_once_and_stops_nobody(valkey, redis):
+    store = RedisStore(RedisPool.to(RedisOptions(port=valkey.port)))
+    check(read(store))
+    assert calls(redis)["hgetall"] == 3 + 3
+    giant = next(redis.scan_iter())
+    redis.hset(giant, "other", bytes(MAX_REPLY_BYTES + 1))
+    received = redis.info("stats")["total_net_output_bytes"]
+    for _ in range(2 * FAILURES):
+        check(read(store))
+    assert not store.is_held_off()
+    assert calls(redis)["hmget"] == 3 * 2 * FAILURES
+    assert redis.info("stats")["total_net_output_bytes"] - received < 2 * MAX_REPLY_BYTES
+    store.close()
+
+
+def test_a_value_too_large_to_be_taken_fails_its_own_batch_alone(valkey, redis):
+    key, field = next(redis.scan_iter()), feature_field("view", "f0")
+    redis.hset(key, mapping={f"other{i}": 1 for i in range(200)})  # to be read by field
+    redis.hset(key, field, bytes(MAX_REPLY_BYTES))
+    item = int.from_bytes(key[len(PLAN.groups[0].key_prefix) + 8 :][:8], "little")
+    store = RedisStore(RedisPool.to(RedisOptions(port=valkey.port)))
+    for _ in range(FAILURES + 1):
+        with pytest.raises(FeatureStoreUnavailable):
+            read_item(store, item)
+    assert not store.is_held_off()
+    assert read_item(store, (item + 1) % 3).statuses.tolist() == [[FeatureStatus.PRESENT]] * WIDTH
+    store.close()
+
+
+def read_item(store, item):
+    return store.read(PLAN, {"item_id": np.array([item])}, now_s=2e9, timeout_s=10.0)
+
+
+def test_a_look_at_the_hashes_that_failed_is_soon_taken_again(valkey, redis):
+    pool = RedisPool.to(RedisOptions(port=valkey.port))
+    store = RedisStore(pool)
+    ask, asked = pool.ask, []
+
+    def fail_once(packed, deadline_s):
+        asked.append(packed)
+        if len(asked) == 1:
+            raise ConnectionResetError("cut")
+        return ask(packed, deadline_s)
+
+    pool.ask = fail_once
+    with pytest.raises(FeatureStoreUnavailable):
+        read(store)
+    deadline_s = time.monotonic() + 10
+    while "hgetall" not in calls(redis):
+        assert time.monotonic() < deadline_s
+        check(read(store))
+    store.close()
+
+
+def test_the_replies_to_a_batch_have_a_limit_in_all(valkey, redis):
+    """Of many parts none is too large, and together they are."""
+    key = b"text"
+    redis.hset(key, "f", b"x" * 5000)
+    pool = RedisPool.to(RedisOptions(port=valkey.port))
+    command = hiredis.pack_command(("HMGET", key, "f"))
+    parts = [command * 100 for _ in range(20)]
+
+    def answers(max_bytes):
+        exchanges = [[(0, part)] for part in parts]
+        return pool.start(exchanges, time.monotonic() + 10).finish(max_bytes)
+
+    (whole,) = answers(20 * 100 * 5100)
+    assert len(whole) > 20 * 100 * 5000
+    with pytest.raises(OversizedReplyError):
+        answers(10 * 100 * 5100)
+    assert not pool.is_held_off()
+    pool.close()

@@ -19,12 +19,13 @@ class TcpProxy:
         jitter_s: At most so much more, at random (seeded).
         slice_bytes: Answers come in pieces of so many bytes, where that is not 0.
         reset_share: Of the pieces of answers, so many are half sent, and then the connection reset.
+        bytes_per_s: Answers come no faster, where that is not 0.
         is_silent: Accept, and forward nothing.
     """
 
     def __init__(self, port):
         self.delay_s = self.jitter_s = self.reset_share = 0.0
-        self.slice_bytes = 0
+        self.slice_bytes = self.bytes_per_s = 0
         self.is_silent = False
         self._target = port
         self._random = random.Random(7)
@@ -95,3 +96,5 @@ class TcpProxy:
         step = self.slice_bytes or len(data)
         for first in range(0, len(data), step):
             target.sendall(data[first : first + step])
+            if self.bytes_per_s:
+                time.sleep(len(data[first : first + step]) / self.bytes_per_s)

@@ -18,6 +18,15 @@ PROBE_LIMIT_S = 10.0
 """A probe of which nothing was heard for so long no longer keeps others from probing."""
 
 
+class Attempt:
+    """Leave to try once. A probe's is its own."""
+
+    __slots__ = ()
+
+
+_FREE = Attempt()
+
+
 class Breaker:
     """Safe for several threads at once. Times are on one clock, in seconds."""
 
@@ -27,29 +36,52 @@ class Breaker:
         self._first_failure_s = math.inf
         self._is_open = False
         self._next_probe_s = 0.0
+        self._probe: Attempt | None = None
 
     @property
     def is_open(self) -> bool:
         return self._is_open
 
-    def admits(self, now_s: float) -> bool:
-        """Return whether to try now. Whoever is told to must report `succeeded` or `failed`."""
+    @property
+    def is_failing(self) -> bool:
+        """Whether what was heard last was a failure; true of every open one."""
+        return self._failures > 0
+
+    def admits(self, now_s: float) -> Attempt | None:
+        """
+        Return leave to try now, or None.
+
+        Whoever has it must report `succeeded`, `failed` or `left_open`.
+        """
         if not self._is_open:
-            return True
+            return _FREE
         with self._lock:
             if now_s < self._next_probe_s:
-                return False
+                return None
             self._next_probe_s = now_s + PROBE_LIMIT_S
-            return True
+            self._probe = Attempt()
+            return self._probe
 
     def succeeded(self) -> None:
         if self._failures:
             with self._lock:
                 self._failures = 0
                 self._is_open = False
+                self._probe = None
 
-    def failed(self, now_s: float) -> None:
+    def failed(self, now_s: float, attempt: Attempt | None = None) -> None:
+        """
+        Be told of a failure.
+
+        Args:
+            now_s: When.
+            attempt: Which; None of one that was made without asking. Once the breaker is open
+                only the probe that is out counts: others were begun before.
+        """
         with self._lock:
+            if self._is_open:
+                self._end_probe(now_s, attempt)
+                return
             if not self._failures:
                 self._first_failure_s = now_s
             self._failures += 1
@@ -57,3 +89,13 @@ class Breaker:
             if self._failures >= FAILURES or is_long:
                 self._is_open = True
                 self._next_probe_s = now_s + PROBE_PERIOD_S
+
+    def left_open(self, now_s: float, attempt: Attempt | None) -> None:
+        """Be told that an attempt has ended and says nothing of the server."""
+        with self._lock:
+            self._end_probe(now_s, attempt)
+
+    def _end_probe(self, now_s: float, attempt: Attempt | None) -> None:
+        if attempt is not None and attempt is self._probe:
+            self._probe = None
+            self._next_probe_s = now_s + PROBE_PERIOD_S

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from headrace.features.hash_reads import HashSample
 from headrace.features.plan import FeaturePlan, FeatureStatus, KeyGroup, PlannedFeature
+from headrace.features.redis_errors import error_word
 from headrace.features.values import (
     MAX_VARINT_BYTES,
     TAGS,
@@ -36,6 +37,12 @@ from headrace.features.values import (
 
 MAX_LAYOUTS = 16
 """Layouts remembered per key group: integers and fractions of seconds vary in length."""
+
+_FED_BYTES = 16 << 10
+"""
+Given to the parser at once. Whenever it hands a reply over it moves what it has not read yet to the
+front, so that its time grows with the square of this.
+"""
 
 _Cell = bytes | None
 _Reply = Sequence[_Cell]
@@ -149,22 +156,26 @@ class GroupDecoder:
 
     def _parse(self, data: bytes, rows: int) -> list[_Reply]:
         reader = hiredis.Reader(notEnoughData=_NOT_ENOUGH)
-        reader.feed(data)
         replies: list[_Reply] = []
         try:
-            while (reply := reader.gets()) is not _NOT_ENOUGH:
-                if isinstance(reply, hiredis.ReplyError) and str(reply).startswith("WRONGTYPE"):
-                    # One key that somebody uses for something else is no reason to fail the rest.
-                    self._on_mismatch(self._features[0], "its key is not a hash")
-                    reply = [] if self._is_whole else [None] * self._width
-                elif type(reply) is not list or not self._has_right_length(reply):
-                    raise UnexpectedReplyError(_shown(reply))
-                replies.append(reply)
+            for first in range(0, len(data), _FED_BYTES):
+                reader.feed(data[first : first + _FED_BYTES])
+                while (reply := reader.gets()) is not _NOT_ENOUGH:
+                    replies.append(self._checked(reply))
         except hiredis.ProtocolError as error:
             raise UnexpectedReplyError(str(error)) from None
         if len(replies) != rows or reader.has_data():
             raise UnexpectedReplyError(f"{len(replies)} whole replies to {rows} commands")
         return replies
+
+    def _checked(self, reply: Any) -> _Reply:
+        if type(reply) is list and self._has_right_length(reply):
+            return reply
+        if isinstance(reply, hiredis.ReplyError) and str(reply).startswith("WRONGTYPE"):
+            # One key that somebody uses for something else is no reason to fail the rest.
+            self._on_mismatch(self._features[0], "its key is not a hash")
+            return [] if self._is_whole else [None] * self._width
+        raise UnexpectedReplyError(_shown(reply))
 
     def _has_right_length(self, reply: _Reply) -> bool:
         return len(reply) % 2 == 0 if self._is_whole else len(reply) == self._width
@@ -201,7 +212,9 @@ class GroupDecoder:
         for row, feature in np.argwhere(~ok).tolist():
             raw = replies[row][self._cells[feature]]
             value = self._decode_one(feature, raw) if raw else None
-            if value is None:
+            if raw is None:  # text and lists are not joined: this is the first to see that
+                statuses[row, feature] = FeatureStatus.NOT_FOUND
+            elif value is None:
                 statuses[row, feature] = FeatureStatus.NULL_VALUE
             else:
                 at, values = next(entry for entry in columns if entry[0].stop > feature)
@@ -512,7 +525,7 @@ def _varint_bits(size: int) -> bytes:
 
 def _shown(reply: Any) -> str:
     if isinstance(reply, hiredis.ReplyError):
-        return str(reply)
+        return error_word(reply)
     return f"a {type(reply).__name__} where an array is due"
 
 

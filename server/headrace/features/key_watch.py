@@ -18,6 +18,7 @@ import hiredis
 import structlog
 
 from headrace.features.redis_connection import RedisConnection
+from headrace.features.redis_errors import error_word
 from headrace.features.redis_pool import RedisPool
 
 CONNECT_TIMEOUT_S = 1.0
@@ -36,8 +37,8 @@ _log = structlog.get_logger(__name__)
 class Listener(Protocol):
     """Who is told. Called by the threads that hear."""
 
-    def key_written(self, key: bytes) -> None:
-        """Be told of a key that has been written, removed or has expired."""
+    def keys_written(self, keys: Sequence[bytes]) -> None:
+        """Be told of keys that have been written or removed, or expired: all that came at once."""
         ...
 
     def writes_missed(self) -> None:
@@ -98,7 +99,9 @@ class KeyWatch:
                 if self._stopping.is_set():
                     return
                 for server, one in list(self._watches.items()):
-                    if server not in servers or one.is_stopped:
+                    # By Sentinel the same server may be somewhere else now.
+                    has_moved = one.location not in {None, server.location}
+                    if server not in servers or has_moved or one.is_stopped:
                         one.stop()
                         del self._watches[server]
                 for server in servers - self._watches.keys():
@@ -106,15 +109,22 @@ class KeyWatch:
 
 
 class _ServerWatch:
-    """Listens to one server, from construction to `stop`."""
+    """
+    Listens to one server, from construction to `stop`.
+
+    Attributes:
+        is_heard: Whether it tells of writes now.
+        location: Where the server was when it was connected to; None before.
+    """
 
     def __init__(self, server: RedisPool, prefixes: Sequence[bytes], listener: Listener) -> None:
         self.is_heard = False
+        self.location: tuple[str, int] | None = None
         self._server = server
         self._prefixes = prefixes
         self._listener = listener
         self._stopping = threading.Event()
-        self._is_refused = False
+        self._is_refused = self._is_lost = False
         threading.Thread(target=self._run, name="key-watch-server", daemon=True).start()
 
     @property
@@ -125,44 +135,46 @@ class _ServerWatch:
         self._stopping.set()
 
     def _run(self) -> None:
-        host, port = self._server.address
         while not self.is_stopped:
             try:
-                connection = self._subscribe()
+                connection, reader = self._subscribe()
                 try:
-                    self._listen(connection)
+                    self._listen(connection, reader)
                 finally:
                     connection.close()
             except hiredis.ReplyError as error:
+                host, port = self.location or self._server.location
                 if not self._is_refused:
                     self._is_refused = True
-                    _log.warning("key_watch_refused", host=host, port=port, reason=str(error))
+                    _log.warning(
+                        "key_watch_refused", host=host, port=port, reason=error_word(error)
+                    )
                 self._stopping.wait(REFUSED_RETRY_S)
             except OSError as error:
-                if self.is_heard:
-                    _log.warning("key_watch_lost", host=host, port=port, reason=str(error))
+                host, port = self.location or self._server.location
+                if self.is_heard or not self._is_lost:
+                    self._is_lost = True  # said once until it is heard again
+                    event = "key_watch_lost" if self.is_heard else "key_watch_failed"
+                    _log.warning(event, host=host, port=port, reason=str(error))
                 self._stopping.wait(RETRY_S)
             finally:
                 self.is_heard = False
 
-    def _subscribe(self) -> RedisConnection:
+    def _subscribe(self) -> tuple[RedisConnection, hiredis.Reader]:
+        """Return a connection on which writes are told, and what has come on it already."""
         deadline_s = time.monotonic() + CONNECT_TIMEOUT_S
         connection = self._server.open(deadline_s)
+        self.location = connection.address
         try:
-            prefixes = [word for prefix in self._prefixes for word in (b"PREFIX", prefix)]
-            tracking = (b"CLIENT", b"TRACKING", b"ON", b"BCAST", *prefixes)
-            for words in ((b"HELLO", b"3"), tracking):
-                _command(connection, words, deadline_s)
+            return connection, _begin_tracking(connection, self._prefixes, deadline_s)
         except BaseException:
             connection.close()
             raise
-        return connection
 
-    def _listen(self, connection: RedisConnection) -> None:
+    def _listen(self, connection: RedisConnection, reader: hiredis.Reader) -> None:
         # Only now: what was written while nobody listened is on no message.
         self._listener.writes_missed()
-        self.is_heard = True
-        reader = hiredis.Reader()
+        self.is_heard, self._is_lost = True, False
         heard_s = pinged_s = time.monotonic()
         while not self.is_stopped:
             now_s = time.monotonic()
@@ -179,6 +191,8 @@ class _ServerWatch:
             self._hand_on(reader, data)
 
     def _hand_on(self, reader: hiredis.Reader, data: bytes) -> None:
+        """Tell of all that has come, at once."""
+        keys: list[bytes] = []
         try:
             reader.feed(data)
             while (message := reader.gets()) is not False:
@@ -187,13 +201,39 @@ class _ServerWatch:
                 if message[1] is None:
                     self._listener.writes_missed()  # everything is gone
                 else:
-                    for key in message[1]:
-                        self._listener.key_written(key)
+                    keys += message[1]
         except (hiredis.ProtocolError, IndexError, TypeError) as error:
             raise ConnectionError("messages are not understood") from error
+        if keys:
+            self._listener.keys_written(keys)
 
 
-def _command(connection: RedisConnection, words: Sequence[bytes], deadline_s: float) -> None:
-    reply = connection.command(*words, deadline_s=deadline_s)
+def _begin_tracking(
+    connection: RedisConnection, prefixes: Sequence[bytes], deadline_s: float
+) -> hiredis.Reader:
+    """
+    Ask to be told of keys that begin so; return the reader that has what has come already.
+
+    Raises:
+        hiredis.ReplyError: the server will not.
+        OSError: the connection failed.
+    """
+    hello = connection.command(b"HELLO", b"3", deadline_s=deadline_s)
+    if isinstance(hello, hiredis.ReplyError):
+        raise hello
+    words = [word for prefix in prefixes for word in (b"PREFIX", prefix)]
+    tracking = hiredis.pack_command((b"CLIENT", b"TRACKING", b"ON", b"BCAST", *words))
+    connection.send_only(tracking, deadline_s)
+    # From here on messages come, behind the reply and in the same breath: another command, with
+    # which `RedisConnection` makes sure of its replies, would have them among its own.
+    reader = hiredis.Reader()
+    try:
+        while (reply := reader.gets()) is False:
+            reader.feed(connection.receive_some(deadline_s))
+    except hiredis.ProtocolError:
+        raise ConnectionError("messages are not understood") from None
     if isinstance(reply, hiredis.ReplyError):
         raise reply
+    if reply != b"OK":
+        raise ConnectionError("the reply to CLIENT TRACKING is not understood")
+    return reader

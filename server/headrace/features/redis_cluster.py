@@ -1,8 +1,10 @@
 """Redis Cluster: each key is asked of the node that has its slot.
 
-A batch's commands are sorted by node, sent to all nodes, and only then are the replies read, so
-that a batch takes as long as its slowest node. A node that sends the asker elsewhere is followed.
-One that fails makes the map of slots be read anew; its keys are asked again if they have moved.
+A batch's commands are sorted by node and sent to all nodes, and the replies are read as they come,
+so that a batch takes as long as its slowest node, and no node is held responsible for another's
+time. A node that sends the asker elsewhere is followed. One that fails makes the map of slots be
+read anew; its keys are asked again if they have moved. Reading the map has a breaker of its own: a
+cluster that is silent as a whole costs a batch's time to one asker at a time.
 
 Masters only: replicas may lag behind. The map is an immutable snapshot, swapped whole.
 """
@@ -19,10 +21,20 @@ import structlog
 from numpy.typing import NDArray
 
 from headrace.errors import StartupError
+from headrace.features.breaker import Breaker
 from headrace.features.redis_commands import MAX_PART_BYTES, PackedCommands, in_parts
 from headrace.features.redis_connection import DesynchronizedError
+from headrace.features.redis_errors import OversizedReplyError, error_word
 from headrace.features.redis_options import RedisOptions, RedisServers
-from headrace.features.redis_pool import CHECK_TIMEOUT_S, Conversation, RedisPool, Replies
+from headrace.features.redis_pool import (
+    CHECK_TIMEOUT_S,
+    BreakerOpenError,
+    Conversation,
+    RedisPool,
+    Replies,
+    finish_all,
+    reply_limit,
+)
 from headrace.features.redis_redirects import (
     SLOTS,
     DamagedRepliesError,
@@ -37,6 +49,9 @@ MAX_ROUNDS = 5
 """Times that a key may be sent elsewhere."""
 REFRESH_PERIOD_S = 0.1
 """While nodes fail, the map is read at most so often."""
+
+FAIR_SHARE = 0.5
+"""Who was given less than this of a batch's time has not failed when it is over."""
 
 _ASKING = b"*1\r\n$6\r\nASKING\r\n"
 _ASKING_REPLY = b"+OK\r\n"
@@ -89,19 +104,24 @@ class RedisCluster:
         self._tried_s = float("-inf")
         self._lock = threading.Lock()  # of the pools
         self._refreshing = threading.Lock()
+        self._map_breaker = Breaker()
 
     def ask(self, packed: Sequence[PackedCommands], deadline_s: float) -> list[Replies]:
         batch = _Batch(packed)
+        fair_s = (deadline_s - time.monotonic()) * FAIR_SHARE
         slot_map = self._map or self._refresh(deadline_s)
         questions = self._questions(batch, batch.all_rows(), slot_map)
         for _ in range(MAX_ROUNDS):
-            redirected, lost = self._ask_all(questions, batch, deadline_s)
+            redirected, lost = self._ask_all(questions, batch, deadline_s, fair_s)
             if not redirected and not lost:
                 return batch.replies()
             questions = redirected
             if lost or not all(question.is_asking for question in redirected):
                 slot_map = self._refresh(
-                    deadline_s, unless=slot_map, avoid=[question for question, _ in lost]
+                    deadline_s,
+                    unless=slot_map,
+                    avoid=[question for question, _ in lost],
+                    fair_s=fair_s,
                 )
             if lost:
                 rows = [pair for question, _ in lost for pair in question.rows]
@@ -114,18 +134,29 @@ class RedisCluster:
         raise ConnectionError("the nodes of the cluster send one to another")
 
     def _ask_all(
-        self, questions: Sequence[_Question], batch: "_Batch", deadline_s: float
+        self, questions: Sequence[_Question], batch: "_Batch", deadline_s: float, fair_s: float
     ) -> tuple[list[_Question], list[tuple[_Question, OSError]]]:
         """Return what is to be asked elsewhere, and what could not be asked, with the reason."""
         lost: list[tuple[_Question, OSError]] = []
-        redirected: dict[tuple[RedisPool, bool], list[tuple[int, int]]] = {}
-        conversations = [self._start(question, batch, deadline_s) for question in questions]
-        # All are finished, whatever becomes of some: what is on its way must be read.
-        for question, conversation in zip(questions, conversations, strict=True):
+        asked: list[tuple[_Question, Conversation]] = []
+        # Connecting takes time, and a node that hangs may take all there is: the others first.
+        for question in sorted(questions, key=lambda question: not question.node.has_idle):
             try:
-                if isinstance(conversation, OSError):
-                    raise conversation
-                elsewhere = batch.take(question, conversation.finish())
+                exchanges = batch.exchanges(question)
+                conversation = question.node.start(exchanges, deadline_s, fair_s=fair_s)
+                asked.append((question, conversation))
+            except OSError as error:
+                lost.append((question, error))
+        # All are finished, whatever becomes of some: what is on its way must be read.
+        answers = finish_all([conversation for _, conversation in asked], batch.bytes_left)
+        redirected: dict[tuple[RedisPool, bool], list[tuple[int, int]]] = {}
+        for (question, _), answer in zip(asked, answers, strict=True):
+            try:
+                if isinstance(answer, OSError):
+                    raise answer
+                elsewhere = batch.take(question, answer)
+            except OversizedReplyError:
+                raise
             except OSError as error:
                 lost.append((question, error))
                 continue
@@ -153,7 +184,9 @@ class RedisCluster:
 
     def is_held_off(self) -> bool:
         slot_map = self._map
-        return slot_map is not None and any(node.is_held_off() for node in slot_map.masters())
+        if slot_map is None:
+            return self._map_breaker.is_open
+        return any(node.is_held_off() for node in slot_map.masters())
 
     def close(self) -> None:
         with self._lock:
@@ -172,38 +205,60 @@ class RedisCluster:
                 by_node.setdefault(node, {}).setdefault(group, []).append(row)
         return [_Question(node, list(own.items())) for node, own in by_node.items()]
 
-    def _start(
-        self, question: _Question, batch: "_Batch", deadline_s: float
-    ) -> Conversation | OSError:
-        try:
-            return question.node.start(batch.exchanges(question), deadline_s)
-        except OSError as error:
-            return error
-
     def _refresh(
         self,
         deadline_s: float,
         *,
         unless: _SlotMap | None = None,
         avoid: Sequence[_Question] = (),
+        fair_s: float = 0.0,
         is_forced: bool = False,
     ) -> _SlotMap:
         """
         Read the map anew, unless it is another than `unless` by now, or was read a moment ago.
 
+        While that fails, one asker at a time tries, and the others go on with what there is.
+
+        Args:
+            deadline_s: On `time.monotonic`.
+            unless: What the asker has.
+            avoid: Whom not to ask first.
+            fair_s: A failure for want of less time than this means nothing.
+            is_forced: Read it, whatever there is and has failed before.
+
         Raises:
-            OSError: there is no map, and no node tells.
+            BreakerOpenError: there is none, and reading it is not being tried.
+            OSError: there is none, and no node tells.
         """
-        if not self._refreshing.acquire(timeout=max(deadline_s - time.monotonic(), 0)):
-            raise TimeoutError("no map of the cluster in time")
+        current, breaker = self._map, self._map_breaker
+        remaining_s = deadline_s - time.monotonic()
+        if current is not None and not is_forced and remaining_s <= 0:
+            return current
+        is_in_vain = breaker.is_open or (breaker.is_failing and current is not None)
+        wait_s = 0.0 if is_in_vain and not is_forced else max(remaining_s, 0.0)
+        if not self._refreshing.acquire(timeout=wait_s):
+            if current is None:
+                raise TimeoutError("no map of the cluster in time")
+            return current
         try:
-            current = self._map
-            is_recent = time.monotonic() < self._tried_s + REFRESH_PERIOD_S
+            current, now_s = self._map, time.monotonic()
+            is_recent = now_s < self._tried_s + REFRESH_PERIOD_S
             if current is not None and not is_forced and (current is not unless or is_recent):
+                return current
+            attempt = None if is_forced else breaker.admits(now_s)
+            if attempt is None and not is_forced:
+                if current is None:
+                    raise BreakerOpenError("no node of the cluster tells where its slots are")
                 return current
             try:
                 self._map = current = self._read_map(deadline_s, avoid)
-            except OSError:
+                breaker.succeeded()
+            except OSError as error:
+                ended_s = time.monotonic()
+                if isinstance(error, TimeoutError) and deadline_s - now_s < fair_s:
+                    breaker.left_open(ended_s, attempt)
+                else:
+                    breaker.failed(ended_s, attempt)
                 if current is None or is_forced:
                     raise
             finally:
@@ -214,8 +269,11 @@ class RedisCluster:
 
     def _read_map(self, deadline_s: float, avoid: Sequence[_Question]) -> _SlotMap:
         doubtful = {question.node for question in avoid}
-        known = [*self._pools, *(seed for seed in self._seeds if seed not in self._pools)]
-        order = sorted(known, key=lambda address: self._pools.get(address) in doubtful)
+        with self._lock:
+            pools = dict(self._pools)
+        doubtful.update(pool for pool in pools.values() if pool.is_held_off())
+        known = [*pools, *(seed for seed in self._seeds if seed not in pools)]
+        order = sorted(known, key=lambda address: pools.get(address) in doubtful)
         error: OSError = ConnectionError("no node of the cluster is known")
         for place, address in enumerate(order):
             share_s = max(deadline_s - time.monotonic(), 0.002) / (len(order) - place)
@@ -230,7 +288,7 @@ class RedisCluster:
         node = RedisPool.to(self._login.at(*address), connect_timeout_s=self._connect_timeout_s)
         reply = node.command("CLUSTER", "SLOTS", deadline_s=deadline_s)
         if isinstance(reply, hiredis.ReplyError):
-            raise ConnectionError(str(reply))
+            raise ConnectionError(f"CLUSTER SLOTS is refused: {error_word(reply)}")
         try:
             ranges = [
                 (int(first), int(last), _announced(host, address[0]), int(port))
@@ -270,6 +328,7 @@ class _Batch:
         self._commands = [commands.one_by_one() for commands in packed]
         self._order: list[list[int]] = [[] for _ in packed]  # rows, as their replies came
         self._data: list[list[bytes]] = [[] for _ in packed]
+        self.bytes_left = reply_limit(packed)
 
     def all_rows(self) -> list[tuple[int, list[int]]]:
         return [(group, list(range(len(own)))) for group, own in enumerate(self._commands)]
@@ -307,7 +366,7 @@ class _Batch:
             stay = []
             for row, reply in zip(rows, replies, strict=True):
                 if is_unserved(reply):
-                    raise ConnectionError(reply.decode(errors="replace").strip())
+                    raise ConnectionError(error_word(reply.decode(errors="replace")))
                 redirect = read_redirect(reply)
                 if redirect is None:
                     stay.append((row, reply))
@@ -315,6 +374,7 @@ class _Batch:
                     is_ask = redirect.kind == "ASK"
                     elsewhere.append((group, row, redirect.host, redirect.port, is_ask))
             kept.append((group, [row for row, _ in stay], b"".join(reply for _, reply in stay)))
+        self.bytes_left -= sum(map(len, answers))
         for group, rows, data in kept:
             self._order[group] += rows
             self._data[group].append(data)

@@ -19,6 +19,13 @@ from headrace.features.values import ValueType
 MAX_PART_BYTES = 256 << 10
 """Commands sent before their replies are read: few enough that neither side waits for the other."""
 
+WHOLE_ROW_BYTES = 32 << 10
+WHOLE_REPLY_BYTES = 1 << 20
+"""
+What is read whole are small hashes: more than so much for each, and more than so much in all, is
+another kind of hash, and no reason to wait for the end of it.
+"""
+
 _WHOLE_HEAD = b"*2\r\n$7\r\nHGETALL\r\n"
 
 _KEY_DTYPES: dict[ValueType, np.dtype[Any]] = {
@@ -40,6 +47,7 @@ class PackedCommands:
         byte_count: Of all parts.
         one_by_one: Each command's bytes, made when asked for.
         key_at: Where, in each, the length of its key begins.
+        max_reply_bytes: More than this is not what was to be expected; None where that is unknown.
     """
 
     rows: int
@@ -48,6 +56,7 @@ class PackedCommands:
     byte_count: int
     one_by_one: Callable[[], list[bytes]]
     key_at: int
+    max_reply_bytes: int | None = None
 
     def key_of(self, command: bytes) -> bytes:
         """Return the key that one of the commands reads."""
@@ -68,6 +77,7 @@ class CommandPacker:
 
     def __init__(self, plan: FeaturePlan, group: KeyGroup, *, is_whole: bool = False) -> None:
         self._group = group
+        self._is_whole = is_whole
         self._head = _WHOLE_HEAD if is_whole else group.command_head
         self._tail = b"\r\n" if is_whole else group.command_tail
         self._join_keys = [plan.join_keys[i] for i in group.join_keys]
@@ -93,6 +103,7 @@ class CommandPacker:
             len(commands),
             lambda: [bytes(commands[i : i + length]) for i in range(0, len(commands), length)],
             len(self._head) + 1,
+            self._max_reply_bytes(rows),
         )
 
     def keys(self, entities: Mapping[str, NDArray[Any]], rows: int) -> list[Hashable]:
@@ -101,6 +112,13 @@ class CommandPacker:
         if not lists:
             return [()] * rows
         return lists[0] if len(lists) == 1 else list(zip(*lists, strict=True))
+
+    @property
+    def key_form(self) -> Hashable:
+        """Equal where `name_of` is the same."""
+        group = self._group
+        types = tuple(key.value_type for key in self._join_keys)
+        return group.key_prefix, group.key_suffix, types
 
     def name_of(self, key: bytes) -> Hashable | None:
         """Return what `keys` calls the entity of a Redis key; None if it is none of the group's."""
@@ -139,7 +157,11 @@ class CommandPacker:
         whole = b"".join(commands)
         parts = [whole] if len(whole) <= MAX_PART_BYTES else in_parts(commands)
         at = len(self._head) + 1
-        return PackedCommands(rows, inverse, parts, len(whole), lambda: commands, at)
+        limit = self._max_reply_bytes(rows)
+        return PackedCommands(rows, inverse, parts, len(whole), lambda: commands, at, limit)
+
+    def _max_reply_bytes(self, rows: int) -> int | None:
+        return max(rows * WHOLE_ROW_BYTES, WHOLE_REPLY_BYTES) if self._is_whole else None
 
     def _make_template(self) -> None:
         group = self._group

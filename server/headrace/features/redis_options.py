@@ -114,7 +114,15 @@ def _address(part: str) -> tuple[str, int]:
     host, _, port = part.strip().rpartition(":")
     if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
         raise StartupError("a server in connection_string of the online store is not `host:port`")
-    return host.strip("[]"), int(port)
+    host = host.strip("[]")
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        raise StartupError(
+            "a host in connection_string of the online store is no name: between its dots there "
+            "are 1 to 63 characters"
+        ) from None
+    return host, int(port)
 
 
 def _sentinel_login(given: Any) -> dict[str, str]:
@@ -142,28 +150,46 @@ def _text(value: Any) -> str | None:
 def _tls(options: dict[str, Any]) -> ssl.SSLContext | None:
     wanted = options.pop("ssl", False)
     requirement = str(options.pop("ssl_cert_reqs", "required")).lower()
-    check_hostname = options.pop("ssl_check_hostname", True)
+    checks_hostname = options.pop("ssl_check_hostname", True)
     authorities = _text(options.pop("ssl_ca_certs", None))
     certificate = _text(options.pop("ssl_certfile", None))
     key = _text(options.pop("ssl_keyfile", None))
-    if str(wanted).lower() in {"false", "0", "no"}:
+    pass_phrase = _text(options.pop("ssl_password", None))
+    if not _flag("ssl", wanted):
         return None
-    if str(wanted).lower() not in {"true", "1", "yes"}:  # never plain text by a slip of the pen
-        raise StartupError("ssl in connection_string of the online store is true or false")
     if requirement not in {"none", "optional", "required"}:
         raise StartupError("ssl_cert_reqs in connection_string is none, optional or required")
+    checks_hostname = _flag("ssl_check_hostname", checks_hostname) and requirement == "required"
+
+    def phrase() -> str:
+        if pass_phrase is None:  # or OpenSSL would ask for it at the terminal
+            raise StartupError(
+                "the private key of ssl_keyfile (or ssl_certfile) in connection_string of the "
+                "online store is encrypted: add its pass phrase as ssl_password, or decrypt it"
+            )
+        return pass_phrase
+
     try:
         context = ssl.create_default_context(cafile=authorities)
         if certificate is not None:
-            context.load_cert_chain(certificate, key)
+            context.load_cert_chain(certificate, key, phrase)
     except OSError as error:
+        reason = error.reason if isinstance(error, ssl.SSLError) else error.strerror
         raise StartupError(
-            f"a TLS file of the online store is unusable: {error.strerror}"
+            f"a TLS file of the online store is unusable: {reason or 'it cannot be read'}"
         ) from None
-    context.check_hostname = check_hostname is True and requirement == "required"
+    context.check_hostname = checks_hostname
     context.verify_mode = {
         "none": ssl.CERT_NONE,
         "optional": ssl.CERT_OPTIONAL,
         "required": ssl.CERT_REQUIRED,
     }[requirement]
     return context
+
+
+def _flag(name: str, value: Any) -> bool:
+    """Read true or false, and nothing else: never less safe by a slip of the pen."""
+    text = str(value).lower()
+    if text not in {"true", "1", "yes", "false", "0", "no"}:
+        raise StartupError(f"{name} in connection_string of the online store is true or false")
+    return text in {"true", "1", "yes"}

@@ -5,6 +5,7 @@ to have died while idle is replaced, and what was asked is asked once more. A se
 failing is left alone (`breaker`) but for a probe now and then.
 """
 
+import select
 import threading
 import time
 from collections import deque
@@ -15,17 +16,20 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from headrace.features.breaker import Breaker
+from headrace.features.breaker import Attempt, Breaker
 from headrace.features.redis_commands import MAX_PART_BYTES, PackedCommands
 from headrace.features.redis_connection import RedisConnection
+from headrace.features.redis_errors import OversizedReplyError, error_word
 from headrace.features.redis_options import RedisOptions
 
 MAX_IDLE_CONNECTIONS = 8
 CHECK_TIMEOUT_S = 1.0
 
+MAX_BATCH_REPLY_BYTES = 256 << 20
+"""Of the replies to one batch, of all servers together."""
+
 _PROBE = b"*3\r\n$5\r\nHMGET\r\n$14\r\nheadrace:probe\r\n$1\r\nf\r\n"
-_READY_ERRORS = (b"-NOPERM", b"-MOVED", b"-ASK")
-"""That key may be forbidden, or another node's: this one reads nevertheless."""
+_REDIRECTIONS = (b"-MOVED ", b"-ASK ")
 _log = structlog.get_logger(__name__)
 
 Exchange = Sequence[tuple[int, Any]]
@@ -61,6 +65,8 @@ class RedisTopology(Protocol):
             deadline_s: On `time.monotonic`.
 
         Raises:
+            OversizedReplyError: the replies are larger than `MAX_BATCH_REPLY_BYTES`, or than the
+                commands' `max_reply_bytes`.
             OSError: not all could be answered in time.
         """
         ...
@@ -129,8 +135,14 @@ class RedisPool:
             connect_timeout_s=connect_timeout_s,
         )
 
+    @property
+    def location(self) -> tuple[str, int]:
+        """Where the server is now."""
+        return self.address
+
     def ask(self, packed: Sequence[PackedCommands], deadline_s: float) -> list[Replies]:
-        answers = self.start(exchanges(packed), deadline_s).finish()
+        conversation = self.start(exchanges(packed), deadline_s)
+        answers = conversation.finish(reply_limit(packed))
         return [
             Replies(data, commands.inverse) for data, commands in zip(answers, packed, strict=True)
         ]
@@ -139,8 +151,8 @@ class RedisPool:
         deadline_s = time.monotonic() + CHECK_TIMEOUT_S
         (reply,) = self.start([[(0, _PROBE)]], deadline_s, is_check=True).finish()
         # A server that is loading its data echoes, and reads nothing.
-        if reply.startswith(b"-") and not reply.startswith(_READY_ERRORS):
-            raise OSError(reply.decode(errors="replace").strip())
+        if reply.startswith(b"-") and not _is_ready(reply):
+            raise OSError(f"HMGET is refused: {error_word(reply.decode(errors='replace'))}")
 
     def distrust(self) -> None:
         self.drop()
@@ -155,28 +167,40 @@ class RedisPool:
         self._is_closed = True
         self.drop()
 
+    @property
+    def has_idle(self) -> bool:
+        """Whether a connection is open and waits to be used."""
+        return bool(self._idle)
+
     def start(
-        self, exchanges: Sequence[Exchange], deadline_s: float, *, is_check: bool = False
+        self,
+        exchanges: Sequence[Exchange],
+        deadline_s: float,
+        *,
+        is_check: bool = False,
+        fair_s: float = 0.0,
     ) -> "Conversation":
         """
-        Send the first exchange; `finish` of what is returned gets the replies.
+        Send the first exchange; `finish` of what is returned, or `finish_all`, gets the replies.
 
         Args:
             exchanges: What to ask, part by part. Asked twice, perhaps: they must only read.
             deadline_s: On `time.monotonic`.
             is_check: Try even if the breaker is open.
+            fair_s: A server that was given less than this, or than the time to connect, has not
+                failed when the deadline passes: others have used the time.
 
         Raises:
             BreakerOpenError: the server is not being tried.
             OSError: it cannot be reached.
         """
-        if not (is_check or self._breaker.admits(time.monotonic())):
-            raise BreakerOpenError("held off after repeated failures")
-        try:
-            return Conversation(self, exchanges, deadline_s)
-        except OSError:
-            self.failed()
-            raise
+        attempt = None
+        if not is_check:
+            attempt = self._breaker.admits(time.monotonic())
+            if attempt is None:
+                raise BreakerOpenError("held off after repeated failures")
+        least_s = min(fair_s, self._connect_timeout_s) * 0.9
+        return Conversation(self, exchanges, deadline_s, attempt, least_s)
 
     def command(self, *words: str, deadline_s: float) -> Any:
         """Run one command on a new connection; the reply is as `RedisConnection.command` has it."""
@@ -196,7 +220,9 @@ class RedisPool:
             return None
 
     def open(self, deadline_s: float) -> RedisConnection:
-        remaining_s = max(deadline_s - time.monotonic(), 0.001)
+        remaining_s = deadline_s - time.monotonic()
+        if remaining_s <= 0:
+            raise TimeoutError("no time to connect")
         return self._connect(min(remaining_s, self._connect_timeout_s))
 
     @property
@@ -220,12 +246,16 @@ class RedisPool:
         if not is_wanted:
             connection.close()
 
-    def failed(self) -> None:
+    def failed(self, attempt: Attempt | None) -> None:
         """Be told that a conversation failed."""
         was_open = self._breaker.is_open
-        self._breaker.failed(time.monotonic())
+        self._breaker.failed(time.monotonic(), attempt)
         if self._breaker.is_open and not was_open:
             _log.warning("redis_breaker_opened", server=self._name)
+
+    def left_open(self, attempt: Attempt | None) -> None:
+        """Be told that a conversation ended for reasons that are not the server's."""
+        self._breaker.left_open(time.monotonic(), attempt)
 
     def drop(self, generation: int | None = None) -> None:
         """Keep no connection opened so far, idle or in use; or none as old as one that died."""
@@ -240,82 +270,184 @@ class RedisPool:
 
 class Conversation:
     """
-    Commands on their way to a server. `finish` must follow.
+    Commands on their way to a server. `finish`, or `finish_all`, must follow.
 
     Unless it does, and gets every reply, the connection is not used again: what is still on its way
     would be taken for the answer to something else.
 
     Args: as `RedisPool.start` takes them.
+        attempt: Leave to try, of the pool's breaker.
+        least_s: What of a timeout is the server's.
     """
 
-    def __init__(self, pool: RedisPool, exchanges: Sequence[Exchange], deadline_s: float) -> None:
+    def __init__(
+        self,
+        pool: RedisPool,
+        exchanges: Sequence[Exchange],
+        deadline_s: float,
+        attempt: Attempt | None,
+        least_s: float,
+    ) -> None:
+        self.deadline_s = deadline_s
         self._pool = pool
         self._exchanges = exchanges
-        self._deadline_s = deadline_s
+        self._attempt = attempt
+        self._least_s = least_s
+        self._begun_s = time.monotonic()
+        self._place = 0  # of the exchange under way
+        self._replies: dict[int, list[bytes]] = {}
+        self._connection: RedisConnection | None = None
         taken = pool.take()
         self._was_idle = taken is not None
-        if taken is None:
-            self._generation, self._connection = pool.generation, pool.open(deadline_s)
-        else:
-            self._generation, self._connection = taken
         try:
-            self._send_first()
+            if taken is None:
+                self._open()
+            else:
+                self._generation, self._connection = taken
+            self._begin()
         except OSError as error:
-            self._renew(error)
-            self._send_first()
+            self._recover(error)
 
-    def finish(self) -> list[bytes]:
+    def fileno(self) -> int:
+        assert self._connection is not None
+        return self._connection.fileno()
+
+    @property
+    def events(self) -> int:
+        assert self._connection is not None
+        return self._connection.events
+
+    def finish(self, max_bytes: int = MAX_BATCH_REPLY_BYTES) -> list[bytes]:
         """
         Return each key group's replies.
 
         Raises:
+            OversizedReplyError: they have more than `max_bytes`.
             OSError: the connection failed, or the deadline passed.
         """
-        try:
-            try:
-                replies = self._rest()
-            except OSError as error:
-                self._renew(error)
-                self._send_first()
-                replies = self._rest()
-        except OSError:
-            self._connection.close()
-            self._pool.failed()
-            raise
-        self._pool.keep(self._generation, self._connection)
+        (replies,) = finish_all([self], max_bytes)
+        if isinstance(replies, OSError):
+            raise replies
         return replies
 
-    def _renew(self, error: OSError) -> None:
-        """Go on with a new connection if an idle one has died; else raise the error."""
-        self._connection.close()
-        if self._was_idle:  # and the others have died with it
-            self._pool.drop(self._generation)
-        if not self._was_idle or isinstance(error, TimeoutError):
-            raise error
-        self._was_idle = False
-        self._generation = self._pool.generation
-        self._connection = self._pool.open(self._deadline_s)
+    def advance(self, max_bytes: int) -> tuple[int, list[bytes] | None]:
+        """
+        Do what can be done without waiting.
 
-    def _send_first(self) -> None:
-        commands = [commands for _, commands in self._exchanges[0]]
+        Returns:
+            How many bytes came, and each key group's replies once all have come.
+
+        Raises:
+            OversizedReplyError: there are more than `max_bytes`.
+            OSError: the connection failed; this conversation is over.
+        """
+        assert self._connection is not None
         try:
-            self._connection.send(commands, self._deadline_s)
-        except OSError:
-            self._connection.close()
+            before = self._connection.received_bytes
+            pieces = self._connection.advance(before + max_bytes)
+            count = self._connection.received_bytes - before
+            return count, None if pieces is None else self._take(pieces)
+        except OSError as error:
+            self._recover(error)
+            return 0, None
+
+    def time_out(self) -> TimeoutError:
+        """End this conversation because its deadline has passed; return what to raise."""
+        error = TimeoutError("no answer in time")
+        self._give_up(error)
+        return error
+
+    def _take(self, pieces: list[bytes]) -> list[bytes] | None:
+        for (group, _), piece in zip(self._exchanges[self._place], pieces, strict=True):
+            self._replies.setdefault(group, []).append(piece)
+        self._place += 1
+        if self._place < len(self._exchanges):
+            self._begin()
+            return None
+        assert self._connection is not None
+        self._pool.keep(self._generation, self._connection)
+        return [b"".join(own) for own in self._replies.values()]
+
+    def _open(self) -> None:
+        self._generation = self._pool.generation
+        self._connection = None
+        self._connection = self._pool.open(self.deadline_s)
+
+    def _begin(self) -> None:
+        assert self._connection is not None
+        self._connection.begin([commands for _, commands in self._exchanges[self._place]])
+
+    def _recover(self, error: OSError) -> None:
+        """Begin again with a new connection if an idle one has died; else give up and raise."""
+        if not self._was_idle or isinstance(error, TimeoutError | OversizedReplyError):
+            self._give_up(error)
+            raise error
+        assert self._connection is not None
+        self._connection.close()
+        self._pool.drop(self._generation)  # the others have died with it
+        self._was_idle = False
+        self._place = 0
+        self._replies.clear()
+        try:
+            self._open()
+            self._begin()
+        except OSError as another:
+            self._give_up(another)
             raise
 
-    def _rest(self) -> list[bytes]:
-        pieces = self._connection.receive(self._deadline_s)
-        if len(self._exchanges) == 1:
-            return pieces
-        replies: dict[int, list[bytes]] = {}
-        for place, exchange in enumerate(self._exchanges):
-            if place:
-                commands = [commands for _, commands in exchange]
-                pieces = self._connection.exchange(commands, self._deadline_s)
-            for (group, _), piece in zip(exchange, pieces, strict=True):
-                replies.setdefault(group, []).append(piece)
-        return [b"".join(pieces) for pieces in replies.values()]
+    def _give_up(self, error: OSError) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        is_late = isinstance(error, TimeoutError)
+        had_its_time = time.monotonic() - self._begun_s >= self._least_s
+        if isinstance(error, OversizedReplyError) or (is_late and not had_its_time):
+            self._pool.left_open(self._attempt)
+            return
+        if self._was_idle and is_late:  # the other idle ones would be silent, too
+            self._pool.drop(self._generation)
+        self._pool.failed(self._attempt)
+
+
+def finish_all(
+    conversations: Sequence[Conversation], max_bytes: int = MAX_BATCH_REPLY_BYTES
+) -> list[list[bytes] | OSError]:
+    """
+    Bring conversations to their ends, whichever server answers first.
+
+    What has come by the deadline is read, so that nobody fails for having been looked at late.
+
+    Returns:
+        Per conversation each key group's replies, or why there are none.
+    """
+    outcomes: list[list[bytes] | OSError] = [_UNFINISHED] * len(conversations)
+    poll = select.poll()
+    places: dict[int, int] = {}
+    for place, conversation in enumerate(conversations):
+        poll.register(conversation, conversation.events)
+        places[conversation.fileno()] = place
+    while places:
+        remaining_s = min(conversations[at].deadline_s for at in places.values())
+        remaining_s -= time.monotonic()
+        for fileno, _ in poll.poll(max(remaining_s, 0.0) * 1e3):
+            place = places.pop(fileno)
+            conversation = conversations[place]
+            poll.unregister(fileno)
+            try:
+                count, replies = conversation.advance(max_bytes)
+            except OSError as error:
+                outcomes[place] = error
+                continue
+            max_bytes -= count
+            if replies is not None:
+                outcomes[place] = replies
+                continue
+            poll.register(conversation, conversation.events)
+            places[conversation.fileno()] = place
+        if remaining_s <= 0:
+            for place in places.values():
+                outcomes[place] = conversations[place].time_out()
+            break
+    return outcomes
 
 
 def exchanges(packed: Sequence[PackedCommands]) -> list[Exchange]:
@@ -323,3 +455,19 @@ def exchanges(packed: Sequence[PackedCommands]) -> list[Exchange]:
     if sum(commands.byte_count for commands in packed) <= MAX_PART_BYTES:
         return [[(group, commands.parts[0]) for group, commands in enumerate(packed)]]
     return [[(group, part)] for group, commands in enumerate(packed) for part in commands.parts]
+
+
+def reply_limit(packed: Sequence[PackedCommands]) -> int:
+    """Return how many bytes the replies to a batch may have."""
+    limits = [commands.max_reply_bytes or MAX_BATCH_REPLY_BYTES for commands in packed]
+    return min(sum(limits), MAX_BATCH_REPLY_BYTES)
+
+
+def _is_ready(error: bytes) -> bool:
+    """Say whether it is only that key that is forbidden, or another node's: this one reads."""
+    if error.startswith(b"-NOPERM "):
+        return b" to run " not in error  # as it says of a command
+    return error.startswith(_REDIRECTIONS)
+
+
+_UNFINISHED = OSError("not asked to the end")

@@ -2,7 +2,8 @@
 
 Sentinels are asked whenever a connection is opened, and the server must say itself that it is a
 master. A failover closes the old master's connections, so that the next ones lead to the new one;
-in case it was cut off and could not, `check` asks, too.
+in case it was cut off and could not, `check` asks, too. When no Sentinel answers there is no
+failover either: the master known last is kept, as long as it says that it still is one.
 
 Source: https://redis.io/docs/latest/develop/reference/sentinel-clients/.
 """
@@ -19,10 +20,15 @@ from redis.retry import Retry
 
 from headrace.errors import StartupError
 from headrace.features.redis_connection import RedisConnection
+from headrace.features.redis_errors import error_word
 from headrace.features.redis_options import RedisServers
 from headrace.features.redis_pool import CHECK_TIMEOUT_S, RedisPool
 
 _log = structlog.get_logger(__name__)
+
+
+class SentinelsGoneError(OSError):
+    """Not one of the Sentinels answers."""
 
 
 class RedisSentinels:
@@ -47,47 +53,72 @@ class RedisSentinels:
         self._order = [(server.host, server.port) for server in named.servers]
         self.address: tuple[str, int] | None = None
         """Of the master last connected to."""
+        self._are_gone = False
 
     def find(self, timeout_s: float) -> tuple[str, int]:
         """
         Ask the Sentinels, one after another, where the master is.
 
         Raises:
-            OSError: none of them answers in time, or knows it.
+            SentinelsGoneError: none of them answers in time.
+            OSError: none of those that answer knows it.
         """
         deadline_s = time.monotonic() + timeout_s
-        order = self._order
+        order, are_gone = self._order, True
+        address: tuple[str, int] | None = None
         for place, sentinel in enumerate(order):
             share_s = max(deadline_s - time.monotonic(), 0.002) / (len(order) - place)
-            address = self._ask(sentinel, share_s)
+            try:
+                address = self._ask(sentinel, share_s)
+            except OSError:
+                continue
+            are_gone = False
             if address is not None:
                 if place:  # ask this one first from now on
                     with self._lock:
                         self._order = [sentinel, *(at for at in order if at != sentinel)]
-                return address
-        raise ConnectionError("no Sentinel knows where the master is")
+                break
+        if are_gone != self._are_gone:
+            self._are_gone = are_gone
+            log = _log.warning if are_gone else _log.info
+            log("redis_sentinels_gone" if are_gone else "redis_sentinels_back", master=self.master)
+        if are_gone:
+            raise SentinelsGoneError("no Sentinel answers")
+        if address is None:
+            raise ConnectionError("no Sentinel knows where the master is")
+        return address
 
     def connect(self, timeout_s: float) -> RedisConnection:
         """Open a connection to the master; OSError if that cannot be done in time."""
         deadline_s = time.monotonic() + timeout_s
-        address = self.find(timeout_s / 2)
+        is_announced = True
+        try:
+            address = self.find(timeout_s / 2)
+        except SentinelsGoneError:
+            known = self.address
+            if known is None:
+                raise
+            address, is_announced = known, False
         options = self._named.servers[0].at(*address)
         connection = RedisConnection(options, max(deadline_s - time.monotonic(), 0.001))
         try:
             role = connection.command("ROLE", deadline_s=deadline_s)
-        except OSError:
+            # A user who may not ask has to rely on the Sentinels.
+            if isinstance(role, hiredis.ReplyError):
+                if not is_announced:
+                    raise ConnectionError(f"no Sentinel answers, and ROLE: {error_word(role)}")
+            elif role[:1] != [b"master"]:
+                raise ConnectionError("that server is no master (any more, or yet)")
+        except (OSError, TypeError) as error:
             connection.close()
-            raise
-        # A user who may not ask has to rely on the Sentinels.
-        if not isinstance(role, hiredis.ReplyError) and role[0] != b"master":
-            connection.close()
-            raise ConnectionError("that server is no master (any more, or yet)")
+            raise error if isinstance(error, OSError) else ConnectionError("ROLE is odd") from None
         if address != self.address:
             _log.info("redis_master", host=address[0], port=address[1])
         self.address = address
         return connection
 
     def _ask(self, sentinel: tuple[str, int], timeout_s: float) -> tuple[str, int] | None:
+        """Return where a Sentinel says that the master is; OSError if it does not answer."""
         client: Any = redis.Redis(
             host=sentinel[0],
             port=sentinel[1],
@@ -99,12 +130,16 @@ class RedisSentinels:
         )
         try:
             found = client.sentinel_get_master_addr_by_name(self.master)
-        except (OSError, redis.RedisError) as error:
-            _log.debug("redis_sentinel_unanswered", port=sentinel[1], reason=str(error))
-            return None
+        except (OSError, ValueError, redis.RedisError) as error:
+            kind = type(error).__name__  # its text may have the password
+            _log.debug("redis_sentinel_unanswered", port=sentinel[1], reason=kind)
+            raise ConnectionError(kind) from None
         finally:
             client.close()
-        return found and (found[0].decode() if isinstance(found[0], bytes) else found[0], found[1])
+        if found is None:
+            return None
+        host, port = found
+        return host.decode(errors="replace") if isinstance(host, bytes) else host, port
 
 
 class SentinelPool(RedisPool):
@@ -122,7 +157,15 @@ class SentinelPool(RedisPool):
         )
         self._sentinels = sentinels
 
+    @property
+    def location(self) -> tuple[str, int]:
+        return self._sentinels.address or self.address
+
     def check(self) -> None:
-        if self._sentinels.find(CHECK_TIMEOUT_S / 2) != self._sentinels.address:
-            self.drop()
+        try:
+            if self._sentinels.find(CHECK_TIMEOUT_S / 2) != self._sentinels.address:
+                self.drop()
+        except SentinelsGoneError:
+            if self._sentinels.address is None:
+                raise
         super().check()

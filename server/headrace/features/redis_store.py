@@ -9,7 +9,7 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,12 +22,22 @@ from headrace.features.hash_reads import PROBE_PERIOD_S, PROBE_ROWS, WANTED_MIN,
 from headrace.features.key_watch import KeyWatch
 from headrace.features.plan import FeaturePlan, FeatureStatus, KeyGroup, PlannedFeature
 from headrace.features.redis_commands import CommandPacker, PackedCommands
+from headrace.features.redis_errors import OversizedReplyError
 from headrace.features.redis_pool import RedisTopology, Replies
 from headrace.features.row_cache import RowCache, concatenate, take
 from headrace.features.store import FeatureRows, RowBlocks, row_count
 
 PROBE_AGAIN_S = 1.0
-"""After hashes that are not there."""
+"""After hashes that are not there, or could not be read."""
+
+FORGOTTEN_AT_ONCE_MAX = 4096
+"""
+Written keys that are looked for one by one. Of more, that came at once, everything is forgotten:
+their look-up would keep readers from running.
+"""
+
+_REFUSALS = ("NOPERM", "ERR")
+"""Of a user, or a server, that knows no HGETALL."""
 
 _UNAVAILABLE = "the online feature store does not answer"
 _log = structlog.get_logger(__name__)
@@ -105,13 +115,26 @@ class RedisStore:
         """Whether what is cached is forgotten as soon as it is written."""
         return self._watch is not None and self._watch.is_listening
 
-    def key_written(self, key: bytes) -> None:
-        """Forget a row; see `key_watch.Listener`."""
+    def keys_written(self, keys: Sequence[bytes]) -> None:
+        """Forget rows; see `key_watch.Listener`."""
+        if len(keys) > FORGOTTEN_AT_ONCE_MAX:
+            self.writes_missed()
+            return
         now_s = time.monotonic()
+        names: dict[Any, list[Hashable]] = {}
+        count = 0
         for reader in self._cached_readers():
-            name = reader.whole.packer.name_of(key)
-            if name is not None and reader.cache is not None and reader.cache.forget(name, now_s):
-                self.cache_invalidations += 1  # by one thread per server: about right
+            packer, cache = reader.whole.packer, reader.cache
+            if cache is None:
+                continue
+            own = names.get(packer.key_form)
+            if own is None:  # plans of the same entities read the same keys
+                found = map(packer.name_of, keys)
+                own = names[packer.key_form] = [name for name in found if name is not None]
+            count += cache.forget(own, now_s)
+        if count:
+            with self._lock:
+                self.cache_invalidations += count
 
     def writes_missed(self) -> None:
         """Forget every row."""
@@ -148,15 +171,16 @@ class RedisStore:
         ways = [self._way(one.reader, one.entities, deadline_s) for one in wanted]
         try:
             self._read(wanted, ways, blocks, deadline_s)
-        except UnexpectedReplyError as error:
+        except (UnexpectedReplyError, OversizedReplyError) as error:
             if not any(way.is_whole for way in ways):
-                raise self._unexpected(error) from None
-            for one in wanted:  # this user may not HGETALL any more, perhaps
+                raise self._unusable(error) from None
+            # This user may not HGETALL any more, perhaps, or a hash has grown.
+            for one in wanted:
                 one.reader.choose(is_whole=False)
             try:
                 self._read(wanted, [one.reader.way for one in wanted], blocks, deadline_s)
-            except UnexpectedReplyError as error:
-                raise self._unexpected(error) from None
+            except (UnexpectedReplyError, OversizedReplyError) as error:
+                raise self._unusable(error) from None
         self._is_up = True
 
     def _read(
@@ -183,11 +207,19 @@ class RedisStore:
         reader.probe_s = now_s + PROBE_PERIOD_S
         some = {name: column[:PROBE_ROWS] for name, column in entities.items()}
         commands = reader.whole.packer.pack(some, len(next(iter(some.values()), (None,))))
-        (replies,) = self._ask([commands], deadline_s)
         try:
+            (replies,) = self._ask([commands], deadline_s)
             sample = reader.whole.decoder.sample(replies.data, commands.rows)
-        except UnexpectedReplyError:  # this user may not HGETALL
+        except FeatureStoreUnavailable:
+            reader.probe_s = now_s + PROBE_AGAIN_S
+            raise
+        except OversizedReplyError:  # no small hashes, then
             reader.choose(is_whole=False)
+            return reader.way
+        except UnexpectedReplyError as error:
+            reader.choose(is_whole=False)
+            if str(error) not in _REFUSALS:
+                reader.probe_s = now_s + PROBE_AGAIN_S
             return reader.way
         if sample is None:  # nobody of those is there: ask again, soon
             reader.probe_s = now_s + PROBE_AGAIN_S
@@ -198,11 +230,16 @@ class RedisStore:
     def _ask(self, packed: Sequence[PackedCommands], deadline_s: float) -> list[Replies]:
         try:
             return self._servers.ask(packed, deadline_s)
+        except OversizedReplyError:
+            raise
         except OSError as error:
             raise self._down(str(error)) from None
 
-    def _unexpected(self, error: UnexpectedReplyError) -> FeatureStoreUnavailable:
-        self._servers.distrust()  # it may be another server than it was
+    def _unusable(
+        self, error: UnexpectedReplyError | OversizedReplyError
+    ) -> FeatureStoreUnavailable:
+        if isinstance(error, UnexpectedReplyError):
+            self._servers.distrust()  # it may be another server than it was
         return self._down(str(error))
 
     def _down(self, reason: str) -> FeatureStoreUnavailable:

@@ -10,7 +10,7 @@ seen at most `max_age_s` after it was written. No clock in here: the caller brin
 
 import math
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -104,19 +104,21 @@ class RowCache:
             self._rows.statuses[slots] = statuses
             self._rows.event_times_s[slots] = rows.event_times_s[chosen]
 
-    def forget(self, key: Hashable, now_s: float) -> bool:
+    def forget(self, keys: Iterable[Hashable], now_s: float) -> int:
         """
-        Serve a row no more, nor keep what was read of it until now; return whether it was there.
+        Serve rows no more, nor keep what was read of them until now; return how many were there.
 
-        A read that is under way may have seen the row before it was written.
+        A read that is under way may have seen a row before it was written.
         """
+        count = 0
         with self._lock:
-            self._written_s[hash(key) % WRITTEN_SLOTS] = now_s
-            slot = self._slots.get(key)
-            if slot is None or self._read_s[slot] == -np.inf:
-                return False
-            self._read_s[slot] = -np.inf
-            return True
+            for key in keys:
+                self._written_s[hash(key) % WRITTEN_SLOTS] = now_s
+                slot = self._slots.get(key)
+                if slot is not None and self._read_s[slot] != -np.inf:
+                    self._read_s[slot] = -np.inf
+                    count += 1
+        return count
 
     def clear(self, now_s: float) -> None:
         """Forget every row, as `forget` does."""

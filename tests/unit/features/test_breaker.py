@@ -62,10 +62,47 @@ def test_it_lets_one_probe_through_at_a_time():
 
 def test_a_failed_probe_is_followed_by_another_a_period_later():
     breaker = opened()
-    assert breaker.admits(1.0)
-    breaker.failed(2.0)
+    breaker.failed(2.0, breaker.admits(1.0))
     assert not breaker.admits(2.0 + PROBE_PERIOD_S / 2)
     assert breaker.admits(2.0 + PROBE_PERIOD_S)
+
+
+def test_a_late_failure_of_before_lets_no_second_probe_out():
+    breaker = Breaker()
+    late = breaker.admits(0.0)
+    for _ in range(FAILURES):
+        breaker.failed(0.0, breaker.admits(0.0))
+    probe = breaker.admits(1.0)
+    assert probe
+    breaker.failed(1.05, late)
+    assert not breaker.admits(1.05 + PROBE_PERIOD_S)
+    breaker.failed(2.0, probe)
+    assert breaker.admits(2.0 + PROBE_PERIOD_S)
+
+
+def test_a_probe_that_was_given_up_on_lets_no_more_than_one_other_out():
+    breaker = opened()
+    first = breaker.admits(1.0)
+    second = breaker.admits(1.0 + PROBE_LIMIT_S)
+    breaker.failed(1.1 + PROBE_LIMIT_S, first)
+    assert not breaker.admits(2.0 + PROBE_LIMIT_S)
+    breaker.failed(2.0 + PROBE_LIMIT_S, second)
+    assert breaker.admits(2.0 + PROBE_LIMIT_S + PROBE_PERIOD_S)
+
+
+def test_a_probe_that_says_nothing_of_the_server_is_followed_by_another():
+    breaker = opened()
+    breaker.left_open(1.1, breaker.admits(1.0))
+    assert breaker.is_open
+    assert breaker.admits(1.1 + PROBE_PERIOD_S)
+
+
+def test_an_attempt_that_says_nothing_of_the_server_is_no_failure():
+    breaker = Breaker()
+    for _ in range(10 * FAILURES):
+        breaker.left_open(0.0, breaker.admits(0.0))
+    assert not breaker.is_open
+    assert not breaker.is_failing
 
 
 def test_a_probe_that_is_never_heard_of_does_not_keep_it_open():
@@ -92,9 +129,9 @@ def test_an_outage_costs_few_attempts_and_ends_within_a_period(outage_s, gaps_s)
     while now_s < outage_s:
         now_s += gaps_s[callers % len(gaps_s)]
         callers += 1
-        if breaker.admits(now_s):
+        if attempt := breaker.admits(now_s):
             attempts += 1
-            breaker.failed(now_s)
+            breaker.failed(now_s, attempt)
     assert attempts <= FAILURES + outage_s / PROBE_PERIOD_S + 1
     back_s = now_s
     while not breaker.admits(now_s):

@@ -1,6 +1,7 @@
 """Decoding replies: both ways agree with decoding cell by cell, whatever the store holds."""
 
 import struct
+from time import process_time
 
 import numpy as np
 import pytest
@@ -387,3 +388,29 @@ def test_a_key_that_is_not_a_hash_costs_only_its_own_row():
     assert [values[0], values[2]] == [[1.5]] * 2
     assert statuses == [[PRESENT], [NOT_FOUND], [PRESENT]]
     assert seen == ["its key is not a hash"]
+
+
+def test_a_batch_twenty_times_as_large_takes_no_longer_per_row():
+    """What is read is parsed: no row is of a known layout, and none is moved again and again."""
+
+    def time_per_row_s(rows):
+        decoder = decoder_of(ValueType.BYTES)
+        missing = [stored_time(1), None]  # the event time comes before text
+        row = [stored_time(1), stored(b"x" * 500, ValueType.BYTES)]
+        data = resp([missing]) + resp([row]) * (rows - 1)
+        began_s = process_time()
+        decoded = decoder.decode(data, rows)
+        took_s = process_time() - began_s
+        assert decoded.statuses[:, 0].tolist() == [NOT_FOUND] + [PRESENT] * (rows - 1)
+        return took_s / rows
+
+    few = min(time_per_row_s(500) for _ in range(5))
+    many = min(time_per_row_s(10_000) for _ in range(3))
+    assert many < 4 * few
+
+
+@pytest.mark.parametrize("value_type", [ValueType.BYTES, ValueType.INT64])
+def test_a_field_that_was_never_written_is_not_found_beside_an_event_time(value_type):
+    decoder = decoder_of(value_type)
+    cells = [stored_time(1), None] if value_type is ValueType.BYTES else [None, stored_time(1)]
+    assert decoder.decode(resp([cells]), 1).statuses.tolist() == [[NOT_FOUND]]

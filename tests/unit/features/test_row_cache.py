@@ -57,16 +57,16 @@ def test_a_row_that_was_read_later_is_not_overwritten_by_one_that_took_longer():
 def test_a_row_that_was_written_is_served_no_more():
     cache = RowCache(10.0, 100)
     cache.put([1, 2], rows_of([1, 2]), 0.0)
-    assert cache.forget(1, 1.0)
+    assert cache.forget([1, 9], 1.0) == 1
     assert values_of(cache.get([1, 2], 1.0)[1]) == [2]
-    assert not cache.forget(1, 1.0)
+    assert cache.forget([1], 1.0) == 0
     cache.put([1], rows_of([5]), 1.5)
     assert values_of(cache.get([1], 2.0)[1]) == [5]
 
 
 def test_what_was_being_read_when_it_was_written_is_not_kept():
     cache = RowCache(10.0, 100)
-    cache.forget(1, 1.0)
+    cache.forget([1], 1.0)
     cache.put([1, 2], rows_of([1, 2]), 0.5)
     assert values_of(cache.get([1, 2], 1.0)[1]) == [2]
 
