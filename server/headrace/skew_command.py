@@ -18,12 +18,18 @@ from headrace.errors import StartupError
 from headrace.features.logged_plan import LoggedFeature, LoggedPlan
 from headrace.features.offline import FeastOffline
 from headrace.features.repo import open_feature_repo
-from headrace.features.skew import FeatureTally, compare
+from headrace.features.skew import Example, FeatureTally, compare
 from headrace.features.skew_reader import LoggedFile, chunks, scan
 from headrace.features.skew_values import Tolerance
 from headrace.terminal import printable
 
 PROGRESS_PERIOD_S = 5.0
+
+READS = "feature reads"
+"""What served a row that no model saw, for people."""
+
+BY_REFERENCE = "features by reference"
+"""What was selected without a feature service, likewise."""
 
 
 @dataclass(slots=True)
@@ -32,11 +38,11 @@ class ServiceReport:
     What was found out about one feature service.
 
     Args:
-        service: Its name.
+        service: Its name; empty for features that were selected by reference.
         rows: That were read from the log.
         first_us: Earliest request, Unix microseconds.
         last_us: Latest one.
-        models: Names and versions of those that were served.
+        models: Names and versions of those that were served, `READS` among them.
         registry_versions: Under which they were.
         tallies: By feature and view.
         gone: Logged features that the registry no longer has.
@@ -157,7 +163,7 @@ def _note(report: ServiceReport, rows: Any) -> None:
     report.last_us = max(report.last_us, times["max"])
     report.rows += len(rows)
     pairs = rows.group_by(["model", "version"]).aggregate([]).to_pylist()
-    report.models |= {f"{pair['model']} {pair['version']}" for pair in pairs}
+    report.models |= {f"{pair['model']} {pair['version']}".strip() or READS for pair in pairs}
     report.registry_versions |= set(rows["registry_version"].cast("string").unique().to_pylist())
 
 
@@ -218,7 +224,7 @@ def _strict(value: Any) -> Any:
 
 def _show(console: Console, report: ServiceReport, max_mismatch_share: float) -> None:
     console.print(
-        f"{printable(report.service)}: {report.rows:,} rows as served by "
+        f"{printable(report.service or BY_REFERENCE)}: {report.rows:,} rows as served by "
         f"{printable(', '.join(sorted(report.models)))}, {_iso(report.first_us)} to "
         f"{_iso(report.last_us)}"
     )
@@ -258,8 +264,12 @@ def _explained(of: FeatureTally) -> str:
     entity = " ".join(f"{name}={value}" for name, value in of.example.entity.items())
     return printable(
         f"{of.feature} mismatches, e.g. {entity}: {_value(of.example.online)} online, "
-        f"{_value(of.example.offline)} offline (prediction {of.example.prediction_id})"
+        f"{_value(of.example.offline)} offline ({_origin(of.example)})"
     )
+
+
+def _origin(example: Example) -> str:
+    return READS if example.prediction_id is None else f"prediction {example.prediction_id}"
 
 
 def _value(value: Any) -> str:

@@ -23,6 +23,8 @@ import headrace.__main__
 from headrace import skew_command
 from headrace.app import Gateway
 from headrace.settings import load_settings
+from headrace.v1 import feature_service_pb2 as features_pb
+from headrace.v1 import feature_service_pb2_grpc as features_pb_grpc
 from headrace.v1 import prediction_service_pb2 as pb
 from headrace.v1 import prediction_service_pb2_grpc as pb_grpc
 
@@ -318,18 +320,7 @@ def test_arguments_that_make_no_sense_are_refused(features_skew, capsys, argumen
 
 def test_a_folder_that_cannot_be_written_disturbs_nobody(repo, models, tmp_path):
     (tmp_path / "file").write_text("")
-    gateway = Gateway(
-        load_settings(
-            {
-                "model_repository": models,
-                "feature_repo": repo,
-                "grpc_address": "127.0.0.1:0",
-                "http_address": "127.0.0.1:0",
-                "skew_log_dir": tmp_path / "file",
-                "skew_sample_share": 1,
-            }
-        )
-    )
+    gateway = gateway_with(tmp_path / "file", model_repository=models, feature_repo=repo)
     with structlog.testing.capture_logs() as lines:
         gateway.start()
         try:
@@ -339,3 +330,55 @@ def test_a_folder_that_cannot_be_written_disturbs_nobody(repo, models, tmp_path)
 
     assert [line["event"] for line in lines].count("skew_log_failed") == 1
     assert (gateway.metrics.skew_log.rows_failed, gateway.metrics.skew_log.rows_written) == (2, 0)
+
+
+def gateway_with(log, **settings):
+    """In this process: starting another takes longer than all else."""
+    return Gateway(
+        load_settings(
+            {
+                "grpc_address": "127.0.0.1:0",
+                "http_address": "127.0.0.1:0",
+                "skew_log_dir": log,
+                "skew_sample_share": 1,
+                **settings,
+            }
+        )
+    )
+
+
+def read_features(address, ids, **selection):
+    request = features_pb.GetOnlineFeaturesRequest(**selection)
+    request.entities.add(name="cafe_id").values.int64s.values.extend(ids)
+    if "feature_service" in selection:
+        cities = [("Bern", "Åbo")[i % 2].encode() for i in ids]
+        request.entities.add(name="city").values.strings.values.extend(cities)
+    with grpc.insecure_channel(address) as channel:
+        features_pb_grpc.FeatureServiceStub(channel).GetOnlineFeatures(request, timeout=10)
+
+
+def test_features_that_were_read_without_a_model_are_compared_too(repo, tmp_path, features_skew):
+    (tmp_path / "no models").mkdir()
+    folder = tmp_path / "log"
+    gateway = gateway_with(folder, model_repository=tmp_path / "no models", feature_repo=repo)
+    with structlog.testing.capture_logs():
+        gateway.start()
+        try:
+            read_features(gateway.grpc_address, [1, 2, 3], feature_service="cafe_features")
+            references = features_pb.FeatureReferences(references=["cafe_stats:seats"])
+            read_features(gateway.grpc_address, [4, 5], features=references)
+        finally:
+            assert gateway.stop()
+
+    done = features_skew("--json", folder=folder)
+    table = features_skew(folder=folder)
+
+    assert done.returncode == 1, done.err
+    services = {of["service"]: of for of in json.loads(done.out)["services"]}
+    assert {name: of["rows"] for name, of in services.items()} == {"cafe_features": 3, "": 2}
+    for of in services.values():
+        assert (of["models"], of["skewed"]) == (["feature reads"], ["seats"])
+        example = next(one for one in of["features"] if one["feature"] == "seats")["example"]
+        assert example["prediction_id"] is None
+    assert "features by reference: 2 rows as served by feature reads" in table.out
+    assert "offline (feature reads)" in table.out

@@ -61,9 +61,9 @@ class OfflineFeatures(Protocol):
 
 
 class Example(NamedTuple):
-    """One mismatch, to begin looking with."""
+    """One mismatch, to begin looking with; a feature read has no prediction id."""
 
-    prediction_id: str
+    prediction_id: str | None
     entity: dict[str, Any]
     online: Any
     offline: Any

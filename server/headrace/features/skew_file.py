@@ -1,7 +1,8 @@
 """The skew log's files: feature vectors as served, in Parquet that anybody can read.
 
-A file holds rows of one model version. Columns: `prediction_id`, `request_time`, `model`,
-`version`, `registry_version`; `key.<join key>`; `value.<feature>` (null where nothing was found)
+A file holds rows of one model version, or of one selection of features that was read without a
+model. Columns: `prediction_id`, `request_time`, `model`, `version` (null and empty for such reads),
+`registry_version`; `key.<join key>`; `value.<feature>` (null where nothing was found)
 and `status.<feature>`; `event_time.<view>`, with the number of the key group behind it (`#1`) where
 one view is read by two keys. The footer's entry `headrace.skew` is a `LoggedPlan` in JSON.
 """
@@ -175,17 +176,19 @@ def files_of(path: Path) -> Iterator[Path]:
     yield from sorted(path.rglob(FILE_PATTERN), key=lambda file: (file.name, file))
 
 
-def _prediction_ids(records: Sequence[SkewRecord]) -> list[str]:
-    ids = []
+def _prediction_ids(records: Sequence[SkewRecord]) -> list[str | None]:
+    ids: list[str | None] = []
     for record in records:
+        prefix, first = record.source.id_prefix, record.first_number
+        if prefix is None:
+            ids += [None] * len(record.places)
+            continue
         if not record.request_rows:
-            prefix, first = record.source.id_prefix, record.first_number
             ids += [f"{prefix}{first + at:010x}/0" for at in record.places.tolist()]
             continue
         ends = np.cumsum(record.request_rows)
         requests = np.searchsorted(ends, record.places, side="right")
         rows = record.places - (ends - record.request_rows)[requests]
-        prefix, first = record.source.id_prefix, record.first_number
         ids += [
             f"{prefix}{first + request:010x}/{row}"
             for request, row in zip(requests.tolist(), rows.tolist(), strict=True)

@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,7 +18,7 @@ from headrace.features import skew_log as skew_log_module
 from headrace.features.key_sample import sampled_rows, threshold_of
 from headrace.features.memory_store import MemoryStore
 from headrace.features.plan import FeatureSource, ViewSource, compile_plan
-from headrace.features.skew_log import SkewLog
+from headrace.features.skew_log import FeatureReadLog, SkewLog, read_plan
 from headrace.features.skew_record import SkewSource
 from headrace.features.values import ValueType as V
 
@@ -411,3 +412,43 @@ def test_no_file_is_larger_than_the_whole_log_may_be(tmp_path):
 
     assert log.rows_failed == 100
     assert not list(tmp_path.iterdir())
+
+
+def read(log, plan, drivers, number=0):
+    """What a feature read without a model leaves behind."""
+    columns = {"driver_id": column(drivers)} if plan.request_columns else {"": column(drivers)}
+    rows = MemoryStore().read(plan, columns, now_s=NOW_S, timeout_s=1)
+    FeatureReadLog(log).put(plan, columns, rows, time_s=NOW_S + number)
+
+
+def test_feature_reads_are_kept_like_a_models_but_without_a_prediction_id(tmp_path):
+    log = log_to(tmp_path, share=0.5)
+
+    for _ in range(2):  # whichever thread and object they come through
+        read(log, FLOATS, range(100))
+    put(log, source_of(FLOATS), {"driver_id": range(100)})
+    flushed(log)
+
+    rows = written(tmp_path)
+    reads = [row["key.driver_id"] for row in rows if row["prediction_id"] is None]
+    assert reads == 2 * [row["key.driver_id"] for row in rows if row["prediction_id"] is not None]
+    assert {(row["model"], row["version"]) for row in rows} == {("", ""), ("m", "3")}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_feature_reads_without_keys_are_sampled_row_by_row(tmp_path):
+    plan = plan_of(("rain", V.FLOAT), keys=())
+    log = log_to(tmp_path, share=0.1)
+
+    for number in range(100):
+        read(log, plan, [0] * 20, number)
+    flushed(log)
+
+    assert 100 < len(written(tmp_path)) < 300
+
+
+def test_what_a_read_computes_is_kept_as_what_it_is_computed_from(tmp_path):
+    computed = SimpleNamespace(computed=("view",), stored=FLOATS)
+    only_computed = SimpleNamespace(computed=("view",), stored=None)
+
+    assert [read_plan(plan) for plan in (FLOATS, computed, only_computed)] == [FLOATS, FLOATS, None]
