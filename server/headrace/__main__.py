@@ -10,6 +10,7 @@ os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
 
 import argparse  # noqa: E402
 import json  # noqa: E402
+import math  # noqa: E402
 import re  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
@@ -21,7 +22,7 @@ import structlog  # noqa: E402
 
 import headrace  # noqa: E402
 from headrace.errors import StartupError  # noqa: E402
-from headrace.settings import MonitorSettings, ServeSettings, Settings, load  # noqa: E402
+from headrace.settings import MonitorSettings, ServeSettings, Settings, load, split_address  # noqa: E402
 from headrace.telemetry.logs import set_up_logs  # noqa: E402
 
 EXIT_OK, EXIT_FAILED, EXIT_CANNOT_START = 0, 1, 2
@@ -150,6 +151,7 @@ def _features_check(options: dict[str, Any]) -> int:
         options["feature_repo"],
         on_demand_modules=options["on_demand_modules"],
         keys_max=options["keys"],
+        timeout_s=options["timeout_s"],
         as_json=options["json"],
     )
 
@@ -256,7 +258,7 @@ def _add_predict(commands: Any) -> None:
         metavar="COLUMN=VALUE",
         help="a value for each column; several rows as a,b,c; a row of several values as [1,2]",
     )
-    command.add_argument("--address", default="127.0.0.1:8500", metavar="HOST:PORT")
+    command.add_argument("--address", type=_address, default="127.0.0.1:8500", metavar="HOST:PORT")
     command.add_argument("--version", type=int, metavar="N", help="the server's choice by default")
     command.add_argument("--features", action="store_true", help="show what the model saw")
     command.add_argument("--timeout-s", type=_seconds, default=10.0, metavar="S")
@@ -264,9 +266,12 @@ def _add_predict(commands: Any) -> None:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
     if not 0 < seconds <= 3_600:
-        raise ValueError  # argparse says which flag
+        raise argparse.ArgumentTypeError(f"expected seconds, over 0 to 3600, got '{text}'")
     return seconds
 
 
@@ -274,7 +279,7 @@ def _add_models(models: argparse.ArgumentParser) -> None:
     actions = models.add_subparsers(dest="action", required=True, metavar="ACTION")
     text = "show every model version of a running server, its state, and why it does not serve"
     listing = actions.add_parser("list", help=text, description=text)
-    listing.add_argument("--address", default="127.0.0.1:8500", metavar="HOST:PORT")
+    listing.add_argument("--address", type=_address, default="127.0.0.1:8500", metavar="HOST:PORT")
     text = "put every version of a model repository through all checks; exit code 1 if one fails"
     verify = actions.add_parser("verify", help=text, description=text)
     verify.add_argument("folder", type=Path, metavar="DIR", help="the model repository")
@@ -303,13 +308,26 @@ def _add_features(features: argparse.ArgumentParser) -> None:
     )
     get.add_argument("--full-feature-names", action="store_true", help="view__feature")
     for action in (listing, get):
-        action.add_argument("--address", default="127.0.0.1:8500", metavar="HOST:PORT")
+        action.add_argument(
+            "--address", type=_address, default="127.0.0.1:8500", metavar="HOST:PORT"
+        )
         action.add_argument("--timeout-s", type=_seconds, default=10.0, metavar="S")
     text = "look at a feature repository and its Redis store: layout, ages, collisions, encoding"
     check = actions.add_parser("check", help=text, description=text)
     check.add_argument("--feature-repo", type=Path, required=True, metavar="DIR")
     check.add_argument(
-        "--keys", type=int, default=1_000, metavar="N", help="keys to look at (default: 1000)"
+        "--keys",
+        type=_integer(1, 1_000_000),
+        default=1_000,
+        metavar="N",
+        help="keys to look at (default: 1000)",
+    )
+    check.add_argument(
+        "--timeout-s",
+        type=_seconds,
+        default=5.0,
+        metavar="S",
+        help="for each of the store's answers (default: 5)",
     )
     _add_on_demand_modules(check)
     for action in (listing, get, check):
@@ -360,7 +378,7 @@ def _add_features_skew(actions: Any) -> None:
         )
     skew.add_argument(
         "--chunk-rows",
-        type=lambda text: int(_number(1, 10_000_000)(text)),
+        type=_integer(1, 10_000_000),
         default=10_000,
         metavar="N",
         help="rows that the offline store is asked for at once: memory against the number of "
@@ -371,11 +389,36 @@ def _add_features_skew(actions: Any) -> None:
 
 def _number(least: float, most: float) -> Callable[[str], float]:
     def number(text: str) -> float:
-        if not least <= (value := float(text)) <= most:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
             raise argparse.ArgumentTypeError(f"expected {least:g} to {most:g}, got '{text}'")
         return value
 
     return number
+
+
+def _integer(least: int, most: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"expected {least} to {most}, got '{text}'")
+        return value
+
+    return integer
+
+
+def _address(text: str) -> str:
+    try:
+        split_address(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _moment(text: str) -> float:

@@ -21,7 +21,7 @@ from headrace.features.repo import open_feature_repo
 from headrace.features.skew import Example, FeatureTally, compare
 from headrace.features.skew_reader import LoggedFile, chunks, scan
 from headrace.features.skew_values import Tolerance
-from headrace.terminal import printable
+from headrace.terminal import open_console, printable
 
 PROGRESS_PERIOD_S = 5.0
 
@@ -112,7 +112,7 @@ def skew(
         raise StartupError(f"cannot compare: {type(error).__name__}: {text}") from error
     if not any(of.compared for report in reports for of in report.tallies.values()):
         raise StartupError(f"--log {log}: nothing to compare: neither store has a value in any row")
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=as_json)
+    console = open_console(as_json=as_json)
     if as_json:
         document = _as_json(reports, max_mismatch_share, len(files), len(unreadable))
         console.print(json.dumps(document, allow_nan=False))

@@ -34,9 +34,7 @@ class SkewSource:
 
     __slots__ = ("file_key", "id_prefix", "key_names", "model", "plan", "version")
 
-    def __init__(
-        self, model: str, version: str, id_prefix: str | None, plan: FeaturePlan
-    ) -> None:
+    def __init__(self, model: str, version: str, id_prefix: str | None, plan: FeaturePlan) -> None:
         self.model = model
         self.version = version
         self.id_prefix = id_prefix
