@@ -292,7 +292,10 @@ class FeatureRepo:
         from headrace.features.offline import FeastOffline  # noqa: PLC0415 see above
 
         return FeastOffline(
-            self._store, has_versions=self._views.has_versions, views=self._views.feature_names()
+            self._store,
+            has_versions=self._views.has_versions,
+            views=self._views.feature_names(),
+            ttls_s={view.name: view.ttl_s for view in self.stored_views()},
         )
 
     def _compile(
