@@ -9,6 +9,7 @@ _GRPC_CAME_FIRST = "grpc" in sys.modules and "GRPC_EXPERIMENTS" not in os.enviro
 os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
 
 import argparse  # noqa: E402
+import errno  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
 import re  # noqa: E402
@@ -25,6 +26,11 @@ from headrace.errors import StartupError  # noqa: E402
 from headrace.settings import MonitorSettings, ServeSettings, Settings, load, split_address  # noqa: E402
 from headrace.telemetry.logs import set_up_logs  # noqa: E402
 
+_OUTPUT_ERRORS = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+"""What a file or pipe that the standard output goes to may say."""
+
+_SERVERS = {"serve", "monitor", "up", "demo"}
+
 EXIT_OK, EXIT_FAILED, EXIT_CANNOT_START = 0, 1, 2
 
 
@@ -39,12 +45,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")
     try:
-        return int(_COMMANDS[command](options))
+        code = int(_COMMANDS[command](options))
+        sys.stdout.flush()
     except StartupError as error:
         print(f"headrace {command}: {error}", file=sys.stderr)
         return EXIT_CANNOT_START
+    except OSError as error:
+        if error.errno not in _OUTPUT_ERRORS or command in _SERVERS:
+            raise
+        # What waits in the buffer would fail once more when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno != errno.EPIPE:  # whoever read it has enough
+            print(f"headrace {command}: cannot write: {error.strerror}", file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_FAILED
+    return code
 
 
 def _serve(options: dict[str, Any]) -> int:
@@ -181,6 +197,7 @@ def _features_skew(options: dict[str, Any]) -> int:
         since_s=options["since"],
         tolerance=(options["relative_tolerance"], options["absolute_tolerance"]),
         max_mismatch_share=options["max_mismatch_share"],
+        max_late_share=options["max_late_share"],
         chunk_rows=options["chunk_rows"],
         as_json=options["json"],
     )
@@ -347,7 +364,7 @@ def _add_on_demand_modules(action: argparse.ArgumentParser) -> None:
 def _add_features_skew(actions: Any) -> None:
     text = (
         "compare a skew log with the offline store, point in time; exit code 0 if no feature "
-        "mismatches too often, 1 if one does, 2 if it could not be found out"
+        "mismatches, or is late, too often, 1 if one does, 2 if it could not be found out"
     )
     skew = actions.add_parser("skew", help=text, description=text)
     skew.add_argument("--feature-repo", type=Path, required=True, metavar="DIR")
@@ -361,13 +378,14 @@ def _add_features_skew(actions: Any) -> None:
         metavar="TIME",
         help="leave out older requests: 2026-01-31T12:00Z, or as long ago as 90min, 6h, 7d",
     )
-    skew.add_argument(
-        "--max-mismatch-share",
-        type=_number(0, 1),
-        default=0.01,
-        metavar="SHARE",
-        help="of a feature's compared rows (default: 0.01)",
-    )
+    for what, share in (("mismatch", 0.01), ("late", 1.0)):
+        skew.add_argument(
+            f"--max-{what}-share",
+            type=_number(0, 1),
+            default=share,
+            metavar="SHARE",
+            help=f"of a feature's compared rows (default: {share:g})",
+        )
     for name, default in (("relative", 1e-6), ("absolute", 0.0)):
         skew.add_argument(
             f"--{name}-tolerance",

@@ -1,6 +1,9 @@
 """`headrace features`: what people see, what machines get, and the exit codes."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import structlog
@@ -88,6 +91,41 @@ def test_nobody_there_is_said_with_the_address(run):
 
     assert code == 2
     assert "127.0.0.1:1: UNAVAILABLE" in err
+
+
+def test_a_full_disk_is_one_line(gateway):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "headrace", "features", "list"),
+                *("--address", gateway.grpc_address),
+            ],
+            check=False,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+
+    assert done.returncode == 1
+    assert done.stderr == "headrace features: cannot write: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("--address", "", "expected host:port, got ''"),
+        ("--address", "somewhere", "expected host:port, got 'somewhere'"),
+        ("--timeout-s", "abc", "expected seconds, over 0 to 3600, got 'abc'"),
+        ("--timeout-s", "0", "expected seconds, over 0 to 3600, got '0'"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(run, capsys, flag, value, words):
+    with pytest.raises(SystemExit) as refused:
+        run("list", flag, value)
+
+    assert refused.value.code == 2
+    assert f"argument {flag}: {words}" in capsys.readouterr().err
 
 
 def test_the_services_are_listed(run, gateway):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -308,6 +309,8 @@ def test_an_offline_store_that_fails_is_no_clean_bill(features_skew, repo):
         pytest.param(["--max-mismatch-share", "1.5"], id="no share"),
         pytest.param(["--relative-tolerance", "nan"], id="no tolerance"),
         pytest.param(["--chunk-rows", "0"], id="no rows"),
+        pytest.param(["--chunk-rows", "abc"], id="no number"),
+        pytest.param(["--max-late-share", "abc"], id="no late share"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(features_skew, capsys, arguments):
@@ -316,6 +319,66 @@ def test_arguments_that_make_no_sense_are_refused(features_skew, capsys, argumen
 
     assert refused.value.code == 2
     assert f"argument {arguments[0]}: expected" in capsys.readouterr().err
+
+
+def test_features_that_are_late_too_often_fail_where_that_is_asked(features_skew):
+    shares = ["--max-mismatch-share", "1", "--max-late-share"]
+
+    lenient, strict = features_skew(*shares, "0.5"), features_skew(*shares, "0.01")
+    machines = features_skew(*shares, "0.01", "--json")
+
+    assert (lenient.returncode, strict.returncode) == (0, 1)
+    assert "rating is late in 2.33% of its rows" in strict.out
+    assert json.loads(machines.out)["services"][0]["too_late"] == ["rating"]
+
+
+def test_off_a_terminal_the_table_is_whole(features_skew, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+    out = features_skew().out
+
+    assert "…" not in out
+    assert "not offline" in out
+
+
+def test_a_folder_without_a_log_is_said_to_be_one(features_skew, tmp_path):
+    done = features_skew(folder=tmp_path)
+
+    assert done.returncode == 2
+    assert "no files of a skew log" in done.err
+
+
+def test_a_damaged_file_is_named_and_the_others_are_compared(features_skew, log, tmp_path):
+    (whole,) = log[0].iterdir()
+    (tmp_path / whole.name).write_bytes(whole.read_bytes())
+    content = bytearray(whole.read_bytes())
+    content[4:400] = b"\xff" * 396  # its data, not its footer
+    damaged = tmp_path / whole.name.replace("skew-", "skew-2", 1)
+    damaged.write_bytes(content)
+
+    done = features_skew("--json", folder=tmp_path)
+
+    assert f"{damaged} is no file of a skew log, or damaged" in done.err
+    document = json.loads(done.out)
+    assert (document["files"], document["unreadable_files"]) == (2, 1)
+    assert document["services"][0]["rows"] == 43
+
+
+def test_features_that_are_all_gone_are_listed(features_skew, repo, tmp_path):
+    root = tmp_path / "repo"
+    shutil.copytree(repo, root)
+    (root / "registry.db").unlink()
+    cafe = Entity(name="cafe", join_keys=["cafe_id"], value_type=ValueType.INT64)
+    source = FileSource(name="cafes", path="cafes.parquet", timestamp_field="event_timestamp")
+    schema = [Field(name="cafe_id", dtype=Int64), Field(name="seats", dtype=Int64)]
+    view = FeatureView(name="other", entities=[cafe], schema=schema, source=source)
+    store = FeatureStore(repo_path=str(root))
+    store.apply([cafe, view, FeatureService(name="cafe_features", features=[view])])
+
+    done = features_skew(repo=root)
+
+    assert done.returncode == 2
+    assert "the registry no longer has motto, rain_mm, rating, seats" in done.err
 
 
 def test_a_folder_that_cannot_be_written_disturbs_nobody(repo, models, tmp_path):
