@@ -7,10 +7,12 @@ and `status.<feature>`; `event_time.<view>`, with the number of the key group be
 one view is read by two keys. The footer's entry `headrace.skew` is a `LoggedPlan` in JSON.
 """
 
+import fcntl
 import os
 import secrets
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +38,9 @@ _GROUP_ROWS = 65_536
 _TEMPORARY_PREFIX = ".skew-"
 _TEMPORARY_LIFE_S = 600.0
 """Nobody writes a file for so long: whoever began it has died."""
+
+_LOCK_TIMEOUT_S = 5.0
+_LOCK_PERIOD_S = 0.01
 
 _TIME_LIMIT_S = 9e12
 _TIME = pa.timestamp("us", "UTC")
@@ -113,6 +118,10 @@ class SkewFolder:
     """
     The folder of a log. One thread writes; other processes may write their own files to it.
 
+    Its files stay under the limit at any time, whoever wrote them: room is made and a file is added
+    under a lock (`flock`, of the folder). Not counted is the file that each process is writing.
+    Where the file system has no locks, or somebody holds it for seconds, it is done without.
+
     Args:
         path: Made when the first file is written.
         max_bytes: Most bytes of all files of the log.
@@ -127,7 +136,7 @@ class SkewFolder:
 
     def write(self, columns: Sequence[Columns]) -> None:
         """
-        Write a file: whole, or not at all. The oldest go first where it does not fit.
+        Write a file: whole and synced, or not at all. The oldest go first where it does not fit.
 
         Raises:
             OSError: it cannot be written, or is larger than the whole log may be.
@@ -145,8 +154,15 @@ class SkewFolder:
                 file.flush()
                 os.fsync(file.fileno())
                 size = file.tell()
-            self._make_room(size)
-            temporary.rename(self._path / f"skew-{name}.parquet")
+            folder = os.open(self._path, os.O_RDONLY)
+            try:
+                _lock(folder)
+                self._make_room(size)
+                temporary.rename(self._path / f"skew-{name}.parquet")
+                with suppress(OSError):  # not every file system can
+                    os.fsync(folder)  # its name, too, is to survive a power failure
+            finally:
+                os.close(folder)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -169,6 +185,22 @@ class SkewFolder:
             (self._path / name).unlink(missing_ok=True)  # another process may have been faster
             self.files_deleted += 1
             total -= one
+
+
+def _lock(folder: int) -> None:
+    """Lock a folder until it is closed; without, where that takes too long or cannot be done."""
+    deadline_s = time.monotonic() + _LOCK_TIMEOUT_S
+    while True:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline_s:
+                return
+            time.sleep(_LOCK_PERIOD_S)
+        except OSError:
+            return
+        else:
+            return
 
 
 def files_of(path: Path) -> Iterator[Path]:

@@ -1,7 +1,10 @@
 """What was served is written down, sampled rows only, and never in anybody's way."""
 
 import errno
+import fcntl
 import os
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
@@ -19,6 +22,7 @@ from headrace.features.key_sample import sampled_rows, threshold_of
 from headrace.features.memory_store import MemoryStore
 from headrace.features.plan import FeatureSource, ViewSource, compile_plan
 from headrace.features.skew_log import FeatureReadLog, SkewLog, read_plan
+from headrace.features.skew_reader import scan
 from headrace.features.skew_record import SkewSource
 from headrace.features.values import ValueType as V
 
@@ -452,3 +456,84 @@ def test_what_a_read_computes_is_kept_as_what_it_is_computed_from(tmp_path):
     only_computed = SimpleNamespace(computed=("view",), stored=None)
 
     assert [read_plan(plan) for plan in (FLOATS, computed, only_computed)] == [FLOATS, FLOATS, None]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from headrace.features.plan import FeatureSource, ViewSource, compile_plan
+from headrace.features.skew_file import Columns, SkewFolder
+from headrace.features.skew_reader import scan
+from headrace.features.skew_record import SkewSource
+from headrace.features.values import ValueType
+
+keys = (("driver_id", "driver_id", ValueType.INT64),)
+features = (FeatureSource("rating", ValueType.FLOAT),)
+plan = compile_plan("service", "demo", "1", [ViewSource("stats", keys, features)])
+batch = pa.RecordBatch.from_pydict({"noise": np.random.default_rng().random(2_000)})
+folder = SkewFolder(Path(sys.argv[1]), int(sys.argv[2]))
+print("ready", flush=True)
+while True:
+    folder.write([Columns(SkewSource("m", "1", "f00d", plan), batch, 0)])
+    print("written", flush=True)
+"""
+
+
+def begin_writing(folder, folder_bytes):
+    command = [sys.executable, "-c", WRITER, folder, str(folder_bytes)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def end(process):
+    process.kill()
+    process.communicate(timeout=10)
+
+
+def test_processes_that_share_a_folder_stay_under_its_limit_together(tmp_path):
+    limit = 100_000  # of files of some 17,000 bytes
+    writers = [begin_writing(tmp_path, limit) for _ in range(3)]
+    try:
+        for writer in writers:
+            assert writer.stdout.readline() == "ready\n"
+        most, names = 0, set()
+        deadline_s = time.monotonic() + 30
+        while len(names) < 60:
+            assert time.monotonic() < deadline_s
+            sizes = sizes_in(tmp_path)
+            names |= sizes.keys()
+            most = max(most, sum(sizes.values()))
+    finally:
+        for writer in writers:
+            end(writer)
+
+    assert limit / 2 < most <= limit
+    assert len({name.split("-")[2] for name in names}) == 3  # all of them wrote
+
+
+def sizes_in(folder):
+    """Return the log's files as they are at one moment: under the writers' own lock."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return {file.name: file.stat().st_size for file in folder.glob("skew-*.parquet")}
+    finally:
+        os.close(descriptor)
+
+
+def test_a_writer_that_is_killed_leaves_only_whole_files(tmp_path):
+    writer = begin_writing(tmp_path, 10**9)
+    try:
+        for line in ("ready", "written", "written", "written"):
+            assert writer.stdout.readline() == f"{line}\n"
+    finally:
+        end(writer)
+
+    files, unreadable = scan(tmp_path, None, None)
+
+    assert len(files) >= 3
+    assert unreadable == []
+    assert {len(rows_in(file.path)) for file in files} == {2_000}
