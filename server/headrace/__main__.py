@@ -23,7 +23,14 @@ import structlog  # noqa: E402
 
 import headrace  # noqa: E402
 from headrace.errors import StartupError  # noqa: E402
-from headrace.settings import MonitorSettings, ServeSettings, Settings, load, split_address  # noqa: E402
+from headrace.settings import (  # noqa: E402
+    CommandSettings,
+    MonitorSettings,
+    ServeSettings,
+    Settings,
+    load,
+    split_address,
+)
 from headrace.telemetry.logs import set_up_logs  # noqa: E402
 
 _OUTPUT_ERRORS = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
@@ -45,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")
     try:
+        if command not in _SERVERS:
+            options = _with_environment(options)
         code = int(_COMMANDS[command](options))
         sys.stdout.flush()
     except StartupError as error:
@@ -164,7 +173,7 @@ def _features_check(options: dict[str, Any]) -> int:
     from headrace import feature_check  # noqa: PLC0415 it takes seconds
 
     return feature_check.check(
-        options["feature_repo"],
+        _feature_repo(options),
         on_demand_modules=options["on_demand_modules"],
         keys_max=options["keys"],
         timeout_s=options["timeout_s"],
@@ -192,7 +201,7 @@ def _features_skew(options: dict[str, Any]) -> int:
 
     return skew_command.skew(
         options["log"],
-        options["feature_repo"],
+        _feature_repo(options),
         service=options["service"],
         since_s=options["since"],
         tolerance=(options["relative_tolerance"], options["absolute_tolerance"]),
@@ -275,11 +284,23 @@ def _add_predict(commands: Any) -> None:
         metavar="COLUMN=VALUE",
         help="a value for each column; several rows as a,b,c; a row of several values as [1,2]",
     )
-    command.add_argument("--address", type=_address, default="127.0.0.1:8500", metavar="HOST:PORT")
+    _add_shared(command, "address", "timeout_s")
     command.add_argument("--version", type=int, metavar="N", help="the server's choice by default")
     command.add_argument("--features", action="store_true", help="show what the model saw")
-    command.add_argument("--timeout-s", type=_seconds, default=10.0, metavar="S")
     command.add_argument("--json", action="store_true", help="for machines")
+
+
+def _add_shared(command: argparse.ArgumentParser, *names: str) -> None:
+    """Add flags of `CommandSettings`; without a default, so that the environment has its say."""
+    for name in names:
+        field = CommandSettings.model_fields[name]
+        default = "" if field.default is None else f" (default: {field.default})"
+        command.add_argument(
+            f"--{name.replace('_', '-')}",
+            type={"address": _address, "feature_repo": Path, "timeout_s": _seconds}[name],
+            metavar={"address": "HOST:PORT", "feature_repo": "DIR", "timeout_s": "S"}[name],
+            help=f"{field.description}{default}",
+        )
 
 
 def _seconds(text: str) -> float:
@@ -292,17 +313,36 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _address(text: str) -> str:
+    try:
+        split_address(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _with_environment(options: dict[str, Any]) -> dict[str, Any]:
+    """Fill in what was not given of `CommandSettings`."""
+    shared = {name: options[name] for name in CommandSettings.model_fields if name in options}
+    settings = load(CommandSettings, _given(shared))
+    return options | {name: getattr(settings, name) for name in shared}
+
+
+def _feature_repo(options: dict[str, Any]) -> Path:
+    if options["feature_repo"] is None:
+        raise StartupError("--feature-repo (or HEADRACE_FEATURE_REPO): Field required")
+    return Path(options["feature_repo"])
+
+
 def _add_models(models: argparse.ArgumentParser) -> None:
     actions = models.add_subparsers(dest="action", required=True, metavar="ACTION")
     text = "show every model version of a running server, its state, and why it does not serve"
     listing = actions.add_parser("list", help=text, description=text)
-    listing.add_argument("--address", type=_address, default="127.0.0.1:8500", metavar="HOST:PORT")
+    _add_shared(listing, "address")
     text = "put every version of a model repository through all checks; exit code 1 if one fails"
     verify = actions.add_parser("verify", help=text, description=text)
     verify.add_argument("folder", type=Path, metavar="DIR", help="the model repository")
-    verify.add_argument(
-        "--feature-repo", type=Path, metavar="DIR", help="for models that need features"
-    )
+    _add_shared(verify, "feature_repo")
     _add_on_demand_modules(verify)
     for action in (listing, verify):
         action.add_argument("--json", action="store_true", help="for machines")
@@ -325,26 +365,16 @@ def _add_features(features: argparse.ArgumentParser) -> None:
     )
     get.add_argument("--full-feature-names", action="store_true", help="view__feature")
     for action in (listing, get):
-        action.add_argument(
-            "--address", type=_address, default="127.0.0.1:8500", metavar="HOST:PORT"
-        )
-        action.add_argument("--timeout-s", type=_seconds, default=10.0, metavar="S")
+        _add_shared(action, "address", "timeout_s")
     text = "look at a feature repository and its Redis store: layout, ages, collisions, encoding"
     check = actions.add_parser("check", help=text, description=text)
-    check.add_argument("--feature-repo", type=Path, required=True, metavar="DIR")
+    _add_shared(check, "feature_repo", "timeout_s")
     check.add_argument(
         "--keys",
         type=_integer(1, 1_000_000),
         default=1_000,
         metavar="N",
         help="keys to look at (default: 1000)",
-    )
-    check.add_argument(
-        "--timeout-s",
-        type=_seconds,
-        default=5.0,
-        metavar="S",
-        help="for each of the store's answers (default: 5)",
     )
     _add_on_demand_modules(check)
     for action in (listing, get, check):
@@ -367,7 +397,7 @@ def _add_features_skew(actions: Any) -> None:
         "mismatches, or is late, too often, 1 if one does, 2 if it could not be found out"
     )
     skew = actions.add_parser("skew", help=text, description=text)
-    skew.add_argument("--feature-repo", type=Path, required=True, metavar="DIR")
+    _add_shared(skew, "feature_repo")
     skew.add_argument(
         "--log", type=Path, required=True, metavar="DIR", help="of `headrace serve --skew-log-dir`"
     )
@@ -429,14 +459,6 @@ def _integer(least: int, most: int) -> Callable[[str], int]:
         return value
 
     return integer
-
-
-def _address(text: str) -> str:
-    try:
-        split_address(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
 
 
 def _moment(text: str) -> float:

@@ -128,6 +128,25 @@ def test_flags_that_make_no_sense_are_refused(run, capsys, flag, value, words):
     assert f"argument {flag}: {words}" in capsys.readouterr().err
 
 
+def test_the_environment_says_what_flags_do_not(run, gateway, feature_repo, monkeypatch):
+    monkeypatch.setenv("HEADRACE_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setenv("HEADRACE_FEATURE_REPO", str(feature_repo))
+
+    assert "--address 127.0.0.1:1: UNAVAILABLE" in run("list")[2]
+    assert run("list", "--address", gateway.grpc_address)[0] == 0
+    assert run("check")[0] == 0
+    monkeypatch.setenv("HEADRACE_TIMEOUT_S", "abc")
+    assert "--timeout-s (or HEADRACE_TIMEOUT_S)" in run("list")[2]
+
+
+def test_a_feature_repository_that_is_not_named_is_asked_for(run, tmp_path):
+    for arguments in (["check"], ["skew", "--log", str(tmp_path)]):
+        code, _, err = run(*arguments)
+
+        assert code == 2
+        assert "--feature-repo (or HEADRACE_FEATURE_REPO)" in err
+
+
 def test_the_services_are_listed(run, gateway):
     code, out, _ = run("list", "--address", gateway.grpc_address, "--json")
 
