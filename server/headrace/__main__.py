@@ -292,12 +292,14 @@ def _add_predict(commands: Any) -> None:
 
 def _add_shared(command: argparse.ArgumentParser, *names: str) -> None:
     """Add flags of `CommandSettings`; without a default, so that the environment has its say."""
+    types: dict[str, Callable[[str], Any]]
+    types = {"address": _address, "feature_repo": Path, "timeout_s": _seconds}
     for name in names:
         field = CommandSettings.model_fields[name]
         default = "" if field.default is None else f" (default: {field.default})"
         command.add_argument(
             f"--{name.replace('_', '-')}",
-            type={"address": _address, "feature_repo": Path, "timeout_s": _seconds}[name],
+            type=types[name],
             metavar={"address": "HOST:PORT", "feature_repo": "DIR", "timeout_s": "S"}[name],
             help=f"{field.description}{default}",
         )
