@@ -29,6 +29,9 @@ _LOG = structlog.get_logger(__name__)
 WRITE_DOWN_PERIOD_S = 1.0
 """Rows of so long are turned into columns together."""
 
+GATHERED_MAX = 256
+"""Files that are gathered at once: callers who read features may select them as they like."""
+
 
 @dataclass(slots=True)
 class _Gathered:
@@ -83,7 +86,7 @@ class SkewLog:
         """By their source's `file_key`. The thread's own."""
         self.rows_written = 0
         self.rows_dropped = 0
-        """Did not fit the queue."""
+        """Did not fit the queue, or were of one selection too many."""
         self.rows_failed = 0
         """Sampled and lost: they could not be written."""
         self._is_failing = False
@@ -173,6 +176,10 @@ class SkewLog:
         for key, group in by_key.items():
             self._forget(sum(record.byte_count for record in group))
             rows = sum(len(record.places) for record in group)
+            if key not in self._gathered and len(self._gathered) >= GATHERED_MAX:
+                with self._lock:
+                    self.rows_dropped += rows
+                continue
             try:
                 columns = self._to_columns(group)
             except Exception as error:  # noqa: BLE001 what cannot be written must not end the log

@@ -440,6 +440,18 @@ def test_feature_reads_are_kept_like_a_models_but_without_a_prediction_id(tmp_pa
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_callers_who_select_ever_something_else_make_no_flood_of_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(skew_log_module, "GATHERED_MAX", 3)
+    log = log_to(tmp_path)
+
+    for i in range(5):
+        read(log, plan_of((f"f{i}", V.FLOAT)), [1, 2])
+    flushed(log)
+
+    assert len(list(tmp_path.iterdir())) == 3
+    assert (log.rows_written, log.rows_dropped, log.queued_bytes) == (6, 4, 0)
+
+
 def test_feature_reads_without_keys_are_sampled_row_by_row(tmp_path):
     plan = plan_of(("rain", V.FLOAT), keys=())
     log = log_to(tmp_path, share=0.1)
