@@ -9,7 +9,9 @@ _GRPC_CAME_FIRST = "grpc" in sys.modules and "GRPC_EXPERIMENTS" not in os.enviro
 os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
 
 import argparse  # noqa: E402
+import errno  # noqa: E402
 import json  # noqa: E402
+import math  # noqa: E402
 import re  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
@@ -21,10 +23,22 @@ import structlog  # noqa: E402
 
 import headrace  # noqa: E402
 from headrace.errors import StartupError  # noqa: E402
-from headrace.settings import MonitorSettings, ServeSettings, Settings, load  # noqa: E402
+from headrace.settings import (  # noqa: E402
+    CommandSettings,
+    MonitorSettings,
+    ServeSettings,
+    Settings,
+    load,
+    split_address,
+)
 from headrace.telemetry.logs import set_up_logs  # noqa: E402
 from headrace.workers.devices import core_count, gpu_devices  # noqa: E402
 from headrace.workers.policy import plan_workers  # noqa: E402
+
+_OUTPUT_ERRORS = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+"""What a file or pipe that the standard output goes to may say."""
+
+_SERVERS = {"serve", "monitor", "up", "demo"}
 
 EXIT_OK, EXIT_FAILED, EXIT_CANNOT_START = 0, 1, 2
 
@@ -40,12 +54,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")
     try:
-        return int(_COMMANDS[command](options))
+        if command not in _SERVERS:
+            options = _with_environment(options)
+        code = int(_COMMANDS[command](options))
+        sys.stdout.flush()
     except StartupError as error:
         print(f"headrace {command}: {error}", file=sys.stderr)
         return EXIT_CANNOT_START
+    except OSError as error:
+        if error.errno not in _OUTPUT_ERRORS or command in _SERVERS:
+            raise
+        # What waits in the buffer would fail once more when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno != errno.EPIPE:  # whoever read it has enough
+            print(f"headrace {command}: cannot write: {error.strerror}", file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_FAILED
+    return code
 
 
 def _serve(options: dict[str, Any]) -> int:
@@ -175,9 +201,10 @@ def _features_check(options: dict[str, Any]) -> int:
     from headrace import feature_check  # noqa: PLC0415 it takes seconds
 
     return feature_check.check(
-        options["feature_repo"],
+        _feature_repo(options),
         on_demand_modules=options["on_demand_modules"],
         keys_max=options["keys"],
+        timeout_s=options["timeout_s"],
         as_json=options["json"],
     )
 
@@ -202,11 +229,12 @@ def _features_skew(options: dict[str, Any]) -> int:
 
     return skew_command.skew(
         options["log"],
-        options["feature_repo"],
+        _feature_repo(options),
         service=options["service"],
         since_s=options["since"],
         tolerance=(options["relative_tolerance"], options["absolute_tolerance"]),
         max_mismatch_share=options["max_mismatch_share"],
+        max_late_share=options["max_late_share"],
         chunk_rows=options["chunk_rows"],
         as_json=options["json"],
     )
@@ -287,31 +315,67 @@ def _add_predict(commands: Any) -> None:
         metavar="COLUMN=VALUE",
         help="a value for each column; several rows as a,b,c; a row of several values as [1,2]",
     )
-    command.add_argument("--address", default="127.0.0.1:8500", metavar="HOST:PORT")
+    _add_shared(command, "address", "timeout_s")
     command.add_argument("--version", type=int, metavar="N", help="the server's choice by default")
     command.add_argument("--features", action="store_true", help="show what the model saw")
-    command.add_argument("--timeout-s", type=_seconds, default=10.0, metavar="S")
     command.add_argument("--json", action="store_true", help="for machines")
 
 
+def _add_shared(command: argparse.ArgumentParser, *names: str) -> None:
+    """Add flags of `CommandSettings`; without a default, so that the environment has its say."""
+    types: dict[str, Callable[[str], Any]]
+    types = {"address": _address, "feature_repo": Path, "timeout_s": _seconds}
+    for name in names:
+        field = CommandSettings.model_fields[name]
+        default = "" if field.default is None else f" (default: {field.default})"
+        command.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=types[name],
+            metavar={"address": "HOST:PORT", "feature_repo": "DIR", "timeout_s": "S"}[name],
+            help=f"{field.description}{default}",
+        )
+
+
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
     if not 0 < seconds <= 3_600:
-        raise ValueError  # argparse says which flag
+        raise argparse.ArgumentTypeError(f"expected seconds, over 0 to 3600, got '{text}'")
     return seconds
+
+
+def _address(text: str) -> str:
+    try:
+        split_address(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _with_environment(options: dict[str, Any]) -> dict[str, Any]:
+    """Fill in what was not given of `CommandSettings`."""
+    shared = {name: options[name] for name in CommandSettings.model_fields if name in options}
+    settings = load(CommandSettings, _given(shared))
+    return options | {name: getattr(settings, name) for name in shared}
+
+
+def _feature_repo(options: dict[str, Any]) -> Path:
+    if options["feature_repo"] is None:
+        raise StartupError("--feature-repo (or HEADRACE_FEATURE_REPO): Field required")
+    return Path(options["feature_repo"])
 
 
 def _add_models(models: argparse.ArgumentParser) -> None:
     actions = models.add_subparsers(dest="action", required=True, metavar="ACTION")
     text = "show every model version of a running server, its state, and why it does not serve"
     listing = actions.add_parser("list", help=text, description=text)
-    listing.add_argument("--address", default="127.0.0.1:8500", metavar="HOST:PORT")
+    _add_shared(listing, "address")
     text = "put every version of a model repository through all checks; exit code 1 if one fails"
     verify = actions.add_parser("verify", help=text, description=text)
     verify.add_argument("folder", type=Path, metavar="DIR", help="the model repository")
-    verify.add_argument(
-        "--feature-repo", type=Path, metavar="DIR", help="for models that need features"
-    )
+    _add_shared(verify, "feature_repo")
     _add_on_demand_modules(verify)
     for action in (listing, verify):
         action.add_argument("--json", action="store_true", help="for machines")
@@ -334,13 +398,16 @@ def _add_features(features: argparse.ArgumentParser) -> None:
     )
     get.add_argument("--full-feature-names", action="store_true", help="view__feature")
     for action in (listing, get):
-        action.add_argument("--address", default="127.0.0.1:8500", metavar="HOST:PORT")
-        action.add_argument("--timeout-s", type=_seconds, default=10.0, metavar="S")
+        _add_shared(action, "address", "timeout_s")
     text = "look at a feature repository and its Redis store: layout, ages, collisions, encoding"
     check = actions.add_parser("check", help=text, description=text)
-    check.add_argument("--feature-repo", type=Path, required=True, metavar="DIR")
+    _add_shared(check, "feature_repo", "timeout_s")
     check.add_argument(
-        "--keys", type=int, default=1_000, metavar="N", help="keys to look at (default: 1000)"
+        "--keys",
+        type=_integer(1, 1_000_000),
+        default=1_000,
+        metavar="N",
+        help="keys to look at (default: 1000)",
     )
     _add_on_demand_modules(check)
     for action in (listing, get, check):
@@ -360,10 +427,10 @@ def _add_on_demand_modules(action: argparse.ArgumentParser) -> None:
 def _add_features_skew(actions: Any) -> None:
     text = (
         "compare a skew log with the offline store, point in time; exit code 0 if no feature "
-        "mismatches too often, 1 if one does, 2 if it could not be found out"
+        "mismatches, or is late, too often, 1 if one does, 2 if it could not be found out"
     )
     skew = actions.add_parser("skew", help=text, description=text)
-    skew.add_argument("--feature-repo", type=Path, required=True, metavar="DIR")
+    _add_shared(skew, "feature_repo")
     skew.add_argument(
         "--log", type=Path, required=True, metavar="DIR", help="of `headrace serve --skew-log-dir`"
     )
@@ -374,13 +441,14 @@ def _add_features_skew(actions: Any) -> None:
         metavar="TIME",
         help="leave out older requests: 2026-01-31T12:00Z, or as long ago as 90min, 6h, 7d",
     )
-    skew.add_argument(
-        "--max-mismatch-share",
-        type=_number(0, 1),
-        default=0.01,
-        metavar="SHARE",
-        help="of a feature's compared rows (default: 0.01)",
-    )
+    for what, share in (("mismatch", 0.01), ("late", 1.0)):
+        skew.add_argument(
+            f"--max-{what}-share",
+            type=_number(0, 1),
+            default=share,
+            metavar="SHARE",
+            help=f"of a feature's compared rows (default: {share:g})",
+        )
     for name, default in (("relative", 1e-6), ("absolute", 0.0)):
         skew.add_argument(
             f"--{name}-tolerance",
@@ -391,7 +459,7 @@ def _add_features_skew(actions: Any) -> None:
         )
     skew.add_argument(
         "--chunk-rows",
-        type=lambda text: int(_number(1, 10_000_000)(text)),
+        type=_integer(1, 10_000_000),
         default=10_000,
         metavar="N",
         help="rows that the offline store is asked for at once: memory against the number of "
@@ -402,11 +470,28 @@ def _add_features_skew(actions: Any) -> None:
 
 def _number(least: float, most: float) -> Callable[[str], float]:
     def number(text: str) -> float:
-        if not least <= (value := float(text)) <= most:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
             raise argparse.ArgumentTypeError(f"expected {least:g} to {most:g}, got '{text}'")
         return value
 
     return number
+
+
+def _integer(least: int, most: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"expected {least} to {most}, got '{text}'")
+        return value
+
+    return integer
 
 
 def _moment(text: str) -> float:

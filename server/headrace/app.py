@@ -129,6 +129,8 @@ class Gateway:
             self.metrics.stream = self._stream
         record = None if self._stream is None else self._stream.put
         self.calls = _call_recorder(self.metrics, None if place is None else place.number)
+        self._skew_log = _skew_log(settings)
+        self.metrics.skew_log = self._skew_log
         self._plans: FeaturePlans | None = None
         self._registry: RegistryWatch | None = None
         if self._feature_repo is not None and self._store is not None:
@@ -150,9 +152,8 @@ class Gateway:
                 max_queue_size=settings.max_queue_size,
                 max_queue_bytes=settings.max_queue_bytes,
                 timeout_s=settings.feature_timeout_s,
+                skew_log=self._skew_log,
             )
-        self._skew_log = _skew_log(settings)
-        self.metrics.skew_log = self._skew_log
         loader = VersionLoader(
             settings,
             self._plans,

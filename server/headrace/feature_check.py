@@ -3,28 +3,38 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from redis.exceptions import RedisError
-from rich.console import Console
 from rich.table import Table
 
 from headrace.errors import FeaturePlanError, StartupError
-from headrace.features.inspection import clashing_projects, read_key
+from headrace.features.inspection import (
+    EntityKey,
+    clashing_projects,
+    group_pattern,
+    read_key,
+    type_names,
+)
 from headrace.features.layout import DUMMY_JOIN_KEY, time_field
 from headrace.features.registry_views import StoredView
 from headrace.features.repo import FeatureRepo, open_feature_repo
+from headrace.features.store_inspection import Hash, Scan, StoreInspection
 from headrace.features.values import ValueMismatchError, decode_time
 from headrace.presentation import duration
-from headrace.terminal import printable
+from headrace.terminal import open_console, printable
 
 HASHES_PER_GROUP = 200
 """Entities of each set of join keys whose hashes are looked at."""
+
+WALKED_PER_KEY = 100
+"""Keys of the store gone through for each of `--keys`, to find those of a small view."""
+
+SMALL_FIELDS = 128
+"""Fields up to which Redis keeps a hash as a listpack (`hash-max-listpack-entries`)."""
 
 LISTPACKS = ("listpack", "ziplist")
 
@@ -45,11 +55,15 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class GroupReport:
-    """The hashes of one set of join keys: how many were looked at, and what they are like."""
+    """
+    The hashes of one set of join keys: how many were looked at, and what they are like.
+
+    What this user may not ask for is None, or an encoding "unknown".
+    """
 
     join_keys: str
     hashes: int
-    fields: float
+    fields: float | None
     encodings: dict[str, int]
     expiring: int
 
@@ -68,10 +82,11 @@ class ViewReport:
 
 @dataclass(slots=True)
 class Report:
-    """All that was found."""
+    """All that was found; `keys` and what follows are of a sample, where the store has more."""
 
     project: str
     services: dict[str, str]
+    keys_in_store: int | None = None
     keys: dict[str, int] = field(default_factory=dict)
     projects: dict[str, int] = field(default_factory=dict)
     groups: list[GroupReport] = field(default_factory=list)
@@ -79,7 +94,55 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
 
 
-def check(feature_repo: Path, *, on_demand_modules: str = "", keys_max: int, as_json: bool) -> int:
+@dataclass(slots=True)
+class _Group:
+    """The views of one set of join keys, and the keys that were found of it."""
+
+    names: tuple[str, ...]
+    views: list[StoredView] = field(default_factory=list)
+    found: dict[bytes, EntityKey] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return ", ".join(self.names) or "no entity"
+
+    def take(self, keys: Iterable[tuple[bytes, EntityKey]]) -> None:
+        self.found.update(keys)
+
+    def readable(self) -> list[bytes]:
+        """Return the keys that are found by those who look for what the registry declares."""
+        wrong = self._wrong()
+        return [raw for raw in self.found if raw not in wrong]
+
+    def type_findings(self) -> Iterator[Finding]:
+        wrong = self._wrong()
+        for types, count in Counter(key.value_types for key in wrong.values()).items():
+            expected = " or ".join(sorted(type_names(own) for own in self._types()))
+            yield Finding(
+                "error",
+                f"{count} of {len(self.found)} keys of {self.label} that were looked at are "
+                f"{type_names(types)} where the registry has {expected}, and are found by no "
+                "reader: write them with that type (feast materialize does), then delete them",
+            )
+
+    def _types(self) -> set[tuple[int, ...]]:
+        return {tuple([view.join_keys[name] for name in self.names]) for view in self.views}
+
+    def _wrong(self) -> dict[bytes, EntityKey]:
+        types = self._types()
+        if not types or not self.names:  # of views that are gone; Feast's own dummy
+            return {}
+        return {raw: key for raw, key in self.found.items() if key.value_types not in types}
+
+
+def check(
+    feature_repo: Path,
+    *,
+    on_demand_modules: str = "",
+    keys_max: int,
+    timeout_s: float,
+    as_json: bool,
+) -> int:
     """
     Look at every feature service and at some of what is stored. Only reads.
 
@@ -87,13 +150,15 @@ def check(feature_repo: Path, *, on_demand_modules: str = "", keys_max: int, as_
         feature_repo: An applied Feast repository.
         on_demand_modules: As `headrace serve` takes them.
         keys_max: How many keys of the store to look at.
+        timeout_s: Longest wait for each of the store's answers.
         as_json: For machines.
 
     Returns:
         1 when something is wrong, 0 when there are at most warnings.
 
     Raises:
-        StartupError: the repository cannot be opened, or its store does not answer.
+        StartupError: the repository cannot be opened, or its store does not answer, does not let
+            this user in, or does not let it look.
     """
     repo = open_feature_repo(feature_repo, on_demand_modules)
     report = Report(repo.project, {name: _reason(repo, name) for name in repo.services()})
@@ -106,22 +171,22 @@ def check(feature_repo: Path, *, on_demand_modules: str = "", keys_max: int, as_
         Finding("error", f"{text}; Feast overwrites one with the other: rename one")
         for text in repo.collisions()
     ]
-    client = repo.redis_client()
-    if client is None:
+    if refusal := _refusal(repo):
+        report.findings.append(Finding("error", f"`headrace serve` does not start: {refusal}"))
+    connect = repo.redis_client(timeout_s)
+    if connect is None:
         report.findings.append(
             Finding("warning", "the online store is not Redis: nothing is known of what it holds")
         )
     else:
         try:
-            _look_at_store(client, repo, report, keys_max)
-        except RedisError as error:
-            raise StartupError(
-                f"the online store does not answer: {type(error).__name__}"
-            ) from None
-        finally:
-            client.close()
+            _look_at_store(connect, timeout_s, repo, report, keys_max)
+        except StartupError as error:
+            if refusal:  # the better reason
+                raise StartupError(f"{refusal}; {error}") from None
+            raise
     if as_json:
-        Console(soft_wrap=True, highlight=False, markup=False).print(json.dumps(asdict(report)))
+        open_console(as_json=True).print(json.dumps(asdict(report)))
     else:
         _show(report)
     return 1 if any(finding.severity == "error" for finding in report.findings) else 0
@@ -135,29 +200,86 @@ def _reason(repo: FeatureRepo, service: str) -> str:
     return ""
 
 
-def _look_at_store(client: Any, repo: FeatureRepo, report: Report, keys_max: int) -> None:
-    groups: dict[tuple[str, ...], list[bytes]] = {}
+def _refusal(repo: FeatureRepo) -> str:
+    """Return what `headrace serve` says of the online store's settings."""
+    try:
+        repo.online_store().close()
+    except StartupError as error:
+        return str(error)
+    return ""
+
+
+def _look_at_store(
+    connect: Callable[[], Any], timeout_s: float, repo: FeatureRepo, report: Report, keys_max: int
+) -> None:
+    store = StoreInspection(connect, timeout_s)
+    try:
+        report.keys_in_store = store.key_count()
+        scan = store.scan(None, keys_max=keys_max, walk_max=keys_max)
+        keys = _sort_keys(scan, report)
+        report.findings += _layout_findings(report)
+        stored = repo.stored_views()
+        groups = _found_groups(stored, keys)
+        for join_keys, group in groups.items():
+            more = scan
+            if not scan.is_complete and len(group.found) < HASHES_PER_GROUP:
+                pattern = group_pattern(join_keys, report.project)
+                walk_max = WALKED_PER_KEY * keys_max
+                more = store.scan(pattern, keys_max=HASHES_PER_GROUP, walk_max=walk_max)
+                own = [(raw, read_key(raw)) for raw in more.keys]
+                group.take([(raw, key) for raw, key in own if key.project == report.project])
+            _look_at_group(store, report, group, more)
+        lost = sum(not key.join_keys for _, key in keys)
+        if lost:
+            report.findings.append(
+                Finding(
+                    "error",
+                    f"{lost} keys have no join key and are found by no reader: Feast's "
+                    "write_to_online_store and push put views without entities there; let it "
+                    "materialize them, then delete these keys",
+                )
+            )
+        if store.denied:
+            report.findings.append(
+                Finding(
+                    "warning",
+                    f"this user of the store may not call {', '.join(sorted(store.denied))}: "
+                    "what only they tell is left out",
+                )
+            )
+    finally:
+        store.close()
+
+
+def _sort_keys(scan: Scan, report: Report) -> list[tuple[bytes, EntityKey]]:
+    """Count the keys' layouts and projects; return those of this project that can be read."""
     layouts: Counter[str] = Counter()
     projects: Counter[str] = Counter()
-    for raw in islice(client.scan_iter(count=1_000), keys_max):
+    own = []
+    for raw in scan.keys:
         key = read_key(raw)
         layouts[key.layout] += 1
         if key.layout == "current":
             projects[key.project] += 1
-            if key.project == repo.project:
-                groups.setdefault(key.join_keys, []).append(raw)
+            if key.project == report.project:
+                own.append((raw, key))
     report.keys, report.projects = dict(layouts), dict(projects)
-    report.findings += _layout_findings(report)
-    now_s = time.time()
-    stored = repo.stored_views()
-    for join_keys, keys in sorted(groups.items()):
-        _look_at_group(client, report, join_keys, keys[:HASHES_PER_GROUP], stored, now_s)
-    seen = {view.view for view in report.views if view.hashes}
-    report.findings += [
-        Finding("warning", f"feature view '{view.name}' has no values in what was looked at")
-        for view in stored
-        if view.name not in seen
-    ]
+    return own
+
+
+def _found_groups(
+    stored: Sequence[StoredView], keys: Sequence[tuple[bytes, EntityKey]]
+) -> dict[tuple[str, ...], _Group]:
+    """Sort views and keys by their join keys; keys of views that are gone have groups, too."""
+    groups: dict[tuple[str, ...], _Group] = {}
+    for view in stored:
+        names = tuple(sorted(view.join_keys))
+        groups.setdefault(names, _Group(names)).views.append(view)
+    for raw, key in keys:
+        if key.join_keys:
+            names = tuple(name for name in key.join_keys if name != DUMMY_JOIN_KEY)
+            groups.setdefault(names, _Group(names)).take([(raw, key)])
+    return dict(sorted(groups.items()))
 
 
 def _layout_findings(report: Report) -> Iterator[Finding]:
@@ -184,52 +306,39 @@ def _layout_findings(report: Report) -> Iterator[Finding]:
         yield Finding("warning", f"none of the keys looked at is of project '{report.project}'")
 
 
-def _look_at_group(
-    client: Any,
-    report: Report,
-    join_keys: tuple[str, ...],
-    keys: Sequence[bytes],
-    stored: Sequence[StoredView],
-    now_s: float,
-) -> None:
-    names = tuple(name for name in join_keys if name != DUMMY_JOIN_KEY)
-    views = [view for view in stored if view.join_keys == frozenset(names)]
-    pipeline = client.pipeline(transaction=False)
-    for key in keys:
-        pipeline.hlen(key)
-        pipeline.object("ENCODING", key)
-        pipeline.ttl(key)
-        pipeline.hmget(key, [time_field(view.name) for view in views] or [b""])
-    replies = pipeline.execute(raise_on_error=False)
-    rows = [tuple(replies[i : i + 4]) for i in range(0, len(replies), 4)]
-    rows = [row for row in rows if isinstance(row[0], int)]  # others are no hashes
-    encodings = Counter(_text(row[1]) for row in rows)
-    label = ", ".join(names) or "no entity"
+def _look_at_group(store: StoreInspection, report: Report, group: _Group, scan: Scan) -> None:
+    report.findings += group.type_findings()
+    keys = group.readable()[:HASHES_PER_GROUP]
+    hashes = store.look(keys, [time_field(view.name) for view in group.views])
+    report.findings += _missing_findings(group, hashes, scan, report.keys_in_store)
+    if not hashes:
+        return
+    encodings = Counter(one.encoding or "unknown" for one in hashes)
+    fields = [one.fields for one in hashes if one.fields is not None]
     report.groups.append(
         GroupReport(
-            join_keys=label,
-            hashes=len(rows),
-            fields=median(row[0] for row in rows) if rows else 0,
+            join_keys=group.label,
+            hashes=len(hashes),
+            fields=median(fields) if fields else None,
             encodings=dict(encodings),
-            expiring=sum(isinstance(row[2], int) and row[2] >= 0 for row in rows),
+            expiring=sum(one.ttl_s is not None and one.ttl_s >= 0 for one in hashes),
         )
     )
     tables = sum(n for name, n in encodings.items() if name not in (*LISTPACKS, "unknown"))
-    small = [row for row in rows if isinstance(row[0], int) and row[0] <= 128]
-    if tables and len(small) == len(rows):
+    if tables and len(fields) == len(hashes) and max(fields) <= SMALL_FIELDS:
         report.findings.append(
             Finding(
                 "warning",
-                f"{tables} of {len(rows)} hashes of {label} are tables although they are small: a "
-                "value of more than 64 bytes (an embedding, a text) makes one so, and three times "
-                "as large; keep such features in a view with another entity",
+                f"{tables} of {len(hashes)} hashes of {group.label} are tables although they are "
+                "small: a value of more than 64 bytes (an embedding, a text) makes one so, and "
+                "three times as large; keep such features in a view with another entity",
             )
         )
-    for i, view in enumerate(views):
-        times = (row[3][i] for row in rows if isinstance(row[3], list))
-        report.views.append(_view_report(view, times, now_s))
-        if report.views[-1].outside_ttl:
-            of = report.views[-1]
+    now_s = time.time()
+    for i, view in enumerate(group.views):
+        of = _view_report(view, [one.values[i] for one in hashes], now_s)
+        report.views.append(of)
+        if of.outside_ttl:
             report.findings.append(
                 Finding(
                     "warning",
@@ -237,6 +346,23 @@ def _look_at_group(
                     f"{of.hashes} entities: is it materialized often enough?",
                 )
             )
+
+
+def _missing_findings(
+    group: _Group, hashes: Sequence[Hash], scan: Scan, total: int | None
+) -> Iterator[Finding]:
+    """Name the views that should have values and have none, and say how far that was looked."""
+    if hashes:
+        where = f"the {len(hashes)} hashes of {group.label} that were looked at"
+    elif scan.is_complete:
+        where = "the store"
+    else:
+        most = scan.walked if total is None else min(scan.walked, total)
+        of = "" if total is None else f" of {total:,}"
+        where = f"about {most:,}{of} keys; --keys N looks at more"
+    for i, view in enumerate(group.views):
+        if view.is_written and not any(one.values[i] is not None for one in hashes):
+            yield Finding("warning", f"feature view '{view.name}' has no values in {where}")
 
 
 def _view_report(view: StoredView, times: Iterable[bytes | None], now_s: float) -> ViewReport:
@@ -258,34 +384,27 @@ def _view_report(view: StoredView, times: Iterable[bytes | None], now_s: float) 
     )
 
 
-def _text(reply: Any) -> str:
-    return (
-        reply.decode()
-        if isinstance(reply, bytes)
-        else reply
-        if isinstance(reply, str)
-        else "unknown"
-    )
-
-
 def _show(report: Report) -> None:
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = open_console()
     services = Table("feature service", "state", "reason", title=f"project {report.project}")
     for name, reason in report.services.items():
         services.add_row(printable(name), "UNAVAILABLE" if reason else "READY", printable(reason))
     console.print(services)
     if report.keys:
         counts = ", ".join(f"{count} {layout}" for layout, count in report.keys.items())
-        console.print(f"keys looked at, by layout: {counts}")
+        of = "" if report.keys_in_store is None else f" (of {report.keys_in_store:,} in the store)"
+        console.print(f"keys looked at, by layout: {counts}{of}")
         groups = Table("join keys", "hashes", "fields", "encoding", "expiring")
         for group in report.groups:
             encodings = ", ".join(f"{name} {count}" for name, count in group.encodings.items())
             groups.add_row(
-                *(printable(group.join_keys), str(group.hashes), f"{group.fields:g}", encodings),
+                *(printable(group.join_keys), str(group.hashes)),
+                *("" if group.fields is None else f"{group.fields:g}", encodings),
                 str(group.expiring),
             )
         console.print(groups)
-        views = Table("feature view", "entities", "newest", "oldest", "TTL", "older than its TTL")
+        ages = ("newest seen", "oldest seen")
+        views = Table("feature view", "entities", *ages, "TTL", "older than its TTL")
         for view in report.views:
             views.add_row(
                 printable(view.view),

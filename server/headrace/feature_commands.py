@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grpc
-from rich.console import Console
 from rich.table import Table
 
 from headrace.errors import StartupError
 from headrace.features.values import COLUMN_DATATYPES, ValueType
 from headrace.presentation import cell, duration, strict_json
 from headrace.row_arguments import Input, read_rows
-from headrace.terminal import printable
+from headrace.terminal import open_console, printable
 from headrace.v1 import feature_service_pb2 as pb
 from headrace.v1 import feature_service_pb2_grpc as pb_grpc
 from headrace.v1.prediction_service_pb2 import FeatureStatus
@@ -63,7 +62,7 @@ def list_services(address: str, *, timeout_s: float, as_json: bool) -> int:
             reply = stub.ListFeatureServices(pb.ListFeatureServicesRequest(), timeout=timeout_s)
         except grpc.RpcError as error:
             raise _refused(address, error) from None
-    console = _console(as_json=as_json)
+    console = open_console(as_json=as_json)
     if as_json:
         services = [{"name": of.name, "reason": of.reason} for of in reply.feature_services]
         console.print(json.dumps(services))
@@ -137,7 +136,7 @@ def get(
     views = {of.name: of.view for of in metadata.features}
     if as_json:
         document = _document(columns, found, views, rows)
-        _console(as_json=True).print(json.dumps(strict_json(document), allow_nan=False))
+        open_console(as_json=True).print(json.dumps(strict_json(document), allow_nan=False))
     else:
         _show(columns, found, views, rows)
     return 0
@@ -198,7 +197,7 @@ def _show(
     views: Mapping[str, str],
     rows: int,
 ) -> None:
-    console = _console(as_json=False)
+    console = open_console()
     for row in range(min(rows, ROWS_SHOWN)):
         entity = ", ".join(f"{name} {values[row]}" for name, values in columns.items())
         console.print(printable(entity or "no entity"), style="bold")
@@ -223,11 +222,6 @@ def _show(
 def _channel(address: str) -> grpc.Channel:
     # Operators' proxies have no business between them and their own server.
     return grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)])
-
-
-def _console(*, as_json: bool) -> Console:
-    # What a server says is text: no markup, and no emoji for what looks like their names.
-    return Console(highlight=False, markup=False, emoji=False, soft_wrap=as_json)
 
 
 def _refused(address: str, error: Any) -> StartupError:

@@ -27,6 +27,7 @@ from headrace.errors import (
 )
 from headrace.features.plan import FeaturePlan, RequestColumn
 from headrace.features.plans import FeaturePlans, Selection
+from headrace.features.skew_log import FeatureReadLog, SkewLog
 from headrace.features.store import FeatureRows, OnlineStore
 from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.feature_metrics import FeatureReadMetrics, ViewMetrics
@@ -165,6 +166,7 @@ class FeatureReads:
         max_queue_size: Requests that may wait, of short and of long ones each.
         max_queue_bytes: Bytes of them, likewise.
         timeout_s: Longest that one batch waits for the store.
+        skew_log: Keeps what was read of sampled keys.
     """
 
     def __init__(
@@ -179,12 +181,14 @@ class FeatureReads:
         max_queue_size: int,
         max_queue_bytes: int,
         timeout_s: float,
+        skew_log: SkewLog | None = None,
     ) -> None:
         self._plans = plans
         self._store = store
         self._metrics = metrics
         self._view_metrics = view_metrics
         self._calls = None if calls.sample is None else calls
+        self._skew_log = None if skew_log is None else FeatureReadLog(skew_log)
         self._max_entities = max_entities
         self._timeout_s = timeout_s
         self._is_stopping = False
@@ -304,6 +308,8 @@ class FeatureReads:
         )
         if self._calls is not None:
             self._tell(self._calls, plan, batch, (started_s, read_s, replied_s))
+        if self._skew_log is not None:
+            self._skew_log.put(plan, entities, rows, time_s=now_s)
 
     def _entities(
         self, plan: FeaturePlan, batch: Sequence[FeatureRequest]

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import grpc
-from rich.console import Console
 from rich.table import Table
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
@@ -19,7 +18,7 @@ from headrace.repository.scan import VersionFolder, scan
 from headrace.repository.validate import check_manifest
 from headrace.settings import load_settings
 from headrace.telemetry.metrics import Metrics
-from headrace.terminal import printable
+from headrace.terminal import open_console, printable
 
 CALL_TIMEOUT_S = 10.0
 
@@ -120,7 +119,7 @@ def _problem(
 
 
 def _show(states: Sequence[VersionState], as_json: bool) -> None:  # noqa: FBT001 one caller's choice
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=as_json)
+    console = open_console(as_json=as_json)
     if as_json:
         console.print(json.dumps([asdict(state) for state in states]))
         return

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from headrace.backends.base import Backend
 from headrace.features.join import FeatureJoin
-from headrace.features.skew_log import SkewLog
+from headrace.features.skew_log import SkewLog, read_plan
 from headrace.features.skew_record import SkewSource
 from headrace.features.store import FeatureRows
 from headrace.monitoring.records import BatchRecord, Block, RecordSchema, column_names, fitting
@@ -124,8 +124,7 @@ class BatchObserver:
             self._schema = _schema((name, int(version), id_prefix), backend, join, max_batch_size)
         self._skew_log: SkewLog | None = None
         if skew_log is not None and join is not None:
-            # What is computed says nothing new: only what it is computed from can be compared.
-            read = join.plan.stored if join.plan.computed else join.plan
+            read = read_plan(join.plan)
             if read is not None:
                 self._skew_log = skew_log
                 self._skew_source = SkewSource(name, version, id_prefix, read)

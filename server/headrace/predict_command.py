@@ -16,7 +16,7 @@ from headrace.errors import StartupError
 from headrace.presentation import cell, duration, strict_json
 from headrace.row_arguments import Input, read_rows, shown
 from headrace.tensors import NUMPY_DTYPES, encode, iterate_bytes
-from headrace.terminal import printable
+from headrace.terminal import open_console, printable
 from headrace.v1 import prediction_service_pb2 as pb
 from headrace.v1 import prediction_service_pb2_grpc as pb_grpc
 
@@ -98,7 +98,7 @@ def predict(
             missing, unknown or not of its type.
     """
     # What a server says is text: no markup, and no emoji for what looks like their names.
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=as_json)
+    console = open_console(as_json=as_json)
     for what, given in (("--address", address), ("model", model)):
         if any("\ud800" <= character <= "\udfff" for character in given):  # bytes of argv
             raise StartupError(f"{what} {shown(given)} is not UTF-8")

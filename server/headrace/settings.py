@@ -1,8 +1,8 @@
-"""Every setting of `headrace serve` and `headrace monitor`: flags, environment, documentation.
+"""Every setting of the processes, and what commands share: flags, environment, documentation.
 
 A setting comes from the flag, else the environment (`HEADRACE_GRPC_ADDRESS` for `serve`,
-`HEADRACE_MONITOR_GRPC_ADDRESS` for `monitor`), else the file named by `--config` (key
-`grpc_address`), else the default. Nothing else reads the environment.
+`HEADRACE_MONITOR_GRPC_ADDRESS` for `monitor`, `HEADRACE_ADDRESS` for other commands), else the file
+named by `--config` (key `grpc_address`), else the default. Nothing else reads the environment.
 """
 
 import os
@@ -295,6 +295,26 @@ class MonitorSettings(Settings):
     )
 
     @field_validator("grpc_address", "http_address")
+    @classmethod
+    def _is_host_and_port(cls, value: str) -> str:
+        split_address(value)
+        return value
+
+
+class CommandSettings(Settings):
+    """What commands that ask a gateway, or look at its features, share with each other."""
+
+    model_config = SettingsConfigDict(env_prefix="HEADRACE_")
+
+    address: str = Field("127.0.0.1:8500", description="host:port of the gateway to ask.")
+    feature_repo: Path | None = Field(
+        None, description="Feast feature repository, applied already; as for `headrace serve`."
+    )
+    timeout_s: float = Field(
+        10.0, gt=0, le=3600, description="How long to wait for an answer, in seconds."
+    )
+
+    @field_validator("address")
     @classmethod
     def _is_host_and_port(cls, value: str) -> str:
         split_address(value)

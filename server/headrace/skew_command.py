@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,12 +18,19 @@ from headrace.errors import StartupError
 from headrace.features.logged_plan import LoggedFeature, LoggedPlan
 from headrace.features.offline import FeastOffline
 from headrace.features.repo import open_feature_repo
-from headrace.features.skew import FeatureTally, compare
-from headrace.features.skew_reader import LoggedFile, chunks, scan
+from headrace.features.skew import Example, FeatureTally, compare
+from headrace.features.skew_file import FILE_PATTERN, files_of
+from headrace.features.skew_reader import chunks, scan
 from headrace.features.skew_values import Tolerance
-from headrace.terminal import printable
+from headrace.terminal import open_console, printable
 
 PROGRESS_PERIOD_S = 5.0
+
+READS = "feature reads"
+"""What served a row that no model saw, for people."""
+
+BY_REFERENCE = "features by reference"
+"""What was selected without a feature service, likewise."""
 
 
 @dataclass(slots=True)
@@ -32,11 +39,11 @@ class ServiceReport:
     What was found out about one feature service.
 
     Args:
-        service: Its name.
+        service: Its name; empty for features that were selected by reference.
         rows: That were read from the log.
         first_us: Earliest request, Unix microseconds.
         last_us: Latest one.
-        models: Names and versions of those that were served.
+        models: Names and versions of those that were served, `READS` among them.
         registry_versions: Under which they were.
         tallies: By feature and view.
         gone: Logged features that the registry no longer has.
@@ -55,6 +62,10 @@ class ServiceReport:
         """Return the features that mismatch more often than they may."""
         return [of for of in self.tallies.values() if of.mismatch_share > max_mismatch_share]
 
+    def late(self, max_late_share: float) -> list[FeatureTally]:
+        """Return the features that are late more often than they may be."""
+        return [of for of in self.tallies.values() if of.late_share > max_late_share]
+
 
 def skew(
     log: Path,
@@ -64,6 +75,7 @@ def skew(
     since_s: float | None,
     tolerance: tuple[float, float],
     max_mismatch_share: float,
+    max_late_share: float,
     chunk_rows: int,
     as_json: bool,
 ) -> int:
@@ -77,11 +89,12 @@ def skew(
         since_s: Older requests are left out, Unix seconds.
         tolerance: Relative and absolute, for floating point.
         max_mismatch_share: Of a feature's compared rows.
+        max_late_share: Likewise.
         chunk_rows: Most rows that are in memory, and that the offline store is asked for, at once.
         as_json: For machines.
 
     Returns:
-        0 when no feature mismatches more often than it may, else 1.
+        0 when no feature mismatches, or is late, more often than it may, else 1.
 
     Raises:
         StartupError: the log or the feature repository cannot be read, the offline store fails, or
@@ -91,12 +104,20 @@ def skew(
         raise StartupError(f"--log {log}: no such folder")
     files, unreadable = scan(log, service, since_s)
     for path in unreadable:
-        print(f"headrace features: {path} is no file of a skew log, or damaged", file=sys.stderr)
+        _say_damaged(path)
     if not files:
-        raise StartupError(f"--log {log}: nothing to compare with these filters")
+        raise StartupError(f"--log {log}: {_nothing(log, len(unreadable))}")
+    damaged: set[Path] = set()
+
+    def on_damage(path: Path) -> None:
+        damaged.add(path)
+        _say_damaged(path)
+
     try:
         offline = open_feature_repo(feature_repo).offline_features()
-        reports = _compared(files, offline, Tolerance(*tolerance), chunk_rows, since_s)
+        parts = chunks(files, chunk_rows, since_s, on_damage)
+        total = sum(file.rows for file in files)
+        reports = _compared(parts, total, offline, Tolerance(*tolerance))
     except StartupError:
         raise
     except KeyboardInterrupt:  # it must not look like an answer
@@ -105,28 +126,48 @@ def skew(
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise StartupError(f"cannot compare: {type(error).__name__}: {text}") from error
     if not any(of.compared for report in reports for of in report.tallies.values()):
-        raise StartupError(f"--log {log}: nothing to compare: neither store has a value in any row")
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=as_json)
+        raise StartupError(f"--log {log}: nothing to compare: {_why(reports)}")
+    console = open_console(as_json=as_json)
     if as_json:
-        document = _as_json(reports, max_mismatch_share, len(files), len(unreadable))
+        bad = len(unreadable) + len(damaged)
+        document = _as_json(reports, (max_mismatch_share, max_late_share), len(files), bad)
         console.print(json.dumps(document, allow_nan=False))
     else:
         for report in reports:
-            _show(console, report, max_mismatch_share)
-    return int(any(report.skewed(max_mismatch_share) for report in reports))
+            _show(console, report, max_mismatch_share, max_late_share)
+    return int(any(of.skewed(max_mismatch_share) or of.late(max_late_share) for of in reports))
+
+
+def _say_damaged(path: Path) -> None:
+    print(
+        f"headrace features: {printable(str(path))} is no file of a skew log, or damaged",
+        file=sys.stderr,
+    )
+
+
+def _nothing(log: Path, unreadable: int) -> str:
+    if unreadable:
+        return "none of its files can be read"
+    if next(files_of(log), None) is None:
+        return f"it has no files of a skew log ({FILE_PATTERN}), or none was written yet"
+    return "nothing to compare with these filters"
+
+
+def _why(reports: Sequence[ServiceReport]) -> str:
+    """Say why no row could be compared."""
+    gone = sorted({name for report in reports for name in report.gone})
+    if gone and not any(report.tallies for report in reports):
+        return f"the registry no longer has {printable(', '.join(gone))}; was it applied anew?"
+    return "neither store has a value in any row"
 
 
 def _compared(
-    files: Sequence[LoggedFile],
-    offline: FeastOffline,
-    tolerance: Tolerance,
-    chunk_rows: int,
-    since_s: float | None,
+    parts: Iterable[tuple[LoggedPlan, Any]], total: int, offline: FeastOffline, tolerance: Tolerance
 ) -> list[ServiceReport]:
     reports: dict[str, ServiceReport] = {}
-    total, done = sum(file.rows for file in files), 0
+    done = 0
     said_s = time.monotonic()
-    for plan, rows in chunks(files, chunk_rows, since_s):
+    for plan, rows in parts:
         report = reports.setdefault(plan.service, ServiceReport(plan.service))
         compare(plan, rows, offline, tolerance, _tallies(report, plan, offline))
         _note(report, rows)
@@ -157,15 +198,17 @@ def _note(report: ServiceReport, rows: Any) -> None:
     report.last_us = max(report.last_us, times["max"])
     report.rows += len(rows)
     pairs = rows.group_by(["model", "version"]).aggregate([]).to_pylist()
-    report.models |= {f"{pair['model']} {pair['version']}" for pair in pairs}
+    report.models |= {f"{pair['model']} {pair['version']}".strip() or READS for pair in pairs}
     report.registry_versions |= set(rows["registry_version"].cast("string").unique().to_pylist())
 
 
 def _as_json(
-    reports: Sequence[ServiceReport], max_mismatch_share: float, files: int, unreadable: int
+    reports: Sequence[ServiceReport], limits: tuple[float, float], files: int, unreadable: int
 ) -> dict[str, Any]:
+    max_mismatch_share, max_late_share = limits
     return {
         "max_mismatch_share": max_mismatch_share,
+        "max_late_share": max_late_share,
         "files": files,
         "unreadable_files": unreadable,
         "services": [
@@ -178,6 +221,7 @@ def _as_json(
                 "registry_versions": sorted(report.registry_versions),
                 "features_gone": sorted(report.gone),
                 "skewed": [of.feature for of in report.skewed(max_mismatch_share)],
+                "too_late": [of.feature for of in report.late(max_late_share)],
                 "features": [_feature(of) for of in report.tallies.values()],
             }
             for report in reports
@@ -196,6 +240,7 @@ def _feature(of: FeatureTally) -> dict[str, Any]:
         "missing_online": of.missing_online,
         "missing_offline": of.missing_offline,
         "late": of.late,
+        "late_share": of.late_share,
         "mean_difference": of.mean_distance,
         "max_difference": of.max_distance,
         "example": None
@@ -216,9 +261,11 @@ def _strict(value: Any) -> Any:
     return str(value) if is_odd else value
 
 
-def _show(console: Console, report: ServiceReport, max_mismatch_share: float) -> None:
+def _show(
+    console: Console, report: ServiceReport, max_mismatch_share: float, max_late_share: float
+) -> None:
     console.print(
-        f"{printable(report.service)}: {report.rows:,} rows as served by "
+        f"{printable(report.service or BY_REFERENCE)}: {report.rows:,} rows as served by "
         f"{printable(', '.join(sorted(report.models)))}, {_iso(report.first_us)} to "
         f"{_iso(report.last_us)}"
     )
@@ -229,7 +276,7 @@ def _show(console: Console, report: ServiceReport, max_mismatch_share: float) ->
         table.add_column(heading, justify="right")
     for heading in ("mean |Δ|", "max |Δ|"):
         table.add_column(heading, justify="right")
-    skewed = report.skewed(max_mismatch_share)
+    skewed, late = report.skewed(max_mismatch_share), report.late(max_late_share)
     for of in report.tallies.values():
         style = "bold red" if of in skewed else ""
         table.add_row(
@@ -237,7 +284,8 @@ def _show(console: Console, report: ServiceReport, max_mismatch_share: float) ->
             printable(of.view),
             f"{of.compared:,}",
             Text(f"{of.mismatch_share:.2%}" if of.compared else "", style),
-            *(f"{n:,}" for n in (of.differing, of.missing_online, of.missing_offline, of.late)),
+            *(f"{n:,}" for n in (of.differing, of.missing_online, of.missing_offline)),
+            Text(f"{of.late:,}", "bold red" if of in late else ""),
             *("" if x is None else f"{x:.6g}" for x in (of.mean_distance, of.max_distance)),
         )
     console.print(table)
@@ -249,6 +297,11 @@ def _show(console: Console, report: ServiceReport, max_mismatch_share: float) ->
         console.print(f"served under {len(report.registry_versions)} versions of the registry")
     if not skewed:
         console.print(f"no feature mismatches in more than {max_mismatch_share:.2%} of its rows")
+    for of in late:
+        console.print(
+            f"{printable(of.feature)} is late in {of.late_share:.2%} of its rows: is it "
+            "materialized often enough?"
+        )
     for of in skewed:
         console.print(_explained(of), soft_wrap=True)
 
@@ -258,8 +311,12 @@ def _explained(of: FeatureTally) -> str:
     entity = " ".join(f"{name}={value}" for name, value in of.example.entity.items())
     return printable(
         f"{of.feature} mismatches, e.g. {entity}: {_value(of.example.online)} online, "
-        f"{_value(of.example.offline)} offline (prediction {of.example.prediction_id})"
+        f"{_value(of.example.offline)} offline ({_origin(of.example)})"
     )
+
+
+def _origin(example: Example) -> str:
+    return READS if example.prediction_id is None else f"prediction {example.prediction_id}"
 
 
 def _value(value: Any) -> str:

@@ -1,12 +1,22 @@
 """`headrace features`: what people see, what machines get, and the exit codes."""
 
 import json
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
 
+import pandas as pd
 import pytest
 import structlog
+from feast import Entity, FeatureService, FeatureStore, FeatureView, Field, FileSource, ValueType
+from feast.types import Float32, String
 from redis import Redis
+from redis_processes import alone
 
 from headrace.__main__ import main
+from headrace.app import Gateway
+from headrace.settings import load_settings
 
 
 @pytest.fixture
@@ -90,6 +100,60 @@ def test_nobody_there_is_said_with_the_address(run):
     assert "127.0.0.1:1: UNAVAILABLE" in err
 
 
+def test_a_full_disk_is_one_line(gateway):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "headrace", "features", "list"),
+                *("--address", gateway.grpc_address),
+            ],
+            check=False,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+
+    assert done.returncode == 1
+    assert done.stderr == "headrace features: cannot write: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("--address", "", "expected host:port, got ''"),
+        ("--address", "somewhere", "expected host:port, got 'somewhere'"),
+        ("--timeout-s", "abc", "expected seconds, over 0 to 3600, got 'abc'"),
+        ("--timeout-s", "0", "expected seconds, over 0 to 3600, got '0'"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(run, capsys, flag, value, words):
+    with pytest.raises(SystemExit) as refused:
+        run("list", flag, value)
+
+    assert refused.value.code == 2
+    assert f"argument {flag}: {words}" in capsys.readouterr().err
+
+
+def test_the_environment_says_what_flags_do_not(run, gateway, feature_repo, monkeypatch):
+    monkeypatch.setenv("HEADRACE_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setenv("HEADRACE_FEATURE_REPO", str(feature_repo))
+
+    assert "--address 127.0.0.1:1: UNAVAILABLE" in run("list")[2]
+    assert run("list", "--address", gateway.grpc_address)[0] == 0
+    assert run("check")[0] == 0
+    monkeypatch.setenv("HEADRACE_TIMEOUT_S", "abc")
+    assert "--timeout-s (or HEADRACE_TIMEOUT_S)" in run("list")[2]
+
+
+def test_a_feature_repository_that_is_not_named_is_asked_for(run, tmp_path):
+    for arguments in (["check"], ["skew", "--log", str(tmp_path)]):
+        code, _, err = run(*arguments)
+
+        assert code == 2
+        assert "--feature-repo (or HEADRACE_FEATURE_REPO)" in err
+
+
 def test_the_services_are_listed(run, gateway):
     code, out, _ = run("list", "--address", gateway.grpc_address, "--json")
 
@@ -141,3 +205,107 @@ def test_a_store_that_does_not_answer_is_said(run, feature_repo, tmp_path):
 
     assert code == 2
     assert "the online store does not answer" in err
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """
+    A gateway of another repository: text keys, a service that cannot be served, a store to kill.
+
+    Yields:
+        Its address, and what kills its store.
+    """
+    root, models = tmp_path_factory.mktemp("other"), tmp_path_factory.mktemp("no models")
+    with alone("valkey", root) as server:
+        (root / "feature_store.yaml").write_text(
+            "project: other\nprovider: local\nregistry: registry.db\n"
+            f"online_store:\n  type: redis\n  connection_string: 127.0.0.1:{server.port}\n"
+            "entity_key_serialization_version: 3\n"
+        )
+        city = Entity(name="city", join_keys=["city"], value_type=ValueType.STRING)
+        source = FileSource(name="unread", path="unread.parquet", timestamp_field="event_timestamp")
+        schema = [Field(name="city", dtype=String), Field(name="rain", dtype=Float32)]
+        view, off = (
+            FeatureView(name=name, entities=[city], schema=schema, source=source, enabled=is_on)
+            for name, is_on in (("weather", True), ("off", False))
+        )
+        store = FeatureStore(repo_path=str(root))
+        services = [FeatureService(name=of.name, features=[of]) for of in (view, off)]
+        store.apply([city, view, off, *services])
+        names = ["Åbo", "Bern", "a,b"]
+        frame = pd.DataFrame({"city": names, "rain": 1.5, "event_timestamp": datetime.now(UTC)})
+        store.write_to_online_store("weather", df=frame)
+        gateway = Gateway(
+            load_settings(
+                {
+                    "model_repository": models,
+                    "feature_repo": root,
+                    "grpc_address": "127.0.0.1:0",
+                    "http_address": "127.0.0.1:0",
+                    "feature_timeout_s": 0.5,
+                }
+            )
+        )
+        gateway.start()
+        yield gateway.grpc_address, server.kill
+        assert gateway.stop()
+
+
+def test_a_service_that_cannot_be_served_is_listed_with_the_reason(run, other):
+    code, out, _ = run("list", "--address", other[0])
+
+    assert code == 0
+    (line,) = [line for line in out.splitlines() if "│ off" in line]
+    assert "UNAVAILABLE" in line
+    assert "feature view 'off' is disabled" in line
+
+
+def test_text_keys_are_typed_as_they_are(run, other):
+    code, out, _ = run(
+        "get", "weather", 'city=["Åbo","a,b","Basel"]', "--json", "--address", other[0]
+    )
+
+    found = [(of["entity"]["city"], of["features"]["rain"]["value"]) for of in json.loads(out)]
+    assert code == 0
+    assert found == [("Åbo", 1.5), ("a,b", 1.5), ("Basel", None)]
+
+
+def test_a_long_table_is_cut_and_says_so(run, other):
+    cities = ",".join(f"c{i}" for i in range(25))
+
+    code, out, _ = run("get", "weather", f"city={cities}", "--address", other[0])
+
+    assert code == 0
+    assert "city c19" in out
+    assert "city c20" not in out
+    assert "… and 5 more rows; --json shows all" in out
+
+
+def test_a_store_that_has_failed_is_an_answer_of_its_own(run, other):
+    address, kill = other
+    kill()
+
+    code, out, err = run("get", "weather", "city=Bern", "--address", address)
+
+    assert (code, out) == (1, "")
+    assert err.startswith("headrace features: UNAVAILABLE: ")
+
+
+def test_a_server_without_features_says_what_it_lacks(run, tmp_path):
+    gateway = Gateway(
+        load_settings(
+            {
+                "model_repository": tmp_path,
+                "grpc_address": "127.0.0.1:0",
+                "http_address": "127.0.0.1:0",
+            }
+        )
+    )
+    gateway.start()
+    try:
+        code, _, err = run("list", "--address", gateway.grpc_address)
+    finally:
+        assert gateway.stop()
+
+    assert code == 2
+    assert "it serves no features; it has no --feature-repo" in err

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,8 @@ import headrace.__main__
 from headrace import skew_command
 from headrace.app import Gateway
 from headrace.settings import load_settings
+from headrace.v1 import feature_service_pb2 as features_pb
+from headrace.v1 import feature_service_pb2_grpc as features_pb_grpc
 from headrace.v1 import prediction_service_pb2 as pb
 from headrace.v1 import prediction_service_pb2_grpc as pb_grpc
 
@@ -306,6 +309,8 @@ def test_an_offline_store_that_fails_is_no_clean_bill(features_skew, repo):
         pytest.param(["--max-mismatch-share", "1.5"], id="no share"),
         pytest.param(["--relative-tolerance", "nan"], id="no tolerance"),
         pytest.param(["--chunk-rows", "0"], id="no rows"),
+        pytest.param(["--chunk-rows", "abc"], id="no number"),
+        pytest.param(["--max-late-share", "abc"], id="no late share"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(features_skew, capsys, arguments):
@@ -316,20 +321,69 @@ def test_arguments_that_make_no_sense_are_refused(features_skew, capsys, argumen
     assert f"argument {arguments[0]}: expected" in capsys.readouterr().err
 
 
+def test_features_that_are_late_too_often_fail_where_that_is_asked(features_skew):
+    shares = ["--max-mismatch-share", "1", "--max-late-share"]
+
+    lenient, strict = features_skew(*shares, "0.5"), features_skew(*shares, "0.01")
+    machines = features_skew(*shares, "0.01", "--json")
+
+    assert (lenient.returncode, strict.returncode) == (0, 1)
+    assert "rating is late in 2.33% of its rows" in strict.out
+    assert json.loads(machines.out)["services"][0]["too_late"] == ["rating"]
+
+
+def test_off_a_terminal_the_table_is_whole(features_skew, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+    out = features_skew().out
+
+    assert "…" not in out
+    assert "not offline" in out
+
+
+def test_a_folder_without_a_log_is_said_to_be_one(features_skew, tmp_path):
+    done = features_skew(folder=tmp_path)
+
+    assert done.returncode == 2
+    assert "no files of a skew log" in done.err
+
+
+def test_a_damaged_file_is_named_and_the_others_are_compared(features_skew, log, tmp_path):
+    (whole,) = log[0].iterdir()
+    (tmp_path / whole.name).write_bytes(whole.read_bytes())
+    content = bytearray(whole.read_bytes())
+    content[4:400] = b"\xff" * 396  # its data, not its footer
+    damaged = tmp_path / whole.name.replace("skew-", "skew-2", 1)
+    damaged.write_bytes(content)
+
+    done = features_skew("--json", folder=tmp_path)
+
+    assert f"{damaged} is no file of a skew log, or damaged" in done.err
+    document = json.loads(done.out)
+    assert (document["files"], document["unreadable_files"]) == (2, 1)
+    assert document["services"][0]["rows"] == 43
+
+
+def test_features_that_are_all_gone_are_listed(features_skew, repo, tmp_path):
+    root = tmp_path / "repo"
+    shutil.copytree(repo, root)
+    (root / "registry.db").unlink()
+    cafe = Entity(name="cafe", join_keys=["cafe_id"], value_type=ValueType.INT64)
+    source = FileSource(name="cafes", path="cafes.parquet", timestamp_field="event_timestamp")
+    schema = [Field(name="cafe_id", dtype=Int64), Field(name="seats", dtype=Int64)]
+    view = FeatureView(name="other", entities=[cafe], schema=schema, source=source)
+    store = FeatureStore(repo_path=str(root))
+    store.apply([cafe, view, FeatureService(name="cafe_features", features=[view])])
+
+    done = features_skew(repo=root)
+
+    assert done.returncode == 2
+    assert "the registry no longer has motto, rain_mm, rating, seats" in done.err
+
+
 def test_a_folder_that_cannot_be_written_disturbs_nobody(repo, models, tmp_path):
     (tmp_path / "file").write_text("")
-    gateway = Gateway(
-        load_settings(
-            {
-                "model_repository": models,
-                "feature_repo": repo,
-                "grpc_address": "127.0.0.1:0",
-                "http_address": "127.0.0.1:0",
-                "skew_log_dir": tmp_path / "file",
-                "skew_sample_share": 1,
-            }
-        )
-    )
+    gateway = gateway_with(tmp_path / "file", model_repository=models, feature_repo=repo)
     with structlog.testing.capture_logs() as lines:
         gateway.start()
         try:
@@ -339,3 +393,55 @@ def test_a_folder_that_cannot_be_written_disturbs_nobody(repo, models, tmp_path)
 
     assert [line["event"] for line in lines].count("skew_log_failed") == 1
     assert (gateway.metrics.skew_log.rows_failed, gateway.metrics.skew_log.rows_written) == (2, 0)
+
+
+def gateway_with(log, **settings):
+    """In this process: starting another takes longer than all else."""
+    return Gateway(
+        load_settings(
+            {
+                "grpc_address": "127.0.0.1:0",
+                "http_address": "127.0.0.1:0",
+                "skew_log_dir": log,
+                "skew_sample_share": 1,
+                **settings,
+            }
+        )
+    )
+
+
+def read_features(address, ids, **selection):
+    request = features_pb.GetOnlineFeaturesRequest(**selection)
+    request.entities.add(name="cafe_id").values.int64s.values.extend(ids)
+    if "feature_service" in selection:
+        cities = [("Bern", "Åbo")[i % 2].encode() for i in ids]
+        request.entities.add(name="city").values.strings.values.extend(cities)
+    with grpc.insecure_channel(address) as channel:
+        features_pb_grpc.FeatureServiceStub(channel).GetOnlineFeatures(request, timeout=10)
+
+
+def test_features_that_were_read_without_a_model_are_compared_too(repo, tmp_path, features_skew):
+    (tmp_path / "no models").mkdir()
+    folder = tmp_path / "log"
+    gateway = gateway_with(folder, model_repository=tmp_path / "no models", feature_repo=repo)
+    with structlog.testing.capture_logs():
+        gateway.start()
+        try:
+            read_features(gateway.grpc_address, [1, 2, 3], feature_service="cafe_features")
+            references = features_pb.FeatureReferences(references=["cafe_stats:seats"])
+            read_features(gateway.grpc_address, [4, 5], features=references)
+        finally:
+            assert gateway.stop()
+
+    done = features_skew("--json", folder=folder)
+    table = features_skew(folder=folder)
+
+    assert done.returncode == 1, done.err
+    services = {of["service"]: of for of in json.loads(done.out)["services"]}
+    assert {name: of["rows"] for name, of in services.items()} == {"cafe_features": 3, "": 2}
+    for of in services.values():
+        assert (of["models"], of["skewed"]) == (["feature reads"], ["seats"])
+        example = next(one for one in of["features"] if one["feature"] == "seats")["example"]
+        assert example["prediction_id"] is None
+    assert "features by reference: 2 rows as served by feature reads" in table.out
+    assert "offline (feature reads)" in table.out

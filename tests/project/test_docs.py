@@ -1,5 +1,6 @@
 """The documentation says what is there, and what it shows is so."""
 
+import argparse
 import os
 import re
 import signal
@@ -11,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from headrace import errors
+from headrace.__main__ import _parser
 from headrace.monitoring.metrics import METRICS as MONITOR_METRICS
 from headrace.rpc.status import CODES
-from headrace.settings import MonitorSettings, ServeSettings
+from headrace.settings import CommandSettings, MonitorSettings, ServeSettings
 from headrace.telemetry.instruments import METRICS
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +41,28 @@ def test_every_setting_is_documented_with_flag_default_and_effect(kind, section,
 
     default = "required" if field.is_required() else f"`{field.default}`"
     assert f"| `--{name.replace('_', '-')}` | {default} | {field.description} |" in page
+
+
+def command_flags(parser, words=()):
+    """Yield (command, flag, default) of every command that is no server with settings."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, inner in action.choices.items():
+                if name not in {"serve", "monitor"}:
+                    yield from command_flags(inner, (*words, name))
+        elif words and action.option_strings and not isinstance(action, argparse._HelpAction):
+            field = CommandSettings.model_fields.get(action.dest)
+            default = field.default if field is not None else action.default
+            yield " ".join(words), action.option_strings[0], action.required or default
+
+
+@pytest.mark.parametrize(("command", "flag", "default"), sorted(command_flags(_parser()), key=str))
+def test_every_flag_of_the_other_commands_is_documented(command, flag, default):
+    page = (ROOT / "docs" / "settings.md").read_text().partition("## Other commands")[2]
+    rows = [line.split(" | ") for line in page.splitlines() if f" | `{flag}` | " in line]
+
+    (row,) = [row for row in rows if f"`{command}`" in row[0].lstrip("| ").split(", ")]
+    assert row[2] == ("required" if default is True else f"`{default}`")
 
 
 @pytest.mark.parametrize("name", sorted(METRICS))

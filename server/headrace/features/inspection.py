@@ -5,11 +5,13 @@ keys (Feast's pull request 4967); before, entity key serialization version 2, wh
 length.
 """
 
+import re
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from headrace.features.layout import key_prefix
 from headrace.features.values import KEY_DATATYPES, ValueType
 
 KeyLayout = Literal["current", "0.38 to 0.43", "version 2", "not Feast's"]
@@ -18,6 +20,8 @@ _U32 = struct.Struct("<I")
 _NAMES_MAX = 64
 _FIXED_WIDTHS = {ValueType.INT32: 4, ValueType.INT64: 8, ValueType.UNIX_TIMESTAMP: 8}
 _KEY_TYPES = {int(value_type) for value_type in KEY_DATATYPES}
+_NAME = re.compile(rb"[^\x00-\x1f\x7f]+")
+_GLOB_SPECIAL = re.compile(rb"[\\*?\[\]^-]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +31,16 @@ class EntityKey:
 
     Args:
         layout: Who wrote it.
-        join_keys: Names, in the key's order; only of the current layout.
-        project: What follows the entity key; only of the current layout.
+        join_keys: Names, in the key's order; only of the current layout. None at all in keys that
+            nobody reads: a view without entities is stored under a name of Feast's.
+        project: What follows the entity key; likewise.
+        value_types: Of its values, `ValueType`'s numbers; likewise.
     """
 
     layout: KeyLayout
     join_keys: tuple[str, ...] = ()
     project: str = ""
+    value_types: tuple[int, ...] = ()
 
 
 class _DamagedError(ValueError):
@@ -53,9 +60,13 @@ def read_key(key: bytes) -> EntityKey:
         return EntityKey("not Feast's")
     if kind == ValueType.STRING and 0 < length <= len(key) - 8 and _is_name(key[8 : 8 + length]):
         return EntityKey("0.38 to 0.43")
-    if kind == ValueType.STRING and _is_name(key[4:8]):
-        return EntityKey("version 2")
-    return EntityKey("not Feast's")
+    return EntityKey("version 2" if _is_version_2(key) else "not Feast's")
+
+
+def group_pattern(join_keys: Collection[str], project: str) -> bytes:
+    """Return a glob-style pattern, as SCAN takes it, of a project's keys of some join keys."""
+    ends = key_prefix(sorted(join_keys)), project.encode()
+    return b"*".join([_GLOB_SPECIAL.sub(rb"\\\g<0>", end) for end in ends])
 
 
 def clashing_projects(projects: Collection[str]) -> list[tuple[str, str]]:
@@ -67,15 +78,15 @@ def clashing_projects(projects: Collection[str]) -> list[tuple[str, str]]:
     """
     return sorted(
         (short, long)
-        for short in projects
-        for long in projects
+        for short in set(projects)
+        for long in set(projects)
         if short != long and long.endswith(short)
     )
 
 
 def _read_current(key: bytes) -> EntityKey:
     (count,) = _U32.unpack_from(key)
-    if not 0 < count <= _NAMES_MAX:
+    if count > _NAMES_MAX:
         raise _DamagedError
     position, names = 4, []
     for _ in range(count):
@@ -83,6 +94,15 @@ def _read_current(key: bytes) -> EntityKey:
         if kind != ValueType.STRING or not name:
             raise _DamagedError
         names.append(name.decode())
+    types, position = _read_values(key, position, count)
+    project = key[position:].decode()
+    if not project.isprintable() or not (project or count):
+        raise _DamagedError
+    return EntityKey("current", tuple(names), project, types)
+
+
+def _read_values(key: bytes, position: int, count: int) -> tuple[tuple[int, ...], int]:
+    types = []
     for _ in range(count):
         kind, value, position = _read_part(key, position)
         if kind not in _KEY_TYPES:
@@ -90,10 +110,8 @@ def _read_current(key: bytes) -> EntityKey:
         width = _FIXED_WIDTHS.get(ValueType(kind))
         if width is not None and len(value) != width:
             raise _DamagedError
-    project = key[position:].decode()
-    if not project.isprintable():
-        raise _DamagedError
-    return EntityKey("current", tuple(names), project)
+        types.append(kind)
+    return tuple(types), position
 
 
 def _read_part(key: bytes, position: int) -> tuple[int, bytes, int]:
@@ -105,5 +123,32 @@ def _read_part(key: bytes, position: int) -> tuple[int, bytes, int]:
     return kind, key[position + 8 : end], end
 
 
+def _is_version_2(key: bytes) -> bool:
+    """
+    Say whether a key is names, each after its type and without a length, then as many values.
+
+    A name ends where the next number begins, since a type's first byte is no text. How many names
+    there are nothing says: it is tried.
+    """
+    position, count = 0, 0
+    while count < _NAMES_MAX and key[position : position + 4] == _U32.pack(ValueType.STRING):
+        name = _NAME.match(key, position + 4)
+        if name is None:
+            return False
+        position, count = name.end(), count + 1
+        try:
+            _, end = _read_values(key, position, count)
+        except (_DamagedError, struct.error):
+            continue
+        if end < len(key) and _is_name(key[end:]):
+            return True
+    return False
+
+
 def _is_name(text: bytes) -> bool:
     return text.isascii() and text.decode().isprintable()
+
+
+def type_names(value_types: Sequence[int]) -> str:
+    """Write value types for people."""
+    return ", ".join(ValueType(value_type).name for value_type in value_types)

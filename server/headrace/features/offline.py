@@ -5,6 +5,7 @@ import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -27,14 +28,25 @@ class FeastOffline:
         store: Feast's client.
         has_versions: Whether the registry keeps versions of views apart.
         views: By name: the features that each has now.
+        ttls_s: By name in the store: how old their rows may be; None is for ever.
     """
 
     def __init__(
-        self, store: Any, *, has_versions: bool, views: Mapping[str, frozenset[str]]
+        self,
+        store: Any,
+        *,
+        has_versions: bool,
+        views: Mapping[str, frozenset[str]],
+        ttls_s: Mapping[str, float | None] = MappingProxyType({}),
     ) -> None:
         self._store = store
         self._has_versions = has_versions
         self._views = views
+        self._ttls_s = ttls_s
+
+    def ttl_s(self, view: str) -> float | None:
+        """See `skew.OfflineFeatures`."""
+        return self._ttls_s.get(view, 0.0)
 
     def has(self, view: str, feature: str) -> bool:
         """Say whether the registry still has a feature, by its view's name in the store."""

@@ -34,13 +34,15 @@ class StoredView:
 
     Args:
         name: Under which it is stored.
-        join_keys: Base names; none for a view without entities.
+        join_keys: By base name, the number of the value type; none for a view without entities.
         ttl_s: None is for ever.
+        is_written: Whether it is to have values: it is neither disabled nor kept offline.
     """
 
     name: str
-    join_keys: frozenset[str]
+    join_keys: Mapping[str, int]
     ttl_s: float | None
+    is_written: bool
 
 
 class RegistryViews:
@@ -251,8 +253,9 @@ class RegistryViews:
         return [
             StoredView(
                 self._stored_name(view, None),
-                frozenset(column.name for column in _join_keys(view)),
+                {column.name: column.value_type for column in _join_keys(view)},
                 _ttl_s(view),
+                not view.spec.disabled and getattr(view.spec, "online", True),
             )
             for _, view in sorted(self._views.items())
         ]

@@ -6,7 +6,7 @@ Which services there are, how their plans are compiled, where their values are s
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -241,19 +241,33 @@ class FeatureRepo:
         servers = open_redis(kind, settings.connection_string, settings.sentinel_master)
         return RedisStore(servers, cache_rows=cache_rows, hears_writes=hears_writes)
 
-    def redis_client(self) -> Any:
+    def redis_client(self, timeout_s: float) -> Callable[[], Any] | None:
         """
-        Make redis-py's client of the online store, whatever its topology; None if it is no Redis.
+        Return what makes redis-py's client of the online store; None if that is no Redis.
 
-        For looking at the store, not for serving from it.
+        For looking at the store, not for serving from it. Calling it raises what redis-py does.
+
+        Args:
+            timeout_s: The longest that the client waits, for a connection or an answer.
         """
-        settings = self._config.online_store
         if not self._is_redis:
             return None
         from feast.infra.online_stores.redis import RedisOnlineStore  # noqa: PLC0415 as above
+        from redis.backoff import NoBackoff  # noqa: PLC0415
+        from redis.retry import Retry  # noqa: PLC0415
+
+        class ImpatientStore(RedisOnlineStore):  # type: ignore[misc] # Feast has no types
+            @staticmethod
+            def _parse_connection_string(connection_string: str) -> Any:
+                parse = RedisOnlineStore._parse_connection_string  # noqa: SLF001
+                servers, options = parse(connection_string)
+                waits = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
+                if "sentinel_kwargs" in options:
+                    options["sentinel_kwargs"] = {**options["sentinel_kwargs"], **waits}
+                return servers, {**options, **waits, "retry": Retry(NoBackoff(), 0)}
 
         # Feast's own way of connecting, so that what is looked at is where it writes.
-        return RedisOnlineStore()._get_client(settings)  # noqa: SLF001
+        return lambda: ImpatientStore()._get_client(self._config.online_store)  # noqa: SLF001
 
     def another_store(self) -> Any:
         """Make another of Feast's clients of this repository, for a thread of its own."""
@@ -281,7 +295,10 @@ class FeatureRepo:
         from headrace.features.offline import FeastOffline  # noqa: PLC0415 see above
 
         return FeastOffline(
-            self._store, has_versions=self._views.has_versions, views=self._views.feature_names()
+            self._store,
+            has_versions=self._views.has_versions,
+            views=self._views.feature_names(),
+            ttls_s={view.name: view.ttl_s for view in self.stored_views()},
         )
 
     def _compile(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from headrace.features.logged_plan import LoggedFeature, LoggedPlan, LoggedView
 from headrace.features.plan import FeatureStatus
-from headrace.features.skew_values import Tolerance, differences
+from headrace.features.skew_values import Tolerance, differences, shown
 from headrace.features.values import ValueType
 
 _ASKABLE_US = 9_000_000_000_000_000
@@ -59,11 +59,20 @@ class OfflineFeatures(Protocol):
         """
         ...
 
+    def ttl_s(self, view: str) -> float | None:
+        """
+        Return how old a row may be that is read of a view; None is for ever.
+
+        Args:
+            view: The name under which the store holds it. 0 where nobody knows.
+        """
+        ...
+
 
 class Example(NamedTuple):
-    """One mismatch, to begin looking with."""
+    """One mismatch, to begin looking with; a feature read has no prediction id."""
 
-    prediction_id: str
+    prediction_id: str | None
     entity: dict[str, Any]
     online: Any
     offline: Any
@@ -75,8 +84,9 @@ class FeatureTally:
     What became of one feature's rows.
 
     A row is compared when either side has a value. *Late* is a row that mismatches, but whose
-    online value, or null, is what the offline store had at its own event time: right once, but a
-    newer row had not been materialized when it was served. It is compared, and no mismatch.
+    online value, or null, is what the offline store had at its own event time, and has no more
+    since there is a newer row, not since that one is beyond its TTL: right once, but the newer row
+    had not been materialized when it was served. It is compared, and no mismatch.
 
     Args:
         feature: As served.
@@ -103,6 +113,11 @@ class FeatureTally:
         """Of the compared rows, those that differ or are missing on one side."""
         mismatches = self.differing + self.missing_online + self.missing_offline
         return mismatches / self.compared if self.compared else 0.0
+
+    @property
+    def late_share(self) -> float:
+        """Of the compared rows."""
+        return self.late / self.compared if self.compared else 0.0
 
     @property
     def mean_distance(self) -> float | None:
@@ -195,8 +210,13 @@ def _compare_view(
             {base: (kind, [of[i] for i in places.tolist()]) for base, (kind, of) in keys.items()},
             event_us[places] + AFTER_EVENT_US,
         )
+        ttl_s = offline.ttl_s(view.name)
+        would_be_found = np.ones(len(rows), np.bool_)
+        if ttl_s is not None:
+            would_be_found = requested_us - event_us <= ttl_s * 1e6
         for side in sides:
-            _mark_late(side, places, then[side.feature.feature], tolerance)
+            is_replaced = side.offline.present | would_be_found
+            _mark_late(side, places, then[side.feature.feature], is_replaced, tolerance)
     for side in sides:
         _count(tallies[side.feature], side, view, rows)
 
@@ -228,11 +248,25 @@ def _side(
 
 
 def _mark_late(
-    side: _Side, places: NDArray[np.intp], then: OfflineColumn, tolerance: Tolerance
+    side: _Side,
+    places: NDArray[np.intp],
+    then: OfflineColumn,
+    is_replaced: NDArray[np.bool_],
+    tolerance: Tolerance,
 ) -> None:
+    """
+    Find the late ones among suspects.
+
+    Args:
+        side: Told of them.
+        places: Of the suspects among the rows.
+        then: What the offline store had at their event times.
+        is_replaced: For all rows, whether only a newer row can hide what was there then.
+        tolerance: For floating point.
+    """
     suspect = side.suspect[places]
     side.late[places[suspect & side.null[places] & ~then.present]] = True
-    asked = suspect & side.known[places] & then.present
+    asked = suspect & side.known[places] & then.present & is_replaced[places]
     own = places[asked]
     differs, _ = differences(
         ValueType(side.feature.value_type), side.online[own], then.values[asked], tolerance
@@ -265,11 +299,12 @@ def _count(tally: FeatureTally, side: _Side, view: LoggedView, rows: pa.Table) -
 
 
 def _example(side: _Side, view: LoggedView, rows: pa.Table, at: int) -> Example:
+    kind = ValueType(side.feature.value_type)
     return Example(
         prediction_id=rows["prediction_id"][at].as_py(),
         entity={name: rows[f"key.{name}"][at].as_py() for _, name, _ in view.join_keys},
-        online=_plain(side.online[at]) if side.seen[at] else None,
-        offline=_plain(side.offline.values[at]) if side.offline.present[at] else None,
+        online=_plain(shown(kind, side.online[at])) if side.seen[at] else None,
+        offline=_plain(shown(kind, side.offline.values[at])) if side.offline.present[at] else None,
     )
 
 

@@ -1,16 +1,18 @@
 """The skew log's files: feature vectors as served, in Parquet that anybody can read.
 
-A file holds rows of one model version. Columns: `prediction_id`, `request_time`, `model`,
-`version`, `registry_version`; `key.<join key>`; `value.<feature>` (null where nothing was found)
+A file holds rows of one model version, or of one selection of features that was read without a
+model. Columns: `prediction_id`, `request_time`, `model`, `version` (null and empty for such reads),
+`registry_version`; `key.<join key>`; `value.<feature>` (null where nothing was found)
 and `status.<feature>`; `event_time.<view>`, with the number of the key group behind it (`#1`) where
 one view is read by two keys. The footer's entry `headrace.skew` is a `LoggedPlan` in JSON.
 """
 
-import contextlib
+import fcntl
 import os
 import secrets
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +38,9 @@ _GROUP_ROWS = 65_536
 _TEMPORARY_PREFIX = ".skew-"
 _TEMPORARY_LIFE_S = 600.0
 """Nobody writes a file for so long: whoever began it has died."""
+
+_LOCK_TIMEOUT_S = 5.0
+_LOCK_PERIOD_S = 0.01
 
 _TIME_LIMIT_S = 9e12
 _TIME = pa.timestamp("us", "UTC")
@@ -113,6 +118,10 @@ class SkewFolder:
     """
     The folder of a log. One thread writes; other processes may write their own files to it.
 
+    Its files stay under the limit at any time, whoever wrote them: room is made and a file is added
+    under a lock (`flock`, of the folder). Not counted is the file that each process is writing.
+    Where the file system has no locks, or somebody holds it for seconds, it is done without.
+
     Args:
         path: Made when the first file is written.
         max_bytes: Most bytes of all files of the log.
@@ -127,7 +136,7 @@ class SkewFolder:
 
     def write(self, columns: Sequence[Columns]) -> None:
         """
-        Write a file: whole, or not at all. The oldest go first where it does not fit.
+        Write a file: whole and synced, or not at all. The oldest go first where it does not fit.
 
         Raises:
             OSError: it cannot be written, or is larger than the whole log may be.
@@ -145,8 +154,15 @@ class SkewFolder:
                 file.flush()
                 os.fsync(file.fileno())
                 size = file.tell()
-            self._make_room(size, temporary.name)
-            temporary.rename(self._path / f"skew-{name}.parquet")
+            folder = os.open(self._path, os.O_RDONLY)
+            try:
+                _lock(folder)
+                self._make_room(size, temporary.name)
+                temporary.rename(self._path / f"skew-{name}.parquet")
+                with suppress(OSError):  # not every file system can
+                    os.fsync(folder)  # its name, too, is to survive a power failure
+            finally:
+                os.close(folder)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -168,10 +184,26 @@ class SkewFolder:
         for name, one in sorted(files):  # names begin with their time
             if total <= self._max_bytes:
                 return
-            with contextlib.suppress(FileNotFoundError):  # another process was faster
+            with suppress(FileNotFoundError):  # another process was faster
                 (self._path / name).unlink()
                 self.files_deleted += 1
             total -= one
+
+
+def _lock(folder: int) -> None:
+    """Lock a folder until it is closed; without, where that takes too long or cannot be done."""
+    deadline_s = time.monotonic() + _LOCK_TIMEOUT_S
+    while True:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline_s:
+                return
+            time.sleep(_LOCK_PERIOD_S)
+        except OSError:
+            return
+        else:
+            return
 
 
 def files_of(path: Path) -> Iterator[Path]:
@@ -179,17 +211,19 @@ def files_of(path: Path) -> Iterator[Path]:
     yield from sorted(path.rglob(FILE_PATTERN), key=lambda file: (file.name, file))
 
 
-def _prediction_ids(records: Sequence[SkewRecord]) -> list[str]:
-    ids = []
+def _prediction_ids(records: Sequence[SkewRecord]) -> list[str | None]:
+    ids: list[str | None] = []
     for record in records:
+        prefix, first = record.source.id_prefix, record.first_number
+        if prefix is None:
+            ids += [None] * len(record.places)
+            continue
         if not record.request_rows:
-            prefix, first = record.source.id_prefix, record.first_number
             ids += [f"{prefix}{first + at:010x}/0" for at in record.places.tolist()]
             continue
         ends = np.cumsum(record.request_rows)
         requests = np.searchsorted(ends, record.places, side="right")
         rows = record.places - (ends - record.request_rows)[requests]
-        prefix, first = record.source.id_prefix, record.first_number
         ids += [
             f"{prefix}{first + request:010x}/{row}"
             for request, row in zip(requests.tolist(), rows.tolist(), strict=True)

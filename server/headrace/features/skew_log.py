@@ -8,7 +8,7 @@ reads them.
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ import structlog
 from numpy.typing import NDArray
 
 from headrace.features.key_sample import threshold_of
+from headrace.features.plan import FeaturePlan
 from headrace.features.skew_record import SkewRecord, SkewSource, sampled_record
 from headrace.features.store import FeatureRows
 
@@ -27,6 +28,9 @@ _LOG = structlog.get_logger(__name__)
 
 WRITE_DOWN_PERIOD_S = 1.0
 """Rows of so long are turned into columns together."""
+
+GATHERED_MAX = 256
+"""Files that are gathered at once: callers who read features may select them as they like."""
 
 
 @dataclass(slots=True)
@@ -78,11 +82,11 @@ class SkewLog:
         self._lock = threading.Lock()
         self._queue: deque[SkewRecord] = deque()
         self._queued_bytes = 0
-        self._gathered: dict[int, _Gathered] = {}
-        """By the id of their source, which their columns keep alive. The thread's own."""
+        self._gathered: dict[Hashable, _Gathered] = {}
+        """By their source's `file_key`. The thread's own."""
         self.rows_written = 0
         self.rows_dropped = 0
-        """Did not fit the queue."""
+        """Did not fit the queue, or were of one selection too many."""
         self.rows_failed = 0
         """Sampled and lost: they could not be written."""
         self._is_failing = False
@@ -119,7 +123,7 @@ class SkewLog:
             entities: What was read, by join key, n keys each.
             features: What was found, n rows.
             first_number: Of the batch's first request.
-            request_rows: Rows of each request; n together.
+            request_rows: Rows of each request; n together. Of no use without prediction ids.
             time_s: When the features were read, Unix seconds.
         """
         record = sampled_record(
@@ -166,12 +170,16 @@ class SkewLog:
         with self._lock:
             records = list(self._queue)
             self._queue.clear()
-        by_source: dict[int, list[SkewRecord]] = {}
+        by_key: dict[Hashable, list[SkewRecord]] = {}
         for record in records:
-            by_source.setdefault(id(record.source), []).append(record)
-        for key, group in by_source.items():
+            by_key.setdefault(record.source.file_key, []).append(record)
+        for key, group in by_key.items():
             self._forget(sum(record.byte_count for record in group))
             rows = sum(len(record.places) for record in group)
+            if key not in self._gathered and len(self._gathered) >= GATHERED_MAX:
+                with self._lock:
+                    self.rows_dropped += rows
+                continue
             try:
                 columns = self._to_columns(group)
             except Exception as error:  # noqa: BLE001 what cannot be written must not end the log
@@ -214,3 +222,44 @@ class SkewLog:
     def _forget(self, byte_count: int) -> None:
         with self._lock:
             self._queued_bytes -= byte_count
+
+
+class FeatureReadLog:
+    """
+    What feature reads, without a model, leave in a skew log. Any thread may call it.
+
+    Args:
+        log: Keeps the rows of sampled keys, which are those that models' rows are sampled by.
+    """
+
+    def __init__(self, log: SkewLog) -> None:
+        self._log = log
+
+    def put(
+        self,
+        plan: FeaturePlan,
+        entities: Mapping[str, NDArray[Any]],
+        features: FeatureRows,
+        *,
+        time_s: float,
+    ) -> None:
+        """Queue a batch's sampled rows, or drop them; as `SkewLog.put`."""
+        read = read_plan(plan)
+        if read is not None:
+            self._log.put(
+                SkewSource("", "", None, read),  # kept nowhere: it would keep an old plan's caches
+                entities,
+                features.stored or features,
+                first_number=int(time_s * 1e6),  # rows without a key are sampled by it
+                request_rows=(),
+                time_s=time_s,
+            )
+
+
+def read_plan(plan: FeaturePlan) -> FeaturePlan | None:
+    """
+    Return what can be compared of a plan; None where nothing is read for it.
+
+    What is computed says nothing new: only what it is computed from can be compared.
+    """
+    return plan.stored if plan.computed else plan

@@ -1,6 +1,6 @@
 """Reading a skew log back, however large: a bounded number of rows at a time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 
 from headrace.features.logged_plan import LoggedPlan
 from headrace.features.skew_file import METADATA_KEY, files_of
+
+_DAMAGED = (OSError, KeyError, ValueError, pa.ArrowException)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ def scan(
                 rows = file.metadata.num_rows
         except FileNotFoundError:  # deleted to make room, meanwhile
             continue
-        except (OSError, KeyError, ValueError):
+        except _DAMAGED:
             unreadable.append(path)
             continue
         if service is None or plan.service == service:
@@ -63,7 +65,10 @@ def scan(
 
 
 def chunks(
-    files: Sequence[LoggedFile], rows: int, since_s: float | None
+    files: Sequence[LoggedFile],
+    rows: int,
+    since_s: float | None,
+    on_damage: Callable[[Path], None] = lambda _: None,
 ) -> Iterator[tuple[LoggedPlan, Any]]:
     """
     Yield a log's rows, those of one plan after the other.
@@ -72,6 +77,7 @@ def chunks(
         files: Of the log.
         rows: Most rows of one chunk.
         since_s: Older requests are left out, Unix seconds.
+        on_damage: Told of a file that cannot be read to its end; what came before it is there.
 
     Yields:
         A plan and an Arrow table of its rows, at least one of them.
@@ -82,7 +88,7 @@ def chunks(
         for file in files:
             if file.plan != plan:
                 continue
-            for part in _parts(file, rows, since_s):
+            for part in _parts(file, rows, since_s, on_damage):
                 rest = part
                 while count + len(rest) >= rows:
                     parts.append(rest[: rows - count])
@@ -96,7 +102,9 @@ def chunks(
             yield plan, pa.concat_tables(parts)
 
 
-def _parts(file: LoggedFile, rows: int, since_s: float | None) -> Iterator[Any]:
+def _parts(
+    file: LoggedFile, rows: int, since_s: float | None, on_damage: Callable[[Path], None]
+) -> Iterator[Any]:
     try:
         with pq.ParquetFile(file.path) as parquet:
             for batch in parquet.iter_batches(rows):
@@ -107,6 +115,8 @@ def _parts(file: LoggedFile, rows: int, since_s: float | None) -> Iterator[Any]:
                 yield part
     except FileNotFoundError:  # as above
         return
+    except _DAMAGED:
+        on_damage(file.path)
 
 
 def _written_s(path: Path) -> float:

@@ -19,24 +19,29 @@ _LIST_ELEMENT_BYTES = 32
 
 class SkewSource:
     """
-    One served version; the same object for all its batches.
+    One served version, or one selection that is read without a model.
 
     Args:
-        model: Its name.
-        version: Its version, as text.
-        id_prefix: What its prediction ids begin with.
+        model: Its name; empty for feature reads.
+        version: Its version, as text; likewise.
+        id_prefix: What its prediction ids begin with; None for feature reads, which have none.
         plan: What is read for it.
+
+    Attributes:
+        file_key: Equal for those whose rows are of one file.
+        key_names: The plan's join keys, sorted.
     """
 
-    __slots__ = ("id_prefix", "key_names", "model", "plan", "version")
+    __slots__ = ("file_key", "id_prefix", "key_names", "model", "plan", "version")
 
-    def __init__(self, model: str, version: str, id_prefix: str, plan: FeaturePlan) -> None:
+    def __init__(self, model: str, version: str, id_prefix: str | None, plan: FeaturePlan) -> None:
         self.model = model
         self.version = version
         self.id_prefix = id_prefix
         self.plan = plan
+        self.file_key = model, version, plan
         # Services name their keys in different orders; an entity is sampled by all or by none.
-        self.key_names = tuple(sorted(key.name for key in plan.join_keys))
+        self.key_names = tuple(sorted([key.name for key in plan.join_keys]))
 
 
 class SkewRecord(NamedTuple):

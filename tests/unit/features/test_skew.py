@@ -3,6 +3,7 @@
 from itertools import chain
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -49,6 +50,9 @@ class History:
             values[:] = [row.get(feature) for row in found]
             columns[feature] = OfflineColumn(values, np.array([v is not None for v in values]))
         return columns
+
+    def ttl_s(self, view):
+        return None
 
     def _at(self, view, key, time_s):
         known = [row for row in self.rows.get((view, key), ()) if row[0] <= time_s]
@@ -197,6 +201,35 @@ def test_distances_are_of_rows_that_both_have_and_that_are_not_late():
     assert tally.example == ("f00d0000000001/0", {"user_id": 1}, 5.0, 2.0)
 
 
+class Forgetful(History):
+    """An offline store that does not show rows of more than 150 seconds."""
+
+    def ttl_s(self, view):
+        return 150.0
+
+    def _at(self, view, key, time_s):
+        known = [row for row in self.rows.get((view, key), ()) if 0 <= time_s - row[0] <= 150]
+        return max(known, key=lambda row: row[0])[1] if known else {}
+
+
+@pytest.mark.parametrize(
+    ("rows", "event_time_s", "expected"),
+    [
+        pytest.param([OLD], 100.0, {"missing_offline": 1}, id="beyond the offline TTL, not late"),
+        pytest.param([OLD, NEW], 100.0, {"late": 1}, id="replaced"),
+        pytest.param(
+            [(180.0, {"a": 1.0}), (200.0, {"a": None})], 180.0, {"late": 1}, id="replaced by null"
+        ),
+    ],
+)
+def test_only_what_a_newer_row_replaced_is_late(rows, event_time_s, expected):
+    history = Forgetful({("stats", 1): rows})
+
+    tally = tallied(served((1, 300.0, {"a": 1.0}, {"stats": event_time_s})), history)["a"]
+
+    assert verdict(tally) == expected
+
+
 def test_text_has_no_distance():
     history = History({("stats", 1): [NEW]})
 
@@ -334,3 +367,23 @@ def test_a_file_that_is_none_of_the_log_is_told_of(tmp_path, content):
 
     assert unreadable == [stranger]
     assert len(files) == 1
+
+
+def key_in(file):
+    return pq.read_table(file)["key.user_id"][0].as_py()
+
+
+def test_a_file_that_is_damaged_inside_is_told_of_and_the_others_are_read(tmp_path):
+    logged(tmp_path, 100.0, 200.0, 300.0)
+    damaged = next(file for file in tmp_path.iterdir() if key_in(file) == 200)
+    content = bytearray(damaged.read_bytes())
+    content[4:200] = b"\xff" * 196  # its data, not its footer
+    damaged.write_bytes(content)
+    told = []
+
+    files, unreadable = scan(tmp_path, None, None)
+    found = [table["key.user_id"].to_pylist() for _, table in chunks(files, 10, None, told.append)]
+
+    assert unreadable == []
+    assert told == [damaged]
+    assert [sorted(chunk) for chunk in found] == [[100, 300]]

@@ -1,10 +1,14 @@
 """What was served is written down, sampled rows only, and never in anybody's way."""
 
 import errno
+import fcntl
 import os
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,7 +21,8 @@ from headrace.features import skew_log as skew_log_module
 from headrace.features.key_sample import sampled_rows, threshold_of
 from headrace.features.memory_store import MemoryStore
 from headrace.features.plan import FeatureSource, ViewSource, compile_plan
-from headrace.features.skew_log import SkewLog
+from headrace.features.skew_log import FeatureReadLog, SkewLog, read_plan
+from headrace.features.skew_reader import scan
 from headrace.features.skew_record import SkewSource
 from headrace.features.values import ValueType as V
 
@@ -427,3 +432,136 @@ def test_no_file_is_larger_than_the_whole_log_may_be(tmp_path):
 
     assert log.rows_failed == 100
     assert not list(tmp_path.iterdir())
+
+
+def read(log, plan, drivers, number=0):
+    """What a feature read without a model leaves behind."""
+    columns = {"driver_id": column(drivers)} if plan.request_columns else {"": column(drivers)}
+    rows = MemoryStore().read(plan, columns, now_s=NOW_S, timeout_s=1)
+    FeatureReadLog(log).put(plan, columns, rows, time_s=NOW_S + number)
+
+
+def test_feature_reads_are_kept_like_a_models_but_without_a_prediction_id(tmp_path):
+    log = log_to(tmp_path, share=0.5)
+
+    for _ in range(2):  # whichever thread and object they come through
+        read(log, FLOATS, range(100))
+    put(log, source_of(FLOATS), {"driver_id": range(100)})
+    flushed(log)
+
+    rows = written(tmp_path)
+    reads = [row["key.driver_id"] for row in rows if row["prediction_id"] is None]
+    assert reads == 2 * [row["key.driver_id"] for row in rows if row["prediction_id"] is not None]
+    assert {(row["model"], row["version"]) for row in rows} == {("", ""), ("m", "3")}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_callers_who_select_ever_something_else_make_no_flood_of_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(skew_log_module, "GATHERED_MAX", 3)
+    log = log_to(tmp_path)
+
+    for i in range(5):
+        read(log, plan_of((f"f{i}", V.FLOAT)), [1, 2])
+    flushed(log)
+
+    assert len(list(tmp_path.iterdir())) == 3
+    assert (log.rows_written, log.rows_dropped, log.queued_bytes) == (6, 4, 0)
+
+
+def test_feature_reads_without_keys_are_sampled_row_by_row(tmp_path):
+    plan = plan_of(("rain", V.FLOAT), keys=())
+    log = log_to(tmp_path, share=0.1)
+
+    for number in range(100):
+        read(log, plan, [0] * 20, number)
+    flushed(log)
+
+    assert 100 < len(written(tmp_path)) < 300
+
+
+def test_what_a_read_computes_is_kept_as_what_it_is_computed_from(tmp_path):
+    computed = SimpleNamespace(computed=("view",), stored=FLOATS)
+    only_computed = SimpleNamespace(computed=("view",), stored=None)
+
+    assert [read_plan(plan) for plan in (FLOATS, computed, only_computed)] == [FLOATS, FLOATS, None]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from headrace.features.plan import FeatureSource, ViewSource, compile_plan
+from headrace.features.skew_file import Columns, SkewFolder
+from headrace.features.skew_reader import scan
+from headrace.features.skew_record import SkewSource
+from headrace.features.values import ValueType
+
+keys = (("driver_id", "driver_id", ValueType.INT64),)
+features = (FeatureSource("rating", ValueType.FLOAT),)
+plan = compile_plan("service", "demo", "1", [ViewSource("stats", keys, features)])
+batch = pa.RecordBatch.from_pydict({"noise": np.random.default_rng().random(2_000)})
+folder = SkewFolder(Path(sys.argv[1]), int(sys.argv[2]))
+print("ready", flush=True)
+while True:
+    folder.write([Columns(SkewSource("m", "1", "f00d", plan), batch, 0)])
+    print("written", flush=True)
+"""
+
+
+def begin_writing(folder, folder_bytes):
+    command = [sys.executable, "-c", WRITER, folder, str(folder_bytes)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def end(process):
+    process.kill()
+    process.communicate(timeout=10)
+
+
+def test_processes_that_share_a_folder_stay_under_its_limit_together(tmp_path):
+    limit = 100_000  # of files of some 17,000 bytes
+    writers = [begin_writing(tmp_path, limit) for _ in range(3)]
+    try:
+        for writer in writers:
+            assert writer.stdout.readline() == "ready\n"
+        most, names = 0, set()
+        deadline_s = time.monotonic() + 30
+        while len(names) < 60:
+            assert time.monotonic() < deadline_s
+            sizes = sizes_in(tmp_path)
+            names |= sizes.keys()
+            most = max(most, sum(sizes.values()))
+    finally:
+        for writer in writers:
+            end(writer)
+
+    assert limit / 2 < most <= limit
+    assert len({name.split("-")[2] for name in names}) == 3  # all of them wrote
+
+
+def sizes_in(folder):
+    """Return the log's files as they are at one moment: under the writers' own lock."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return {file.name: file.stat().st_size for file in folder.glob("skew-*.parquet")}
+    finally:
+        os.close(descriptor)
+
+
+def test_a_writer_that_is_killed_leaves_only_whole_files(tmp_path):
+    writer = begin_writing(tmp_path, 10**9)
+    try:
+        for line in ("ready", "written", "written", "written"):
+            assert writer.stdout.readline() == f"{line}\n"
+    finally:
+        end(writer)
+
+    files, unreadable = scan(tmp_path, None, None)
+
+    assert len(files) >= 3
+    assert unreadable == []
+    assert {len(rows_in(file.path)) for file in files} == {2_000}

@@ -1,16 +1,18 @@
 """Two values of a feature: the same or not, and how far apart."""
 
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from decimal import Decimal
 from uuid import UUID
 
 import numpy as np
 import pandas as pd
 import pytest
+from feast.type_map import python_values_to_proto_values
+from feast.value_type import ValueType as FeastType
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.features.skew_values import Tolerance, differences
+from headrace.features.skew_values import Tolerance, differences, shown
 from headrace.features.values import ValueType as V
 
 NAN = float("nan")
@@ -97,6 +99,70 @@ def test_everything_else_differs(value_type, online, offline, distance):
 
     assert differs
     assert found == pytest.approx(distance, rel=1e-2, nan_ok=True)
+
+
+def stored(value_type, value):
+    """What the online store holds of a Python value: what Feast's materialization writes."""
+    return python_values_to_proto_values([value], FeastType(int(value_type)))[0].SerializeToString()
+
+
+UUIDS = [UUID(int=1), UUID(int=2)]
+
+
+@pytest.mark.parametrize(
+    ("value_type", "online", "offline", "other"),
+    [
+        pytest.param(V.INT64_SET, {1, 2, 300}, np.array([300, 2, 1]), [1, 2], id="integers"),
+        pytest.param(V.FLOAT_SET, {0.1, 2.0}, [2.0, 0.1], [2.0, 0.2], id="floats"),
+        pytest.param(V.STRING_SET, {"a", "b"}, ["b", "a"], ["a"], id="texts"),
+        pytest.param(V.MAP, {"a": 1, "b": 2}, [("b", 2), ("a", 1)], {"a": 1}, id="a map"),
+        pytest.param(V.STRUCT, {"a": 1, "b": "x"}, {"b": "x", "a": 1}, {"a": 1}, id="a struct"),
+        pytest.param(V.MAP_LIST, [{"a": 1}], [{"a": 1}], [{"a": 2}], id="maps"),
+        pytest.param(V.UUID_LIST, UUIDS, [str(one) for one in UUIDS], UUIDS[:1], id="UUIDs"),
+        pytest.param(V.DECIMAL_LIST, [Decimal(1)], [Decimal(1)], [Decimal(2)], id="decimals"),
+        pytest.param(V.JSON_LIST, ['{"a": 1}'], ['{"a": 1}'], ["{}"], id="documents"),
+        pytest.param(V.INT64_SET, {1}, [1], "nonsense", id="what nothing can be made of"),
+    ],
+)
+def test_what_is_handed_on_as_it_is_stored_is_compared_too(value_type, online, offline, other):
+    raw = stored(value_type, online)
+
+    assert compared(value_type, raw, objects(offline))[0] is False
+    assert compared(value_type, raw, objects(other))[0] is True
+
+
+@pytest.mark.parametrize(
+    ("value_type", "online", "offline"),
+    [
+        pytest.param(V.INT64, [1, 2, 2**62 + 1, 4], ["one", 2, Decimal(2**62 + 1), 5], id="text"),
+        pytest.param(V.INT64, [1, 2, 3, 4], [2**70, 2, np.int64(3), 5.0], id="too large"),
+        pytest.param(V.FLOAT, [1, 0.5, 0.1, 4], ["one", 0.5, Decimal("0.1"), 5], id="floats"),
+        pytest.param(V.BOOL, [True, False, True, True], ["no", False, True, False], id="booleans"),
+        pytest.param(V.UNIX_TIMESTAMP, [1, 86_400, 3, 4], ["x", date(1970, 1, 2), 3, 5], id="days"),
+    ],
+)
+def test_a_value_that_cannot_be_compared_differs_alone(value_type, online, offline):
+    online = np.array(online, value_type.dtype)
+
+    differs, _ = differences(value_type, online, objects(*offline), Tolerance())
+
+    assert differs.tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("value_type", "value", "expected"),
+    [
+        (V.UNIX_TIMESTAMP, pd.Timestamp(MOMENT).to_numpy(), int(MOMENT.timestamp())),
+        (V.UNIX_TIMESTAMP, MOMENT, int(MOMENT.timestamp())),
+        (V.UNIX_TIMESTAMP_LIST, [MOMENT], [int(MOMENT.timestamp())]),
+        (V.INT64_SET, stored(V.INT64_SET, {3, 1, 2}), [1, 2, 3]),
+        (V.INT64_SET, np.array([3, 1, 2]), [1, 2, 3]),
+        (V.INT64_SET, "nonsense", "nonsense"),
+        (V.FLOAT, 0.5, 0.5),
+    ],
+)
+def test_both_sides_of_a_mismatch_are_shown_alike(value_type, value, expected):
+    assert shown(value_type, value) == expected
 
 
 FINITE = st.floats(-1e30, 1e30)
