@@ -1,9 +1,12 @@
 """Compiling a feature service: groups, order, names and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 
 from headrace.errors import ModelLoadError
 from headrace.features.layout import feature_field, time_field
+from headrace.features.on_demand_plan import OnDemandSource, compile_on_demand_plan
 from headrace.features.plan import FeatureSource, ViewSource, compile_plan
 from headrace.features.values import ValueType
 
@@ -155,3 +158,46 @@ def test_a_collision_in_another_entitys_hash_is_none_of_this_services_business()
     compiled(
         view("v", DRIVER, **{first: ValueType.FLOAT}), neighbours=[(["customer_id"], "v", second)]
     )
+
+
+def located(*pairs, name="loc", label=""):
+    keys = tuple((base, key, ValueType.INT64) for base, key in pairs)
+    return ViewSource(name, keys, (FeatureSource(f"f_{label}", ValueType.FLOAT),), label=label)
+
+
+def test_a_digest_changes_with_the_columns_that_a_view_is_joined_by():
+    both = located(("origin", "origin"), ("goal", "goal"), name="pair", label="p")
+
+    def ends(one, other):
+        return [both, located(("loc", one), label="o"), located(("loc", other), label="d")]
+
+    before = compile_plan("s", "p", "1", ends("origin", "goal"))
+    again = compile_plan("s", "p", "2", ends("origin", "goal"))
+    swapped = compile_plan("s", "p", "2", ends("goal", "origin"))
+
+    assert before.digest == again.digest
+    assert before.digest != swapped.digest
+
+
+def test_a_digest_changes_with_a_join_keys_own_name():
+    plans = [compile_plan("s", "p", "1", [located((base, "id"))]) for base in ("id", "driver")]
+
+    assert plans[0].groups[0].key_prefix != plans[1].groups[0].key_prefix
+    assert plans[0].digest != plans[1].digest
+
+
+def test_a_digest_changes_with_what_computed_features_are_given():
+    def plan(*names):
+        source = ViewSource(
+            "v", (("k", "k", ValueType.INT64),), (FeatureSource("a", ValueType.FLOAT),)
+        )
+        data = (("x", ValueType.INT64),)
+        computed = OnDemandSource(
+            "c", "c", (FeatureSource("z", ValueType.FLOAT),), (source,), data, None
+        )
+        made = compile_on_demand_plan("s", "p", "1", [computed])
+        inputs = tuple((name, 0) for name in names)
+        return replace(made, computed=(replace(made.computed[0], inputs=inputs),))
+
+    assert plan("a", "v__a").digest == plan("a", "v__a").digest
+    assert plan("a", "v__a").digest != plan("a", "w__a").digest
