@@ -145,6 +145,15 @@ def test_features_whose_hashes_collide_are_refused():
         compiled(view("v", DRIVER, **{first: ValueType.FLOAT, second: ValueType.FLOAT}))
 
 
+def test_features_of_two_views_in_one_command_whose_hashes_collide_are_refused():
+    assert feature_field("a", "f7545") == feature_field("b", "g14446")  # found by search
+    views = [view("a", DRIVER, f7545=ValueType.FLOAT), view("b", DRIVER, g14446=ValueType.FLOAT)]
+    with pytest.raises(ModelLoadError, match="'a:f7545' and 'b:g14446' have the same 32-bit"):
+        compiled(*views)
+    views[1] = view("b", CUSTOMER, g14446=ValueType.FLOAT)  # not in that hash
+    assert len(compiled(*views).groups) == 2
+
+
 def test_a_collision_with_a_feature_that_is_only_stored_beside_it_is_refused():
     first, second = COLLIDING
     with pytest.raises(ModelLoadError, match="same 32-bit field name"):
