@@ -10,6 +10,7 @@ Source: feast 0.67 `feature_view.py`, `stream_feature_view.py`, `on_demand_featu
 `feature_service.py`, each `from_proto`; `transformation/udf_rehydrate.py`.
 """
 
+import itertools
 import uuid
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -21,6 +22,9 @@ from feast.protos.feast.core.FeatureView_pb2 import FeatureView as FeatureViewPr
 from feast.protos.feast.core.Registry_pb2 import Registry as RegistryProto
 
 from headrace.features.registry_views import parse_version, stored_views
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_NUMBERS = itertools.count()
 
 
 class PinnedRegistry(Registry):  # type: ignore[misc]
@@ -46,8 +50,9 @@ class PinnedRegistry(Registry):  # type: ignore[misc]
         )
         self.cached_registry_proto = _without_code(message, project, with_sources=with_sources)
         self.cached_registry_proto_ttl = timedelta(0)  # for ever
-        # Feast keeps what it looked up in the last registry, told from others by this time.
-        self.cached_registry_proto_created = datetime.now(UTC)
+        # Feast keeps what it looked up in the last registry, which it tells from others by this
+        # time alone: no two may have the same.
+        self.cached_registry_proto_created = _EPOCH + timedelta(microseconds=next(_NUMBERS))
 
     def refresh(self, project: str | None = None) -> None:
         """Do nothing."""
