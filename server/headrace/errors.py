@@ -4,7 +4,8 @@
 
     ServingError
     ├── InvalidRequest            the caller must change the request
-    │   └── InvalidTensor             wrong name, datatype, shape or bytes
+    │   ├── InvalidTensor             wrong name, datatype, shape or bytes
+    │   └── UnusableValues            no on-demand feature view can be given these
     ├── NotFound                  no such thing here
     │   ├── ModelNotFound
     │   ├── ModelVersionNotFound
@@ -114,6 +115,10 @@ class BackendUnavailable(DependencyUnavailable):
 
 class ComputationFailed(ServingError):
     """The code of an on-demand feature view failed."""
+
+
+class UnusableValues(InvalidRequest, ComputationFailed):
+    """Values of a request cannot be given to an on-demand feature view's code."""
 
 
 class BackendError(ServingError):

@@ -46,7 +46,7 @@ class ServiceReport:
         models: Names and versions of those that were served, `READS` among them.
         registry_versions: Under which they were.
         tallies: By feature and view.
-        gone: Logged features that the registry no longer has.
+        gone: Logged features that the registry no longer has, or that code computes.
     """
 
     service: str
@@ -292,7 +292,8 @@ def _show(
     if any(of.late for of in report.tallies.values()):
         console.print("late: right at its own event time, but a newer value was not online yet")
     if report.gone:
-        console.print(f"no longer in the registry: {printable(', '.join(sorted(report.gone)))}")
+        names = printable(", ".join(sorted(report.gone)))
+        console.print(f"not compared, no longer in the registry or computed on demand: {names}")
     if len(report.registry_versions) > 1:
         console.print(f"served under {len(report.registry_versions)} versions of the registry")
     if not skewed:

@@ -163,7 +163,7 @@ def world(topologies, tmp_path_factory):
     stores = {
         "memory": memory,
         **{kind: repos[kind].online_store() for kind in topologies},
-        "feast over redis": FeastStore(feast_stores["redis"]),
+        "feast over redis": FeastStore(feast_stores["redis"].config),
         "feast over sqlite": repos["sqlite"].online_store(),
     }
     services = repos["redis"].services()

@@ -1,5 +1,6 @@
 """What is applied while the server runs is served; what is broken is not, and is said."""
 
+import threading
 import time
 import urllib.request
 from datetime import UTC, datetime, timedelta
@@ -137,6 +138,48 @@ def test_a_registry_that_is_gone_or_broken_changes_nothing_and_is_said(gateway, 
     from prometheus_client import generate_latest
 
     assert "headrace_registry_readable 1.0" in generate_latest(gateway.metrics).decode()
+
+
+def test_every_reply_is_of_one_state_while_the_registry_changes_under_load(gateway, repo):
+    stats = view(timedelta(0))
+    selections = [["rating"], ["trips", "rating"], ["trips"]]
+    expected = {"rating": 4.5, "trips": 10.0}
+    states = {("rating", "trips"), *map(tuple, selections)}
+    seen, wrong = set(), []
+    is_over = threading.Event()
+
+    def reader():
+        request = pb.GetOnlineFeaturesRequest(feature_service="driver_features")
+        request.entities.add(name="driver_id").values.int64s.values.extend([1, 1])
+        with grpc.insecure_channel(gateway.grpc_address) as channel:
+            stub = pb_grpc.FeatureServiceStub(channel)
+            while not is_over.is_set():
+                try:
+                    reply = stub.GetOnlineFeatures(request, timeout=5)
+                except grpc.RpcError as error:
+                    wrong.append(error)
+                    return
+                names = [of.name for of in reply.features]
+                seen.add(tuple(names))
+                found = [list(of.values.floats.values) for of in reply.features]
+                values = [[expected[name]] * 2 for name in names]
+                if tuple(names) not in states or found != values:
+                    wrong.append((names, found))
+
+    readers = [threading.Thread(target=reader) for _ in range(4)]
+    for thread in readers:
+        thread.start()
+    try:
+        for names in [*selections, *selections]:
+            apply(repo, stats, FeatureService(name="driver_features", features=[stats[names]]))
+            eventually(lambda names=tuple(names): wrong or names in seen)
+            seen.clear()
+    finally:
+        is_over.set()
+        for thread in readers:
+            thread.join(10)
+
+    assert wrong == []
 
 
 def test_a_service_that_goes_keeps_its_models_serving_and_is_told(gateway, repo):

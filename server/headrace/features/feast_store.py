@@ -22,8 +22,9 @@ from headrace.features.plan import FeaturePlan, PlannedFeature
 from headrace.features.store import FeatureRows, RowBlocks, row_count
 from headrace.features.values import ValueMismatchError, ValueType, message_value
 
-if TYPE_CHECKING:
-    from feast import FeatureStore
+if TYPE_CHECKING:  # Feast takes seconds to import
+    from feast import RepoConfig
+    from feast.infra.provider import Provider
 
 CHECK_TIMEOUT_S = 1.0
 MAX_WAITING = 256
@@ -41,15 +42,19 @@ class FeastStore:
     whose event time is 1970 is NOT_FOUND, and one with any other is NULL_VALUE: a feature missing
     from a row that exists is NULL_VALUE, where `RedisStore` says NOT_FOUND.
 
+    Feast is given the state of the registry that a plan was compiled from, without the code in it
+    (`pinned_registry`); it looks at no registry itself.
+
     Args:
-        store: Feast's client. Its registry is Feast's business: a stream view's transformation is
-            unpickled by it.
+        config: Feast's settings of the repository.
+        provider: Feast's way to its store; made from `config` when None.
     """
 
-    def __init__(self, store: "FeatureStore") -> None:
+    def __init__(self, config: "RepoConfig", provider: "Provider | None" = None) -> None:
         self.mismatches = self.cache_hits = self.cache_misses = self.cache_invalidations = 0
         """Values met that were not of their feature's type."""
-        self._store = store
+        self._config = config
+        self._provider = provider
         # What Feast calls a plan: looking a service up costs it milliseconds.
         self._selections: weakref.WeakKeyDictionary[FeaturePlan, Any] = weakref.WeakKeyDictionary()
         self._work: queue.Queue[tuple[Callable[[], Any], Future[Any]] | None] = queue.Queue(
@@ -79,7 +84,10 @@ class FeastStore:
         blocks.clear()
         vectors = dict(zip(response.metadata.feature_names.val, response.results, strict=True))
         for i, feature in enumerate(plan.features):
-            vector = vectors[feature.name]
+            vector = vectors.get(feature.name)
+            if vector is None or len(vector.values) != count:
+                _log.error("feast_answer_incomplete", view=feature.view, feature=feature.feature)
+                raise FeatureStoreUnavailable(_UNAVAILABLE)
             times_s = np.array([t.seconds + t.nanos * 1e-9 for t in vector.event_timestamps])
             exists = times_s != 0
             blocks.event_times_s[feature.view_index, exists] = times_s[exists]
@@ -109,16 +117,27 @@ class FeastStore:
             _log.warning("feast_store_stuck")
 
     def _ask(self, plan: FeaturePlan, rows: dict[str, list[Any]], count: int) -> Any:
+        assert plan.registry is not None, "a plan that no feature repository compiled"
+        registry = plan.registry.online
+        if self._provider is None:
+            from feast.infra.provider import get_provider  # noqa: PLC0415 - seconds to import
+
+            self._provider = get_provider(self._config)
         features = self._selections.get(plan)
         if features is None:
             features = list(plan.references)
             if not features:
-                features = self._store.get_feature_service(plan.service, allow_cache=True)
+                features = registry.get_feature_service(plan.service, plan.project)
             self._selections[plan] = features
         # Feast wants a column even where no view has an entity; it ignores unknown ones.
         columns = rows or {"__rows": [0] * count}
-        return self._store.get_online_features(
-            features=features, entity_rows=columns, full_feature_names=plan.full_feature_names
+        return self._provider.get_online_features(
+            config=self._config,
+            features=features,
+            entity_rows=columns,
+            registry=registry,
+            project=plan.project,
+            full_feature_names=plan.full_feature_names,
         ).proto
 
     def _call(self, function: Callable[[], Any], timeout_s: float) -> Any:

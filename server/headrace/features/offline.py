@@ -25,7 +25,8 @@ class FeastOffline:
     The offline store of a feature repository. Slow: seconds for each read.
 
     Args:
-        store: Feast's client.
+        store: Feast's client, with a registry without code: what is on-demand, stored or not, has
+            no values here.
         has_versions: Whether the registry keeps versions of views apart.
         views: By name: the features that each has now.
         ttls_s: By name in the store: how old their rows may be; None is for ever.

@@ -6,18 +6,21 @@ A registry holds such code too, as source and as a pickle; neither is ever run.
 import importlib
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from headrace.errors import FeaturePlanError, StartupError
+from headrace.features.values import ValueType
 
 if TYPE_CHECKING:
     from feast.on_demand_feature_view import OnDemandFeatureView
 
 _MODULE_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 _MODES = ("python", "pandas")
+_WITHOUT_NULL = frozenset({ValueType.INT32, ValueType.INT64, ValueType.BOOL})
+"""Of whose dtypes pandas has none with a missing value."""
 
 
 class OnDemandCode:
@@ -54,13 +57,22 @@ class OnDemandCode:
                 "`feast apply` with it, or restart this server with the code that was applied"
             )
 
-    def run(self, columns: Mapping[str, list[Any]], rows: int) -> Mapping[str, list[Any]]:
+    def run(
+        self,
+        columns: Mapping[str, list[Any]],
+        rows: int,
+        types: Mapping[str, ValueType] = MappingProxyType({}),
+    ) -> Mapping[str, list[Any]]:
         """
         Compute all the features of some rows.
+
+        A row's results do not depend on the rows beside it, as far as the code judges each by
+        itself: a frame's columns have the dtypes of their declared types, whatever is in them.
 
         Args:
             columns: Of n Python values each, as Feast gives them to its code; None is missing.
             rows: n.
+            types: Of `columns`. One without a type has whatever dtype its values suggest.
 
         Returns:
             n values each, by the features' names in the view, and whatever else the code returns.
@@ -72,7 +84,7 @@ class OnDemandCode:
         transformation = self._view.feature_transformation
         assert transformation is not None
         if self._view.mode == "pandas":
-            results = self._run_pandas(transformation, columns)
+            results = _run_pandas(transformation.udf, columns, rows, types)
         elif self._view.singleton:
             # Feast 0.67 computes only the first row of a request; here each has its turn.
             each = [
@@ -91,18 +103,93 @@ class OnDemandCode:
                 raise ValueError(f"{len(found[short])} values of '{short}' for {rows} rows")
         return found
 
-    @staticmethod
-    def _run_pandas(
-        transformation: Any, columns: Mapping[str, list[Any]]
-    ) -> Mapping[str, list[Any]]:
-        import pyarrow as pa  # noqa: PLC0415 - nobody else needs it
-        from feast.online_response import _convert_uuids_for_arrow  # noqa: PLC0415
 
-        # By way of Arrow, as Feast does: that is where the frame's dtypes come from.
-        table = pa.Table.from_pydict(_convert_uuids_for_arrow(dict(columns)))
-        results = transformation.udf(table.to_pandas())
-        table = pa.Table.from_pandas(results)
-        return {name: list(table[name].to_numpy()) for name in table.column_names}
+def _run_pandas(
+    function: Callable[[Any], Any],
+    columns: Mapping[str, list[Any]],
+    rows: int,
+    types: Mapping[str, ValueType],
+) -> Mapping[str, list[Any]]:
+    groups = _of_one_dtype(columns, rows, types)
+    if len(groups) == 1:
+        return _run_frame(function, columns, types)
+    results: dict[str, list[Any]] = {}
+    for own in groups:
+        part = {name: [values[row] for row in own] for name, values in columns.items()}
+        for name, values in _run_frame(function, part, types).items():
+            if len(values) != len(own):
+                raise ValueError(f"{len(values)} values of '{name}' for {len(own)} rows")
+            found = results.setdefault(name, [None] * rows)
+            for row, value in zip(own, values, strict=True):
+                found[row] = value
+    return results
+
+
+def _of_one_dtype(
+    columns: Mapping[str, list[Any]], rows: int, types: Mapping[str, ValueType]
+) -> list[list[int]]:
+    """
+    Group rows so that no column's dtype depends on which are together.
+
+    One missing integer makes a column of integers one of floats, for all rows that are in it.
+    """
+    fickle = [
+        values
+        for name, values in columns.items()
+        if types.get(name) in _WITHOUT_NULL and None in values
+    ]
+    if not fickle:
+        return [list(range(rows))]
+    groups: dict[tuple[bool, ...], list[int]] = {}
+    for row in range(rows):
+        groups.setdefault(tuple([values[row] is None for values in fickle]), []).append(row)
+    return list(groups.values())
+
+
+def _run_frame(
+    function: Callable[[Any], Any],
+    columns: Mapping[str, list[Any]],
+    types: Mapping[str, ValueType],
+) -> Mapping[str, list[Any]]:
+    import pyarrow as pa  # noqa: PLC0415 - nobody else needs it
+    from feast.online_response import _convert_uuids_for_arrow  # noqa: PLC0415
+
+    # By way of Arrow, as Feast does: that is where the frame's dtypes come from.
+    arrays = {}
+    for name, values in _convert_uuids_for_arrow(dict(columns)).items():
+        value_type = types.get(name)
+        arrow = None if value_type is None else _arrow_type(value_type)
+        arrays[name] = pa.array(values) if arrow is None else pa.array(values, arrow)
+    table = pa.Table.from_pandas(function(pa.table(arrays).to_pandas()))
+    return {name: _result(table[name]) for name in table.column_names}
+
+
+def _arrow_type(value_type: ValueType) -> Any:
+    """Return what Arrow makes of Feast's values of a type; None where that is up to each value."""
+    import pyarrow as pa  # noqa: PLC0415 - as above
+
+    name = value_type.name.removesuffix("_LIST")
+    scalar = {
+        "BYTES": pa.binary(),
+        "STRING": pa.string(),
+        "INT32": pa.int64(),
+        "INT64": pa.int64(),
+        "DOUBLE": pa.float64(),
+        "FLOAT": pa.float64(),
+        "BOOL": pa.bool_(),
+        "UNIX_TIMESTAMP": pa.timestamp("us", tz="UTC"),
+    }.get(name)
+    return pa.list_(scalar) if scalar is not None and name != value_type.name else scalar
+
+
+def _result(column: Any) -> list[Any]:
+    import pyarrow as pa  # noqa: PLC0415 - as above
+
+    if column.null_count and pa.types.is_integer(column.type):
+        # As an array they would be floats, and large ones others.
+        found: list[Any] = column.to_pylist()
+        return found
+    return list(column.to_numpy())
 
 
 def load_on_demand_code(modules: Sequence[str], folder: Path) -> Mapping[str, OnDemandCode]:

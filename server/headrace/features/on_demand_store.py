@@ -1,12 +1,13 @@
 """An online store that computes on-demand features from what another one holds."""
 
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 import structlog
 from numpy.typing import NDArray
 
-from headrace.errors import ComputationFailed
+from headrace.errors import ComputationFailed, UnusableValues
 from headrace.features.plan import ComputedView, FeaturePlan, FeatureStatus, PlannedFeature
 from headrace.features.store import FeatureRows, OnlineStore, RowBlocks, row_count
 from headrace.features.values import ValueMismatchError, ValueType, encode_message, message_value
@@ -64,6 +65,7 @@ class OnDemandStore:
         max_age_s: float | None = None,
     ) -> FeatureRows:
         """Read the stored features of a plan, and compute the others; see `OnlineStore.read`."""
+        columns = _request_values(plan, entities) if plan.computed else {}
         stored = None
         if read := plan.stored or (None if plan.computed else plan):
             stored = self._store.read(
@@ -77,7 +79,6 @@ class OnDemandStore:
         blocks.clear()
         if plan.stored is not None and stored is not None:
             _copy(plan, plan.stored, blocks, stored)
-        columns = _request_values(plan, entities)
         for view in plan.computed:
             self._compute(plan, view, columns, stored, blocks)
         return blocks.as_rows(stored)
@@ -103,12 +104,15 @@ class OnDemandStore:
         blocks: RowBlocks,
     ) -> None:
         given = {name: columns[name] for name in view.columns}
+        types = {column.name: column.value_type for column in plan.request_columns}
         count = blocks.statuses.shape[1]
-        if plan.stored is not None and stored is not None:
-            for name, place in view.inputs:
-                given[name] = _values(plan.stored.features[place], stored, place)
         try:
-            results = view.code.run(given, count)
+            if plan.stored is not None and stored is not None:
+                for name, place in view.inputs:
+                    feature = plan.stored.features[place]
+                    given[name] = self._values(feature, stored, place)
+                    types[name] = feature.value_type
+            results = view.code.run(given, count, types)
             for place in view.features:
                 self._put(plan, place, results, blocks)
         except Exception as error:
@@ -125,6 +129,27 @@ class OnDemandStore:
         for place in view.features:
             statuses = blocks.statuses[place]
             statuses[outside & (statuses == FeatureStatus.PRESENT)] = FeatureStatus.OUTSIDE_MAX_AGE
+
+    def _values(self, feature: PlannedFeature, rows: FeatureRows, place: int) -> list[Any]:
+        """Return a feature's values as Feast gives them to its code."""
+        values: list[Any] = rows.values[place].tolist()
+        statuses = rows.statuses[place]
+        found = (statuses == FeatureStatus.PRESENT) | (statuses == FeatureStatus.OUTSIDE_MAX_AGE)
+        if not found.all():
+            values = [value if one else None for value, one in zip(values, found, strict=True)]
+        if feature.dtype.kind in "fb" or feature.value_type in _AS_THEY_ARE:
+            return values
+        try:
+            return _python_values(values, feature.value_type)
+        except _UNUSABLE:  # somebody has written what Python has no value for: a null to the code
+            return [self._python_value(value, feature.value_type) for value in values]
+
+    def _python_value(self, value: Any, value_type: ValueType) -> Any:
+        try:
+            return _python_values([value], value_type)[0]
+        except _UNUSABLE:
+            self._mismatches += 1
+            return None
 
     def _put(
         self, plan: FeaturePlan, place: int, results: Mapping[str, list[Any]], blocks: RowBlocks
@@ -174,21 +199,18 @@ def _request_values(
         if column.value_type is ValueType.STRING:
             own = [text.decode(errors="replace") for text in own]
         elif column.value_type is ValueType.UNIX_TIMESTAMP:
-            own = _python_values(own, column.value_type)
+            own = [_moment(seconds, column.name) for seconds in own]
         values[column.name] = own
     return values
 
 
-def _values(feature: PlannedFeature, rows: FeatureRows, place: int) -> list[Any]:
-    """Return a feature's values as Feast gives them to its code."""
-    values: list[Any] = rows.values[place].tolist()
-    statuses = rows.statuses[place]
-    found = (statuses == FeatureStatus.PRESENT) | (statuses == FeatureStatus.OUTSIDE_MAX_AGE)
-    if not found.all():
-        values = [value if one else None for value, one in zip(values, found, strict=True)]
-    if feature.dtype.kind in "fb" or feature.value_type in _AS_THEY_ARE:
-        return values
-    return _python_values(values, feature.value_type)
+def _moment(seconds: int, column: str) -> datetime:
+    try:
+        return datetime.fromtimestamp(seconds, UTC)  # as Feast does
+    except _UNUSABLE:
+        raise UnusableValues(
+            f"'{column}' is {seconds}; expected seconds since 1970 of the years 1 to 9999"
+        ) from None
 
 
 def _python_values(values: list[Any], value_type: ValueType) -> list[Any]:
@@ -203,4 +225,5 @@ def _python_values(values: list[Any], value_type: ValueType) -> list[Any]:
     return found
 
 
+_UNUSABLE = (OverflowError, ValueError, OSError, ArithmeticError)
 _AS_THEY_ARE = frozenset({ValueType.INT32, ValueType.INT64, ValueType.STRING, ValueType.BYTES})

@@ -21,6 +21,7 @@ from headrace.features.values import COLUMN_DATATYPES, KEY_DATATYPES, TAGS, Valu
 
 if TYPE_CHECKING:
     from headrace.features.on_demand_code import OnDemandCode
+    from headrace.features.registry_state import RegistryState
 
 CACHE_AGE_LIMIT_S = 86_400.0
 """Of the tag `headrace.cache_max_age_s`: what may be older should be in the store with that age."""
@@ -187,6 +188,8 @@ class FeaturePlan:
         computed: The on-demand views among `views`.
         stored: What is read for a plan with computed features, its own stored ones included; None
             where nothing is computed, or nothing is read for it.
+        registry: The state of the registry that it was compiled from, for stores that are read
+            through Feast: plans outlive it.
 
     Attributes:
         request_columns: `join_keys`, then `data_columns`.
@@ -210,6 +213,7 @@ class FeaturePlan:
     data_columns: tuple[RequestColumn, ...] = ()
     computed: tuple[ComputedView, ...] = ()
     stored: "FeaturePlan | None" = None
+    registry: "RegistryState | None" = field(default=None, repr=False)
     request_columns: tuple[RequestColumn, ...] = field(init=False, repr=False)
     view_names: tuple[str, ...] = field(init=False, repr=False)
     view_of_feature: np.ndarray[Any, np.dtype[np.intp]] = field(init=False, repr=False)
@@ -222,8 +226,11 @@ class FeaturePlan:
     def digest(self) -> str:
         """What reading takes, as hexadecimal text: equal for plans that read the same."""
         stored = None if self.stored is None else self.stored.digest
-        columns = self.request_columns
-        content = self.project, columns, self.features, self.views, stored
+        computed = [(of.name, of.inputs, of.columns, of.features) for of in self.computed]
+        content = (
+            *(self.project, self.request_columns, self.features, self.views),
+            *(self.groups, computed, stored),
+        )
         return hashlib.sha256(repr(content).encode()).hexdigest()
 
     def __post_init__(self) -> None:

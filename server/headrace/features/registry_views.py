@@ -14,7 +14,7 @@ from headrace.features.layout import DUMMY_JOIN_KEY
 from headrace.features.on_demand_code import OnDemandCode
 from headrace.features.on_demand_plan import OnDemandSource
 from headrace.features.plan import FeatureSource, ViewSource
-from headrace.features.values import ValueType
+from headrace.features.values import ValueType, declared_type
 
 DEFAULT_TAG = "headrace.default"
 """The tag of a Feast `Field` whose text is the value used where the feature is missing."""
@@ -45,6 +45,36 @@ class StoredView:
     is_written: bool
 
 
+def stored_views(registry: Any, project: str) -> list[Any]:
+    """Return the messages of a project's views that a store holds, of whichever kind they are."""
+    kinds = (registry.feature_views, registry.stream_feature_views, registry.label_views)
+    views = [view for kind in kinds for view in kind if view.spec.project == project]
+    # These are stored as any other view is: nothing is left to compute when they are read.
+    return views + [
+        view
+        for view in registry.on_demand_feature_views
+        if view.spec.project == project and view.spec.write_to_online_store
+    ]
+
+
+def parse_version(record: Any) -> Any:
+    """Return the message of a view as it was, from a record of the registry's version history."""
+    from feast.protos.feast.core import (  # noqa: PLC0415 - seconds to import
+        FeatureView_pb2,
+        LabelView_pb2,
+        OnDemandFeatureView_pb2,
+        StreamFeatureView_pb2,
+    )
+
+    kinds: dict[str, Any] = {
+        "stream_feature_view": StreamFeatureView_pb2.StreamFeatureView,
+        "on_demand_feature_view": OnDemandFeatureView_pb2.OnDemandFeatureView,
+        "label_view": LabelView_pb2.LabelView,
+    }
+    kind = kinds.get(record.feature_view_type, FeatureView_pb2.FeatureView)
+    return kind.FromString(record.feature_view_proto)
+
+
 class RegistryViews:
     """
     Every feature view of a project.
@@ -63,26 +93,19 @@ class RegistryViews:
         self._code = code
         self.has_versions = bool(settings.enable_online_feature_view_versioning)
         """Whether the store holds each version under a name of its own."""
-        self._views = {
-            message.spec.name: message
-            for messages in (registry.feature_views, registry.stream_feature_views)
-            for message in messages
-            if message.spec.project == project
-        }
+        self._views = {view.spec.name: view for view in stored_views(registry, project)}
         self._on_demand = {
             message.spec.name: message
             for message in registry.on_demand_feature_views
             if message.spec.project == project
         }
-        # These are stored as any other view is: nothing is left to compute when they are read.
-        self._views |= {
-            name: view for name, view in self._on_demand.items() if view.spec.write_to_online_store
-        }
-        self._history = [
-            record
+        self._history = {
+            (record.feature_view_name, record.version_number): parse_version(record)
             for record in registry.feature_view_version_history.records
-            if record.project_id == project
-        ]
+            if record.project_id == project and record.feature_view_name in self._views
+        }
+        self._knows_versions = bool(self._history) or settings.registry_type in {"file", "sql"}
+        self._holders = self._find_holders()
         self._servable_states = {_UNSPECIFIED, _AVAILABLE_ONLINE}
         if getattr(settings, "serve_features_while_materializing", False):
             self._servable_states.add(_MATERIALIZING)
@@ -138,17 +161,25 @@ class RegistryViews:
             return self._on_demand_source(name, version, label=label, columns=columns)
         if view is None:
             raise UnknownFeatures(f"'{name}' is no feature view of project '{self._project}'")
-        if view.spec.disabled:
+        if version is not None:
+            view = self._snapshot(view, version)
+        # Of a version it is the snapshot's state that counts, as it is to Feast.
+        if _field(view.spec, "disabled"):
             raise FeaturePlanError(f"feature view '{name}' is disabled")
-        if view.meta.state not in self._servable_states:
+        if _field(view.meta, "state") not in self._servable_states:
             raise FeaturePlanError(
                 f"feature view '{name}' is not available online yet: its state is "
                 f"{_enum_name(view.meta, 'state')}"
             )
-        if version is not None:
-            view = self._snapshot(view, version)
+        stored_name = self._stored_name(view, version)
+        for rival in self._holders[_key_names(view), stored_name]:
+            if rival != name:
+                raise FeaturePlanError(
+                    f"feature views '{name}' and '{rival}' are both stored as '{stored_name}', "
+                    "so that one would be read for the other; rename one"
+                )
         return ViewSource(
-            name=self._stored_name(view, version),
+            name=stored_name,
             join_keys=tuple(
                 (
                     column.name,
@@ -161,7 +192,7 @@ class RegistryViews:
             ttl_s=_ttl_s(view),
             # Source: feast 0.67 `FeatureViewProjection.name_to_use`.
             label=label if version is None else f"{label}@v{version}",
-            version=view.meta.current_version_number if version is None else version,
+            version=_number(view) if version is None else version,
             cache_max_age_s=view.spec.tags.get(CACHE_TAG),
             registered=name,
         )
@@ -217,22 +248,29 @@ class RegistryViews:
                 f"feature view '{name}' is pinned to version {version}, but the registry has "
                 "enable_online_feature_view_versioning off"
             )
-        for record in self._history:
-            if record.feature_view_name == name and record.version_number == version:
-                return type(view).FromString(record.feature_view_proto)
-        if version == view.meta.current_version_number:
+        snapshot = self._history.get((name, version))
+        if snapshot is None and version == _number(view):
             return view
-        raise FeaturePlanError(f"feature view '{name}' has no version {version}")
+        if snapshot is None and not self._knows_versions:
+            raise FeaturePlanError(
+                f"feature view '{name}' is pinned to version {version}, and this kind of registry "
+                "does not tell of any but the latest"
+            )
+        if snapshot is None:
+            raise FeaturePlanError(f"feature view '{name}' has no version {version}")
+        if not _field(snapshot.spec, "write_to_online_store", default=True):
+            raise FeaturePlanError(f"feature view '{name}' was not stored at version {version}")
+        return snapshot
 
     def _stored_name(self, view: Any, version: int | None) -> str:
         # Source: feast 0.67 `infra/online_stores/helpers.py`, `compute_versioned_name`.
-        number = view.meta.current_version_number if version is None else version
+        number = _number(view) if version is None else version
         suffix = f"_v{number}" if self.has_versions and number > 0 else ""
         return f"{view.spec.name}{suffix}"
 
     def _value_type(self, column: Any, view: str) -> ValueType:
         try:
-            return ValueType(column.value_type)
+            return declared_type(column.value_type)
         except ValueError:
             from feast.value_type import ValueType as FeastValueType  # noqa: PLC0415 - seconds to import
 
@@ -241,12 +279,31 @@ class RegistryViews:
                 f"{FeastValueType(column.value_type).name}, which is not supported"
             ) from None
 
+    def _states(self) -> Iterator[tuple[str, Any]]:
+        """Yield (name in the store, message) of every view, its old versions included."""
+        for view in self._views.values():
+            yield self._stored_name(view, None), view
+        for (_, version), view in self._history.items():
+            yield self._stored_name(view, version), view
+
+    def _find_holders(self) -> dict[tuple[frozenset[str], str], set[str]]:
+        holders: dict[tuple[frozenset[str], str], set[str]] = {}
+        for stored_name, view in self._states():
+            holders.setdefault((_key_names(view), stored_name), set()).add(view.spec.name)
+        return holders
+
+    def shared_names(self) -> Iterator[tuple[str, list[str]]]:
+        """Yield (name in the store, views) where several views of one entity have that name."""
+        for (_, stored_name), names in self._holders.items():
+            if len(names) > 1:
+                yield stored_name, sorted(names)
+
     def stored(self) -> Iterator[tuple[tuple[str, ...], str, str]]:
         """Yield (join keys, name in the store, feature) of all that the store may hold."""
-        for view in self._views.values():
+        for stored_name, view in self._states():
             keys = tuple(column.name for column in _join_keys(view))
             for column in view.spec.features:
-                yield keys, self._stored_name(view, None), column.name
+                yield keys, stored_name, column.name
 
     def stored_views(self) -> list[StoredView]:
         """Return every view that the store may hold, in its current version, by name."""
@@ -261,11 +318,21 @@ class RegistryViews:
         ]
 
     def feature_names(self) -> dict[str, frozenset[str]]:
-        """Return the names of the features that are stored, by view."""
+        """Return the names of the features that an offline store may have, by view."""
         return {
             name: frozenset(column.name for column in view.spec.features)
             for name, view in self._views.items()
+            if name not in self._on_demand
         }
+
+
+def _field(message: Any, name: str, *, default: Any = 0) -> Any:
+    """Return a field that views of some kinds do not have."""
+    return getattr(message, name) if name in message.DESCRIPTOR.fields_by_name else default
+
+
+def _number(view: Any) -> int:
+    return int(_field(view.meta, "current_version_number"))
 
 
 def _enum_name(message: Any, field: str) -> str:
@@ -278,6 +345,10 @@ def _ttl_s(view: Any) -> float | None:
     if "ttl" not in view.spec.DESCRIPTOR.fields_by_name:  # a stored on-demand view
         return None
     return view.spec.ttl.ToTimedelta().total_seconds() or None  # Feast's 0 is for ever
+
+
+def _key_names(view: Any) -> frozenset[str]:
+    return frozenset(column.name for column in _join_keys(view))
 
 
 def _join_keys(view: Any) -> list[Any]:

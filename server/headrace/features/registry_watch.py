@@ -1,9 +1,11 @@
 """Follows the feature registry: what is applied while the server runs is served.
 
 A registry in a file is looked at every few seconds and read once it has stood still; any other is
-read as often as Feast's `cache_ttl_seconds` says. Whatever fails, the last good state goes on.
+read as often as Feast's `cache_ttl_seconds` says, and once more at the start. Whatever fails, the
+last good state goes on.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -48,8 +50,11 @@ class RegistryWatch:
         self._swap = swap
         self._period_s = period_s
         self._file = repo.registry_file
-        self._read_signature = self._last_signature = _signature(self._file)
-        self._next_read_s = time.monotonic() + self._other_period_s()
+        # Whatever was written since the repository was opened, or just then, is seen by reading it
+        # once more.
+        self._read_signature: _Signature = None
+        self._last_signature = _signature(self._file)
+        self._next_read_s = 0.0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="registry-watch", daemon=True)
 
@@ -74,15 +79,15 @@ class RegistryWatch:
             return
         if self._file is not None and _signature(self._file) != self._last_signature:
             return  # it was written while it was read: next time
+        if repo.version != self._repo.version:
+            _LOG.info("registry_changed", version=repo.version, services=list(repo.services()))
+            self._swap(repo)
+            self._repo = repo  # not before: what was not taken over is tried again
+            self.reads += 1
         self._read_signature = self._last_signature
         if not self.is_readable:
             self.is_readable = True
             _LOG.info("registry_readable_again")
-        if repo.version != self._repo.version:
-            self._repo = repo
-            self.reads += 1
-            _LOG.info("registry_changed", version=repo.version, services=list(repo.services()))
-            self._swap(repo)
 
     def _is_due(self) -> bool:
         if self._file is None:
@@ -100,12 +105,14 @@ class RegistryWatch:
 
     def _failed(self, reason: str) -> None:
         self.failures += 1
+        self._next_read_s = min(self._next_read_s, time.monotonic() + OTHER_PERIOD_MIN_S)
         if self.is_readable:
             self.is_readable = False
             _LOG.error("registry_unreadable", reason=reason, effect="the last good state is served")
 
     def _other_period_s(self) -> float:
-        return max(OTHER_PERIOD_MIN_S, self._repo.registry_ttl_s)
+        # Feast's 0 says that what was read is good for ever.
+        return max(OTHER_PERIOD_MIN_S, self._repo.registry_ttl_s or math.inf)
 
     def _run(self) -> None:
         while not self._stopping.wait(self._period_s):

@@ -25,6 +25,7 @@ from headrace.features.plan import (
 )
 from headrace.features.redis_store import RedisStore
 from headrace.features.redis_topologies import open_redis
+from headrace.features.registry_state import RegistryState, read_registry
 from headrace.features.registry_views import RegistryViews, StoredView
 from headrace.features.store import OnlineStore
 
@@ -65,7 +66,7 @@ def open_feature_repo(path: Path, on_demand_modules: str = "") -> "FeatureRepo":
         missing = _missing_registry(path, config.registry)
         if missing is None:
             store = FeatureStore(repo_path=str(path))
-            registry = store.registry.proto()
+            state = read_registry(store, config.project, config.registry)
     except Exception as error:
         raise StartupError(
             f"feature repository {path} cannot be opened: {_first_line(error)}"
@@ -74,9 +75,9 @@ def open_feature_repo(path: Path, on_demand_modules: str = "") -> "FeatureRepo":
         raise StartupError(
             f"feature repository {path} has no registry {missing}; run `feast apply` in it"
         )
-    _refuse_empty(registry, config.project, path)
+    _refuse_empty(state, path)
     modules = [name.strip() for name in on_demand_modules.split(",") if name.strip()]
-    return FeatureRepo(store, registry, path, load_on_demand_code(modules, path))
+    return FeatureRepo(store, state, path, load_on_demand_code(modules, path))
 
 
 def reopen(repo: "FeatureRepo") -> "FeatureRepo":
@@ -84,7 +85,7 @@ def reopen(repo: "FeatureRepo") -> "FeatureRepo":
     Read a repository's registry again; its `feature_store.yaml` stays as it was.
 
     Raises:
-        StartupError: it cannot be read, or holds no feature service of the project any more.
+        StartupError: it cannot be read, or holds nothing of the project any more.
     """
     try:
         return repo.read_again()
@@ -100,21 +101,22 @@ class FeatureRepo:
 
     Args:
         store: Feast's client.
-        registry: The `feast.core.Registry` message.
+        state: What was read.
         path: The repository's folder.
         code: That of on-demand views, by their names.
     """
 
     def __init__(
-        self, store: Any, registry: Any, path: Path, code: Mapping[str, OnDemandCode]
+        self, store: Any, state: RegistryState, path: Path, code: Mapping[str, OnDemandCode]
     ) -> None:
         self._store = store
         self._path = path
         self._code = code
         self._config = store.config
-        project = store.config.project
+        self._state = state
+        registry, project = state.message, state.project
         self.project: str = project
-        self.version: str = registry.version_id or registry.last_updated.ToJsonString()
+        self.version = state.version
         """Which state of the registry this is."""
         self._services = {
             message.spec.name: message
@@ -143,15 +145,14 @@ class FeatureRepo:
 
     @property
     def registry_ttl_s(self) -> float:
-        """How long Feast's own clients may use a registry that they have read."""
-        return float(self._config.registry.cache_ttl_seconds)
+        """How long Feast's own clients may use a registry that they have read; 0 is for ever."""
+        return float(self._config.registry.cache_ttl_seconds or 0)
 
     def read_again(self) -> "FeatureRepo":
         """Read the registry anew; see `reopen`."""
-        self._store.refresh_registry()
-        registry = self._store.registry.proto()
-        _refuse_empty(registry, self.project, self._path)
-        return FeatureRepo(self._store, registry, self._path, self._code)
+        state = read_registry(self._store, self.project, self._config.registry)
+        _refuse_empty(state, self._path)
+        return FeatureRepo(self._store, state, self._path, self._code)
 
     def services(self) -> tuple[str, ...]:
         """Return the names of the project's feature services, sorted."""
@@ -169,9 +170,8 @@ class FeatureRepo:
         """
         message = self._services.get(service)
         if message is None:
-            raise UnknownFeatures(
-                f"there is no feature service '{service}'; there is {', '.join(self.services())}"
-            )
+            known = f"there is {', '.join(self.services())}" if self._services else "there is none"
+            raise UnknownFeatures(f"there is no feature service '{service}'; {known}")
         if message.spec.precompute_online:
             raise FeaturePlanError(
                 f"feature service '{service}' has precompute_online, which is not supported; "
@@ -231,7 +231,7 @@ class FeatureRepo:
     def _stored_values(self, cache_rows: int, *, hears_writes: bool) -> OnlineStore:
         settings = self._config.online_store
         if not self._is_redis:
-            return FeastStore(self._store)
+            return FeastStore(self._config)
         if self._config.entity_key_serialization_version != _KEY_VERSION:
             raise StartupError(
                 "entity_key_serialization_version of the feature repository is "
@@ -288,14 +288,18 @@ class FeatureRepo:
             holder = holders.setdefault((frozenset(keys), feature_field(view, feature)), name)
             if holder != name:
                 found.append(f"features '{holder}' and '{name}' have the same field name")
+        for stored_name, views in self._views.shared_names():
+            found.append(f"feature views {', '.join(views)} are all stored as '{stored_name}'")
         return found
 
     def offline_features(self) -> "FeastOffline":
         """Make the client of the repository's offline store, for slow work beside the requests."""
         from headrace.features.offline import FeastOffline  # noqa: PLC0415 see above
 
+        store = self.another_store()
+        store._registry = self._state.offline  # noqa: SLF001 - Feast's own would run its code
         return FeastOffline(
-            self._store,
+            store,
             has_versions=self._views.has_versions,
             views=self._views.feature_names(),
             ttls_s={view.name: view.ttl_s for view in self.stored_views()},
@@ -311,7 +315,7 @@ class FeatureRepo:
     ) -> FeaturePlan:
         stored = [source for source in sources if isinstance(source, ViewSource)]
         if len(stored) == len(sources):
-            return compile_plan(
+            plan = compile_plan(
                 service,
                 self.project,
                 self.version,
@@ -320,6 +324,7 @@ class FeatureRepo:
                 references=references,
                 full_feature_names=full_feature_names,
             )
+            return replace(plan, registry=self._state)
         plan = compile_on_demand_plan(
             service,
             self.project,
@@ -334,7 +339,9 @@ class FeatureRepo:
                 f"feature service '{service}' has on-demand views and renamed ones; only with "
                 "Redis as the online store can it have both"
             )
-        return plan
+        if plan.stored is not None:
+            plan = replace(plan, stored=replace(plan.stored, registry=self._state))
+        return replace(plan, registry=self._state)
 
 
 def _parse_reference(reference: str) -> tuple[str, int | None, str]:
@@ -350,11 +357,11 @@ def _parse_reference(reference: str) -> tuple[str, int | None, str]:
     return match["view"], None if version is None else int(version), match["feature"]
 
 
-def _refuse_empty(registry: Any, project: str, path: Path) -> None:
-    if all(service.spec.project != project for service in registry.feature_services):
+def _refuse_empty(state: RegistryState, path: Path) -> None:
+    if state.is_empty:
         raise StartupError(
-            f"feature repository {path} has no feature service in project '{project}'; "
-            "define one and run `feast apply` in it"
+            f"feature repository {path} has no feature service in project '{state.project}', and "
+            "no feature view; define some and run `feast apply` in it"
         )
 
 

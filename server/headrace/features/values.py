@@ -141,6 +141,22 @@ _WIDENINGS = frozenset(
 )
 
 
+_STORED_AS_BYTES = frozenset({30, 31})  # PDF_BYTES and IMAGE_BYTES: feast 0.67 `type_map.py`
+
+
+def declared_type(number: int) -> ValueType:
+    """
+    Return the type as which values of a declared type are stored.
+
+    Args:
+        number: Of Feast's `ValueType.Enum`.
+
+    Raises:
+        ValueError: no values of that type are stored.
+    """
+    return ValueType.BYTES if number in _STORED_AS_BYTES else ValueType(number)
+
+
 class ValueMismatchError(ValueError):
     """A stored value is damaged, or not of the type that the registry declares."""
 

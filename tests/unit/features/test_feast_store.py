@@ -2,6 +2,8 @@
 
 import threading
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,20 +14,20 @@ from headrace.features.plan import FeatureSource, ViewSource, compile_plan
 from headrace.features.values import ValueType
 
 KEY = (("id", "id", ValueType.INT64),)
-PLAN = compile_plan(
-    "service", "demo", "1", [ViewSource("view", KEY, (FeatureSource("f", ValueType.FLOAT),))]
+PLAN = replace(
+    compile_plan(
+        *("", "demo", "1"),
+        [ViewSource("view", KEY, (FeatureSource("f", ValueType.FLOAT),))],
+        references=["view:f"],
+    ),
+    registry=SimpleNamespace(online=None),
 )
 HIDDEN = "^the online feature store does not answer$"
 
 
-class Client:
-    """What `FeastStore` asks of Feast, doing what it is told."""
-
-    def __init__(self, behave):
-        self.get_online_features = lambda **_: behave()
-
-    def get_feature_service(self, name, **_):
-        return name
+def feast_store(behave):
+    """A store whose provider, Feast's way to its own, does what it is told."""
+    return FeastStore(None, SimpleNamespace(get_online_features=lambda **_: behave()))
 
 
 def read(store, timeout_s):
@@ -36,7 +38,7 @@ def test_a_failure_of_feasts_is_unavailable_without_its_text():
     def fail():
         raise ConnectionError("cannot reach db.internal with password hunter2")
 
-    store = FeastStore(Client(fail))
+    store = feast_store(fail)
     with pytest.raises(FeatureStoreUnavailable, match=HIDDEN):
         read(store, 10.0)
     store.check()
@@ -45,7 +47,7 @@ def test_a_failure_of_feasts_is_unavailable_without_its_text():
 
 def test_a_read_that_hangs_costs_its_caller_the_timeout_and_fails_the_check():
     release = threading.Event()
-    store = FeastStore(Client(lambda: release.wait(60)))
+    store = feast_store(lambda: release.wait(60))
     started_s = time.monotonic()
     for _ in range(2):  # the second waits behind the first
         with pytest.raises(FeatureStoreUnavailable, match=HIDDEN):
@@ -59,7 +61,7 @@ def test_a_read_that_hangs_costs_its_caller_the_timeout_and_fails_the_check():
 
 
 def test_a_closed_store_is_unavailable_and_its_thread_ends():
-    store = FeastStore(Client(lambda: None))
+    store = feast_store(lambda: None)
     store.close()
     with pytest.raises(FeatureStoreUnavailable, match=HIDDEN):
         read(store, 1.0)

@@ -1,9 +1,12 @@
 """Compiling a feature service: groups, order, names and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 
 from headrace.errors import ModelLoadError
 from headrace.features.layout import feature_field, time_field
+from headrace.features.on_demand_plan import OnDemandSource, compile_on_demand_plan
 from headrace.features.plan import FeatureSource, ViewSource, compile_plan
 from headrace.features.values import ValueType
 
@@ -142,6 +145,15 @@ def test_features_whose_hashes_collide_are_refused():
         compiled(view("v", DRIVER, **{first: ValueType.FLOAT, second: ValueType.FLOAT}))
 
 
+def test_features_of_two_views_in_one_command_whose_hashes_collide_are_refused():
+    assert feature_field("a", "f7545") == feature_field("b", "g14446")  # found by search
+    views = [view("a", DRIVER, f7545=ValueType.FLOAT), view("b", DRIVER, g14446=ValueType.FLOAT)]
+    with pytest.raises(ModelLoadError, match="'a:f7545' and 'b:g14446' have the same 32-bit"):
+        compiled(*views)
+    views[1] = view("b", CUSTOMER, g14446=ValueType.FLOAT)  # not in that hash
+    assert len(compiled(*views).groups) == 2
+
+
 def test_a_collision_with_a_feature_that_is_only_stored_beside_it_is_refused():
     first, second = COLLIDING
     with pytest.raises(ModelLoadError, match="same 32-bit field name"):
@@ -155,3 +167,46 @@ def test_a_collision_in_another_entitys_hash_is_none_of_this_services_business()
     compiled(
         view("v", DRIVER, **{first: ValueType.FLOAT}), neighbours=[(["customer_id"], "v", second)]
     )
+
+
+def located(*pairs, name="loc", label=""):
+    keys = tuple((base, key, ValueType.INT64) for base, key in pairs)
+    return ViewSource(name, keys, (FeatureSource(f"f_{label}", ValueType.FLOAT),), label=label)
+
+
+def test_a_digest_changes_with_the_columns_that_a_view_is_joined_by():
+    both = located(("origin", "origin"), ("goal", "goal"), name="pair", label="p")
+
+    def ends(one, other):
+        return [both, located(("loc", one), label="o"), located(("loc", other), label="d")]
+
+    before = compile_plan("s", "p", "1", ends("origin", "goal"))
+    again = compile_plan("s", "p", "2", ends("origin", "goal"))
+    swapped = compile_plan("s", "p", "2", ends("goal", "origin"))
+
+    assert before.digest == again.digest
+    assert before.digest != swapped.digest
+
+
+def test_a_digest_changes_with_a_join_keys_own_name():
+    plans = [compile_plan("s", "p", "1", [located((base, "id"))]) for base in ("id", "driver")]
+
+    assert plans[0].groups[0].key_prefix != plans[1].groups[0].key_prefix
+    assert plans[0].digest != plans[1].digest
+
+
+def test_a_digest_changes_with_what_computed_features_are_given():
+    def plan(*names):
+        source = ViewSource(
+            "v", (("k", "k", ValueType.INT64),), (FeatureSource("a", ValueType.FLOAT),)
+        )
+        data = (("x", ValueType.INT64),)
+        computed = OnDemandSource(
+            "c", "c", (FeatureSource("z", ValueType.FLOAT),), (source,), data, None
+        )
+        made = compile_on_demand_plan("s", "p", "1", [computed])
+        inputs = tuple((name, 0) for name in names)
+        return replace(made, computed=(replace(made.computed[0], inputs=inputs),))
+
+    assert plan("a", "v__a").digest == plan("a", "v__a").digest
+    assert plan("a", "v__a").digest != plan("a", "w__a").digest

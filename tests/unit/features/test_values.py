@@ -6,12 +6,15 @@ import struct
 
 import pytest
 from feast.protos.feast.types.Value_pb2 import Value
+from feast.type_map import python_values_to_proto_values
+from feast.value_type import ValueType as FeastType
 from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.features.values import (
     ValueMismatchError,
     ValueType,
+    declared_type,
     decode_time,
     decode_value,
     encode_message,
@@ -151,11 +154,17 @@ def test_a_default_that_its_type_cannot_hold_is_refused(text, value_type):
         parse_default(text, value_type)
 
 
+STORED_AS = {FeastType.PDF_BYTES: FeastType.BYTES, FeastType.IMAGE_BYTES: FeastType.BYTES}
+"""What Feast stores as another type."""
+
+
 def every_kind_of_value():
-    """A stored value of each type, as Feast writes it."""
-    for field in Value.DESCRIPTOR.fields:
-        if field.name == "null_val":
+    """A stored value of each type that a field can be declared to have, as Feast writes it."""
+    for declared in FeastType:
+        if declared in (FeastType.UNKNOWN, FeastType.NULL):
             continue
+        number = STORED_AS.get(declared, declared).value
+        field = Value.DESCRIPTOR.fields_by_number[number]
         message = Value()
         if field.message_type is None:
             setattr(
@@ -167,10 +176,24 @@ def every_kind_of_value():
             )
         else:
             getattr(message, field.name).SetInParent()
-        yield ValueType(field.number), message
+        yield pytest.param(declared_type(declared.value), message, id=declared.name)
 
 
-@pytest.mark.parametrize(("value_type", "message"), list(every_kind_of_value()), ids=str)
+def test_pictures_and_documents_are_stored_as_feast_stores_them():
+    assert {
+        declared.name: python_values_to_proto_values([b"x"], declared)[0].WhichOneof("val")
+        for declared in STORED_AS
+    } == {"PDF_BYTES": "bytes_val", "IMAGE_BYTES": "bytes_val"}
+    assert {declared_type(declared.value) for declared in STORED_AS} == {ValueType.BYTES}
+
+
+@pytest.mark.parametrize("number", [0, 19, 99])
+def test_a_type_without_values_is_none(number):
+    with pytest.raises(ValueError, match="is not a valid ValueType"):
+        declared_type(number)
+
+
+@pytest.mark.parametrize(("value_type", "message"), list(every_kind_of_value()))
 def test_every_type_of_feast_is_read(value_type, message):
     raw = message.SerializeToString()
 
@@ -180,13 +203,14 @@ def test_every_type_of_feast_is_read(value_type, message):
     assert encode_message(decoded, value_type) == raw
 
 
-OPAQUE = [(t, m) for t, m in every_kind_of_value() if t.is_opaque]
+OPAQUE = [one for one in every_kind_of_value() if one.values[0].is_opaque]
 
 
-@pytest.mark.parametrize(("value_type", "message"), OPAQUE, ids=str)
+@pytest.mark.parametrize(("value_type", "message"), OPAQUE)
 def test_an_opaque_value_is_of_its_type_and_whole(value_type, message):
     raw = message.SerializeToString()
-    other = next(m for t, m in OPAQUE if t is not value_type).SerializeToString()
+    kinds = [one.values for one in OPAQUE]
+    other = next(m for t, m in kinds if t is not value_type).SerializeToString()
 
     for damaged in (other, raw + b"\0", b"\x18\x01"):
         with pytest.raises(ValueMismatchError):

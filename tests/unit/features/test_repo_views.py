@@ -1,0 +1,174 @@
+"""The views of a repository: of every kind, in every version, wherever the registry keeps them."""
+
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pandas as pd
+import pytest
+from feast import Entity, FeatureService, FeatureStore, FeatureView, Field, FileSource, ValueType
+from feast.feature_view import FeatureViewState
+from feast.labeling import LabelView
+from feast.types import Float32, ImageBytes, Int64, PdfBytes
+
+from headrace.errors import FeaturePlanError, StartupError, UnknownFeatures
+from headrace.features.repo import open_feature_repo
+
+DRIVER = Entity(name="driver", join_keys=["driver_id"], value_type=ValueType.INT64)
+SOURCE = FileSource(name="unread", path="unread.parquet", timestamp_field="event_timestamp")
+NOW = datetime.now(UTC)
+FILE = "{path: registry.db, enable_online_feature_view_versioning: %s}"
+SQL = (
+    "{registry_type: sql, path: 'sqlite:///{path}/registry.db', "
+    "enable_online_feature_view_versioning: %s}"
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::Warning")
+
+
+def view(name="stats", *features, dtype=Float32, **more):
+    schema = [Field(name="driver_id", dtype=Int64)]
+    schema += [Field(name=feature, dtype=dtype) for feature in features or ("rating",)]
+    return FeatureView(
+        name=name, entities=[DRIVER], ttl=timedelta(0), schema=schema, source=SOURCE, **more
+    )
+
+
+def configure(path, registry=FILE, *, versions=True):
+    registry = (registry % str(versions).lower()).replace("{path}", str(path))
+    (path / "feature_store.yaml").write_text(
+        f"project: demo\nprovider: local\nregistry: {registry}\n"
+        "online_store: {type: sqlite, path: online.db}\nentity_key_serialization_version: 3\n"
+    )
+    return FeatureStore(repo_path=str(path))
+
+
+def put(store, name, **columns):
+    rows = {**columns, "event_timestamp": NOW}
+    store.write_to_online_store(name, df=pd.DataFrame(rows))
+
+
+def values(repo, plan):
+    store = repo.online_store()
+    rows = store.read(plan, {"driver_id": np.array([1])}, now_s=NOW.timestamp() + 1, timeout_s=20)
+    store.close()
+    return [column.tolist()[0] for column in rows.values]
+
+
+@pytest.mark.parametrize("registry", [FILE, SQL], ids=["file", "sql"])
+def test_each_version_of_a_view_is_read_as_feast_reads_it(tmp_path, registry):
+    store = configure(tmp_path, registry)
+    store.apply([DRIVER, view("stats", "rating", "trips")])
+    put(store, "stats", driver_id=[1], rating=[4.5], trips=[3.0])
+    store.apply([DRIVER, view("stats", "rating", "late")])
+    put(store, "stats", driver_id=[1], rating=[2.5], late=[1.0])
+    references = ["stats@v0:rating", "stats@v0:trips", "stats:rating", "stats@v1:late"]
+    repo = open_feature_repo(tmp_path)
+
+    plan = repo.compile_references(references, full_feature_names=True)
+    found = dict(zip([of.name for of in plan.features], values(repo, plan), strict=True))
+
+    theirs = store.get_online_features(references, [{"driver_id": 1}], full_feature_names=True)
+    assert found == {name: own[0] for name, own in theirs.to_dict().items() if name in found}
+    assert list(found.values()) == [4.5, 3.0, 2.5, 1.0]
+    assert {of.name: of.version for of in plan.views} == {"stats": 0, "stats_v1": 1}
+
+
+def test_a_version_that_never_was_is_refused(tmp_path):
+    configure(tmp_path, SQL).apply([DRIVER, view()])
+
+    with pytest.raises(FeaturePlanError, match="'stats' has no version 7"):
+        open_feature_repo(tmp_path).compile_references(["stats@v7:rating"])
+
+
+@pytest.mark.parametrize("change", ["disabled", "being materialized"])
+def test_a_pinned_version_does_not_depend_on_the_state_of_the_latest(tmp_path, change):
+    store = configure(tmp_path)
+    store.apply([DRIVER, view()])
+    put(store, "stats", driver_id=[1], rating=[4.5])
+    store.apply([DRIVER, view("stats", "rating", "trips")])
+    latest = store.get_feature_view("stats")
+    if change == "disabled":
+        latest.enabled = False
+    else:
+        latest.state = FeatureViewState.MATERIALIZING
+    store.registry.apply_feature_view(latest, "demo")
+    repo = open_feature_repo(tmp_path)
+
+    assert values(repo, repo.compile_references(["stats@v0:rating"])) == [4.5]
+    with pytest.raises(FeaturePlanError, match=r"is disabled|not available online yet"):
+        repo.compile_references(["stats:rating"])
+
+
+def test_a_label_view_is_read_like_any_other_and_is_a_neighbour(tmp_path):
+    store = configure(tmp_path, versions=False)
+    labels = LabelView(
+        name="labels",
+        entities=[DRIVER],
+        schema=[Field(name="driver_id", dtype=Int64), Field(name="good", dtype=Float32)],
+        source=SOURCE,
+        ttl=timedelta(0),
+        labeler_field="labeler",
+    )
+    store.apply([DRIVER, view(), labels, FeatureService(name="judged", features=[labels])])
+    put(store, "labels", driver_id=[1], good=[0.5])
+    repo = open_feature_repo(tmp_path)
+
+    assert values(repo, repo.compile("judged")) == [0.5]
+    assert (("driver_id",), "labels", "good") in list(repo._views.stored())
+    assert [one.name for one in repo.stored_views()] == ["labels", "stats"]
+
+
+@pytest.mark.parametrize("dtype", [PdfBytes, ImageBytes])
+def test_documents_and_pictures_are_read_as_bytes(tmp_path, dtype):
+    store = configure(tmp_path, versions=False)
+    store.apply([DRIVER, view("scans", "scan", dtype=dtype)])
+    put(store, "scans", driver_id=[1], scan=[b"\x89PNG"])
+    repo = open_feature_repo(tmp_path)
+
+    assert values(repo, repo.compile_references(["scans:scan"])) == [b"\x89PNG"]
+
+
+def test_a_repository_without_services_serves_its_views(tmp_path):
+    configure(tmp_path).apply([DRIVER, view()])
+    repo = open_feature_repo(tmp_path)
+
+    assert repo.services() == ()
+    assert len(repo.compile_references(["stats:rating"]).features) == 1
+    with pytest.raises(UnknownFeatures, match=r"no feature service 'any'; there is none$"):
+        repo.compile("any")
+
+
+def test_a_repository_without_services_and_views_is_refused(tmp_path):
+    configure(tmp_path).apply([DRIVER])
+
+    with pytest.raises(StartupError, match="no feature service in project 'demo', and no feature"):
+        open_feature_repo(tmp_path)
+
+
+def test_a_view_with_the_name_of_another_ones_version_is_refused(tmp_path):
+    store = configure(tmp_path)
+    store.apply([DRIVER, view()])
+    store.apply([DRIVER, view("stats", "rating", "trips")])
+    rival = view("stats_v1", "speed")
+    store.apply([DRIVER, rival, FeatureService(name="rival", features=[rival])])
+    repo = open_feature_repo(tmp_path)
+
+    for references in (["stats:rating"], ["stats@v1:rating"], ["stats_v1:speed"]):
+        with pytest.raises(FeaturePlanError, match="are both stored as 'stats_v1'"):
+            repo.compile_references(references)
+    with pytest.raises(FeaturePlanError, match="are both stored as 'stats_v1'"):
+        repo.compile("rival")
+    assert len(repo.compile_references(["stats@v0:rating"]).features) == 1
+    assert repo.collisions() == ["feature views stats, stats_v1 are all stored as 'stats_v1'"]
+
+
+def test_what_old_versions_left_in_the_store_are_neighbours(tmp_path):
+    store = configure(tmp_path)
+    for features in (("rating",), ("rating", "trips"), ("rating", "late")):
+        store.apply([DRIVER, view("stats", *features)])
+    stored = set(open_feature_repo(tmp_path)._views.stored())
+
+    assert {(name, feature) for _, name, feature in stored} == {
+        *(("stats", "rating"), ("stats_v1", "rating"), ("stats_v1", "trips")),
+        *(("stats_v2", "rating"), ("stats_v2", "late")),
+    }
