@@ -1,9 +1,16 @@
-"""What tests of all kinds share: whether there is a GPU."""
+"""What tests of all kinds share: their pace, one process per server, whether there is a GPU."""
 
 import ctypes
 import os
 
+import hypothesis
 import pytest
+
+# How long an example takes, or takes to be made, says how busy the machine is, and nothing else.
+hypothesis.settings.register_profile(
+    "unhurried", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("unhurried")
 
 # Servers that tests start are one process unless the test says otherwise, whatever machine it is.
 os.environ["HEADRACE_WORKERS"] = "1"
