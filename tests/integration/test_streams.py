@@ -250,7 +250,7 @@ def test_a_message_may_have_less_time_than_its_stream(stub):
         for answer in stub.ModelStreamInfer(iter(asked), timeout=WAIT_S)
     }
 
-    assert "deadline passed" in answers["hurried"].error_message
+    assert "the deadline came too close" in answers["hurried"].error_message
     assert value(answers["other"]) == [8]
 
 

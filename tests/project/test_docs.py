@@ -124,7 +124,7 @@ def masked(text):
     return [re.sub(r"\s+", " ", line).strip() for line in text.strip().splitlines()]
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(420)
 def test_the_demo_prints_what_the_readme_shows_and_leaves_no_process_behind():
     shown = re.search(r"<!-- demo -->\n```\n(.*?)```", README, re.DOTALL)[1]
 
@@ -136,7 +136,7 @@ def test_the_demo_prints_what_the_readme_shows_and_leaves_no_process_behind():
         start_new_session=True,
     )
     try:
-        output, log = process.communicate(timeout=180)
+        output, log = process.communicate(timeout=400)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise

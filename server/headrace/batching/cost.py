@@ -50,6 +50,7 @@ class BatchCost:
 
     def observe(self, rows: int, seconds: float) -> None:
         """Learn from a batch of `rows` that took `seconds`, both above 0."""
+        expected_s = seconds
         if self._batches:
             expected_s = self.estimate_s(rows)
             self._follow_quantile(seconds / expected_s)
@@ -57,6 +58,8 @@ class BatchCost:
         self._batches += 1
         # Plain averages of the first few, then older ones fade.
         weight = min(max(-math.expm1(-seconds / MEMORY_S), 1.0 / RECENT_MAX), 1.0 / RECENT_MIN)
+        if self._batches > 1 and seconds * SURPRISE_MAX < expected_s:
+            weight = 1.0 / RECENT_MIN  # what was slow is over
         weight = max(weight, 1.0 / self._batches)
         rows_off, seconds_off = rows - self._rows, seconds - self._seconds
         self._rows += weight * rows_off

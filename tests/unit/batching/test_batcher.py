@@ -261,6 +261,19 @@ def test_callers_who_left_make_room_in_a_full_queue():
     assert gone.drops == 1
 
 
+def test_who_would_begin_at_once_is_taken_whatever_is_expected_so_that_expectations_mend():
+    batcher = make()
+    for _ in range(20):
+        batcher._cost.observe(1, 10.0)
+    late = Caller("late", deadline_s=time.time() + 1)
+
+    batcher.put(late)
+    with pytest.raises(Overloaded, match="before its deadline"):
+        batcher.put(Caller("behind", deadline_s=time.time() + 1))
+
+    assert names(batcher.take()) == ["late"]
+
+
 def test_closing_refuses_what_comes_and_hands_out_what_waits_without_delay():
     batcher = make(delay_s=60)
     batcher.put(Caller("a"))

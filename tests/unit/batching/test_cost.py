@@ -60,6 +60,12 @@ def test_one_slow_batch_among_many_is_soon_forgotten():
     assert cost.estimate_s(4) < 0.01
 
 
+def test_a_model_that_hung_is_believed_to_be_well_again_after_a_few_batches():
+    cost = seen([(1, 1.0)] * 50 + [(1, 0.002)] * 25)
+
+    assert cost.bound_s(1) < 0.05
+
+
 def test_nineteen_of_twenty_batches_take_no_longer_than_the_bound():
     numbers = random.Random(2)
     cost, within, count = BatchCost(), 0, 4_000
