@@ -164,10 +164,12 @@ def test_a_selection_that_there_is_not_fails_those_who_ask_for_it(reads):
 
 
 def test_a_caller_who_left_or_whose_time_is_over_costs_no_read(reads, store):
-    gone, late, here = Caller([7]), Caller([7], deadline_s=time.time() - 1), Caller([8])
+    gone, late, here = Caller([7]), Caller([7], deadline_s=time.time() + 0.1), Caller([8])
     for caller in (gone, late, here):
         reads.submit(caller)
     gone.has_left = True
+    while time.time() < late.deadline_s:
+        time.sleep(0.01)
 
     reads.start()
 

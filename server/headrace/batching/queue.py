@@ -27,6 +27,9 @@ whoever asks with a short deadline goes first, and nobody waits for ever.
 """
 
 
+SPARE_S = 0.002
+"""So long before its last moment a request waits for company no more: waking takes a while."""
+
 _NONE = -1
 
 
@@ -81,6 +84,7 @@ class _Lane(Generic[RequestT]):
 
     key: Hashable
     entries: list[_Entry[RequestT]] = field(default_factory=list)
+    rows: int = 0
     filed: int = _NONE
     """Number of the head that was filed last, while it has its place among the heads."""
 
@@ -164,7 +168,7 @@ class RequestQueue(Generic[RequestT]):
             if place < entries[-1][:2]:
                 # Rows of those ahead, as if all had as many: exact where all have one.
                 position = bisect_left(entries, place)
-                ahead -= self._rows_of(lane) * (len(entries) - position) // len(entries)
+                ahead -= lane.rows * (len(entries) - position) // len(entries)
         if not most:
             before, last = ahead, 1
         else:
@@ -208,7 +212,7 @@ class RequestQueue(Generic[RequestT]):
         if at == len(lane.entries) or lane.entries[at] is not entry:
             return False
         del lane.entries[at]
-        self._left((entry,))
+        self._left(lane, (entry,))
         if not lane.entries:
             del self._lanes[lane.key]
         return True
@@ -246,23 +250,19 @@ class RequestQueue(Generic[RequestT]):
             if self.rows > most or self._policy.max_queue_delay_s:  # else everything goes
                 decision = self._policy.decide(
                     [entry[_REQUEST].rows for entry in lane.entries[: self._policy.most_requests]],
-                    self._oldest_wait_s(lane, arrived_before_s),
+                    self._oldest_wait_s(lane, now_s, arrived_before_s),
                     most,
                 )
                 count = decision.count
                 if not count:
                     held.append(lane)
-                    wait_s = decision.wait_s if wait_s is None else min(wait_s, decision.wait_s)
+                    own_s = min(decision.wait_s, self._spare_s(lane, now_s))
+                    wait_s = own_s if wait_s is None else min(wait_s, own_s)
                     continue
             batch = self._take_from(lane, count, now_s, dropped)
         for lane in held:
             self._file(lane)
         return Taken(batch, dropped, wait_s)
-
-    def _rows_of(self, lane: _Lane[RequestT]) -> int:
-        if len(self._lanes) == 1:
-            return self.rows
-        return sum([entry[_REQUEST].rows for entry in lane.entries])
 
     def _insert(self, entry: _Entry[RequestT]) -> None:
         request = entry[_REQUEST]
@@ -276,6 +276,7 @@ class RequestQueue(Generic[RequestT]):
             entries.append(entry)
         else:
             insort(entries, entry)
+        lane.rows += request.rows
         self.rows += request.rows
         self.count += 1
         self.byte_count += request.byte_count
@@ -323,7 +324,7 @@ class RequestQueue(Generic[RequestT]):
                     return limit
                 full_s = alone_s = now_s
             else:
-                rows = self._rows_of(lane)
+                rows = lane.rows
                 full_s = now_s + cost.bound_s(max(request.rows, min(limit, rows)))
                 alone_s = full_s
                 if self.count == 1:
@@ -332,7 +333,7 @@ class RequestQueue(Generic[RequestT]):
                     alone_s = now_s + cost.bound_s(request.rows)
             if request.expired(alone_s) or entry[_START_BY] < now_s:
                 del lane.entries[0]
-                self._pass_over(entry, alone_s, dropped)
+                self._pass_over(lane, entry, alone_s, dropped)
                 continue
             if request.deadline_s <= full_s:
                 return max(request.rows, cost.rows_within(request.deadline_s - now_s))
@@ -341,31 +342,44 @@ class RequestQueue(Generic[RequestT]):
 
     def _pass_over(
         self,
+        lane: _Lane[RequestT],
         entry: _Entry[RequestT],
         soonest_s: float,
         dropped: list[RequestT],
     ) -> None:
         """Let go of a request that was taken out of its lane, or put it behind the others."""
-        self._left((entry,))
+        self._left(lane, (entry,))
         level, _, number, _, request = entry
         if self._levels[level - 1].is_delayed and not request.expired(soonest_s):
             self._insert((level, math.inf, number, math.inf, request))
         else:
             dropped.append(request)
 
-    def _left(self, entries: Sequence[_Entry[RequestT]]) -> None:
+    def _left(self, lane: _Lane[RequestT], entries: Sequence[_Entry[RequestT]]) -> None:
         """Count requests out that were taken out of their lane."""
         requests = [entry[_REQUEST] for entry in entries]
-        self.rows -= sum(map(_rows, requests))
+        rows = sum(map(_rows, requests))
+        lane.rows -= rows
+        self.rows -= rows
         self.count -= len(requests)
         self.byte_count -= sum(map(_byte_count, requests))
+        for request in requests:  # it leads back here: references alone would not free it
+            request.place = None
         if not self._is_plain:
             for entry in entries:
                 self._counts[entry[0]] -= 1
 
-    def _oldest_wait_s(self, lane: _Lane[RequestT], arrived_before_s: float) -> float:
+    def _spare_s(self, lane: _Lane[RequestT], now_s: float) -> float:
+        """Return how long a lane may wait for company before somebody's time is over."""
+        took_s = self._cost.bound_s(min(lane.rows, self._policy.max_batch_size or 1))
+        latest_s = min(
+            [min(entry[_REQUEST].deadline_s - took_s, entry[_START_BY]) for entry in lane.entries]
+        )
+        return latest_s - SPARE_S - now_s
+
+    def _oldest_wait_s(self, lane: _Lane[RequestT], now_s: float, arrived_before_s: float) -> float:
         delay_s = self._policy.max_queue_delay_s
-        if not delay_s or arrived_before_s == math.inf:
+        if not delay_s or arrived_before_s == math.inf or self._spare_s(lane, now_s) <= 0:
             return delay_s
         return arrived_before_s - min([entry[_REQUEST].arrival_s for entry in lane.entries])
 
@@ -386,9 +400,9 @@ class RequestQueue(Generic[RequestT]):
         if late:
             passed = {entry[_NUMBER] for entry in late}
             taken = [entry for entry in taken if entry[_NUMBER] not in passed]
-        self._left(taken)
+        self._left(lane, taken)
         for entry in late:
-            self._pass_over(entry, soonest_s, dropped)
+            self._pass_over(lane, entry, soonest_s, dropped)
         if lane.entries:
             self._file(lane)
         else:

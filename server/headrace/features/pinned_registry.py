@@ -96,6 +96,9 @@ def _without_code(message: Any, project: str, *, with_sources: bool) -> Any:
             own = made.feature_services.add()
             own.CopyFrom(service)
             own.spec.ClearField("logging_config")  # it names a class to import
+            for projection in own.spec.features:  # so may its source; views have their own
+                projection.ClearField("batch_source")
+                projection.ClearField("stream_source")
     for record in message.feature_view_version_history.records:
         if record.project_id == project:
             old = made.feature_view_version_history.records.add()

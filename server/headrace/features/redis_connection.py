@@ -272,6 +272,8 @@ def open_socket(options: RedisOptions, deadline_s: float) -> socket.socket:
         except BaseException:
             plain.close()
             raise
+    except OSError:  # a certificate that is refused is a ValueError as well
+        raise
     except ValueError as error:  # a name or path that none can be; UnicodeError is one of them
         raise OSError(f"not a server's address: {error}") from None
 

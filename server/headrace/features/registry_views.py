@@ -312,7 +312,7 @@ class RegistryViews:
                 self._stored_name(view, None),
                 {column.name: column.value_type for column in _join_keys(view)},
                 _ttl_s(view),
-                not view.spec.disabled and getattr(view.spec, "online", True),
+                not getattr(view.spec, "disabled", False) and getattr(view.spec, "online", True),
             )
             for _, view in sorted(self._views.items())
         ]

@@ -113,7 +113,9 @@ class RowCache:
         count = 0
         with self._lock:
             for key in keys:
-                self._written_s[hash(key) % WRITTEN_SLOTS] = now_s
+                place = hash(key) % WRITTEN_SLOTS
+                # One who tells of another server's writes may have come with a later time.
+                self._written_s[place] = max(self._written_s[place], now_s)
                 slot = self._slots.get(key)
                 if slot is not None and self._read_s[slot] != -np.inf:
                     self._read_s[slot] = -np.inf
@@ -123,7 +125,7 @@ class RowCache:
     def clear(self, now_s: float) -> None:
         """Forget every row, as `forget` does."""
         with self._lock:
-            self._written_s = [now_s] * WRITTEN_SLOTS
+            self._written_s = [max(written_s, now_s) for written_s in self._written_s]
             self._read_s[:] = -np.inf
 
     def _take_slot(self, key: Hashable, like: DecodedGroup) -> int:

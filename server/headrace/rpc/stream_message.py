@@ -25,7 +25,20 @@ class Stream(Protocol):
         """End with a status, unless the message has an answer: those given before go out first."""
 
 
-class StreamMessage:
+class Unheard:
+    """Calls nobody when its caller leaves; keeping whom to call would keep both in memory."""
+
+    __slots__ = ()
+
+    @property
+    def on_gone(self) -> Callable[[], None] | None:
+        return None
+
+    @on_gone.setter
+    def on_gone(self, _: Callable[[], None] | None) -> None: ...
+
+
+class StreamMessage(Unheard):
     """
     A `HotCall` whose reply is one message of its stream.
 
@@ -34,13 +47,12 @@ class StreamMessage:
         size: Bytes of the message.
     """
 
-    __slots__ = ("_stream", "arrival_s", "deadline_s", "is_answered", "on_gone", "size")
+    __slots__ = ("_stream", "arrival_s", "deadline_s", "is_answered", "size")
 
     def __init__(self, stream: Stream, size: int) -> None:
         self._stream = stream
         self.arrival_s = time.perf_counter()
         self.deadline_s = stream.deadline_s
-        self.on_gone: Callable[[], None] | None = None
         self.size = size
         self.is_answered = False
         """The stream's to read and write, under its lock."""
@@ -60,7 +72,7 @@ class StreamMessage:
         self._stream.refuse(self, status)
 
 
-class WrappedMessage(ABC):
+class WrappedMessage(Unheard, ABC):
     """
     A `HotCall` whose reply and refusal are wrapped into an answer of its stream.
 
@@ -68,13 +80,12 @@ class WrappedMessage(ABC):
         call: The message's own.
     """
 
-    __slots__ = ("_call", "arrival_s", "deadline_s", "on_gone")
+    __slots__ = ("_call", "arrival_s", "deadline_s")
 
     def __init__(self, call: HotCall) -> None:
         self._call = call
         self.arrival_s = call.arrival_s
         self.deadline_s = call.deadline_s
-        self.on_gone: Callable[[], None] | None = None
 
     @property
     def gone(self) -> bool:

@@ -1,6 +1,7 @@
 """Who goes first, who waits no longer, and what is promised to a request that comes."""
 
 import math
+import time
 
 import pytest
 
@@ -184,6 +185,45 @@ def test_a_caller_who_leaves_is_out_of_the_queue_at_once():
     assert (waiting.count, waiting.rows, waiting.byte_count) == (2, 2, 2)
     assert not waiting.remove(leaving)
     assert names(waiting.take(0).batch) == "ac"
+
+
+def test_company_is_waited_for_only_as_long_as_everybody_has_time():
+    def waiting_for(*callers, levels=ONE_LEVEL):
+        made = RequestQueue(BatchPolicy(8, 0.1), cost(0.01), levels)
+        for caller in callers:
+            made.add(caller, 0)
+        return made
+
+    patient = waiting_for(Caller("p"))
+    hurried = waiting_for(Caller("p"), Caller("h", 0.05))
+    limited = waiting_for(Caller("p"), levels=[LevelPolicy(timeout_s=0.05)])
+
+    assert patient.take(0.0, 0.0).wait_s == pytest.approx(0.1)
+    assert hurried.take(0.0, 0.0).wait_s == pytest.approx(0.05 - 0.01 - 0.002, abs=0.002)
+    assert limited.take(0.0, 0.0).wait_s == pytest.approx(0.05 - 0.002)
+    assert names(hurried.take(0.039, 0.039).batch) == "hp"
+    assert names(limited.take(0.049, 0.049).batch) == "p"
+
+
+def test_a_queue_of_the_dead_is_cleared_in_the_time_of_one_walk():
+    waiting = queue(*[Caller("d", 1.0, key=key) for key in "xy" for _ in range(20_000)])
+    start_s = time.perf_counter()
+
+    taken = waiting.take(2.0)
+
+    assert len(taken.dropped) == 40_000
+    assert not taken.batch
+    assert time.perf_counter() - start_s < 5  # each time over a lane's rows takes half a minute
+
+
+def test_who_has_left_the_queue_is_not_kept_in_memory_by_it():
+    taken, leaving = Caller("a", 1), Caller("b", 2)
+    waiting = queue(taken, leaving, size=1)
+
+    waiting.take(0)
+    waiting.remove(leaving)
+
+    assert taken.place is leaving.place is None
 
 
 def test_a_lane_whose_head_leaves_keeps_its_turn():

@@ -22,6 +22,7 @@ from feast.types import Float32, Int64
 
 from headrace.errors import FeatureStoreUnavailable, StartupError
 from headrace.features.feast_store import FeastStore
+from headrace.features.pinned_registry import _without_code
 from headrace.features.plan import FeatureStatus
 from headrace.features.repo import open_feature_repo, reopen
 from headrace.features.values import ValueType as V
@@ -202,6 +203,25 @@ def test_a_class_that_a_registry_names_is_not_imported_for_online_reads(path):
         assert "named_by_a_registry" not in sys.modules
     finally:
         sys.path.remove(str(path))
+
+
+def test_a_service_s_own_sources_are_not_kept(path):
+    def change(registry):
+        for service in registry.feature_services:
+            for projection in service.spec.features:
+                projection.batch_source.data_source_class_type = "named_by_a_registry.Source"
+
+    poison(path, change)
+    message = Registry.FromString((path / "registry.db").read_bytes())
+
+    kept = _without_code(message, "demo", with_sources=True)
+
+    assert kept.feature_services
+    assert not any(
+        projection.HasField("batch_source") or projection.HasField("stream_source")
+        for service in kept.feature_services
+        for projection in service.spec.features
+    )
 
 
 @pytest.mark.parametrize("view", ["stats", "streamed"])

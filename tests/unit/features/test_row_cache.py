@@ -3,6 +3,7 @@
 import threading
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -99,6 +100,24 @@ def test_more_rows_than_it_holds_leave_the_last():
     cache = RowCache(10.0, 3)
     cache.put(list(range(10)), rows_of(range(10)), 0.0)
     assert values_of(cache.get(list(range(10)), 0.0)[1]) == [7, 8, 9]
+
+
+@pytest.mark.parametrize(
+    "tell",
+    [
+        pytest.param(lambda cache: cache.forget([2], 5.0), id="of a row"),
+        pytest.param(lambda cache: cache.clear(5.0), id="of all"),
+    ],
+)
+def test_one_who_tells_late_of_an_earlier_write_takes_nothing_back(tell, monkeypatch):
+    monkeypatch.setattr("headrace.features.row_cache.WRITTEN_SLOTS", 1)
+    cache = RowCache(10.0, 100)
+    tell(cache)
+
+    cache.forget([1], 4.0)
+    cache.put([2], rows_of([2]), 4.5)
+
+    assert cache.get([2], 5.0)[1] is None
 
 
 def test_it_grows_and_keeps_what_it_has():
