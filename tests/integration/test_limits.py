@@ -1,5 +1,6 @@
 """What a server takes, and how it says that it takes no more."""
 
+import gc
 import threading
 import time
 
@@ -11,7 +12,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from headrace.app import Gateway
+from headrace.rpc.server import STREAMS_PER_CONNECTION_MAX
 from headrace.settings import load_settings
+from headrace.v1 import feature_service_pb2, prediction_service_pb2
 
 ANY_PORTS = {"grpc_address": "127.0.0.1:0", "http_address": "127.0.0.1:0"}
 
@@ -136,3 +139,30 @@ def test_readiness_forgets_a_store_that_nobody_needs_any_more(plain):
         assert plain.is_ready()
     finally:
         plain._needs_features = needs
+
+
+@pytest.mark.parametrize("method", ["ModelInfer", "Predict", "GetOnlineFeatures"])
+def test_calls_that_are_answered_are_freed_without_the_collector(plain, method):
+    """What a call leaves behind would count against its connection, and end in REFUSED_STREAM."""
+    paths = {
+        "ModelInfer": "/inference.GRPCInferenceService/ModelInfer",
+        "Predict": "/headrace.v1.PredictionService/Predict",
+        "GetOnlineFeatures": "/headrace.v1.FeatureService/GetOnlineFeatures",
+    }
+    infer = patient(1)
+    infer.model_name = "lines"
+    asked = prediction_service_pb2.PredictRequest(model_name="driver_score")
+    asked.columns.add(name="driver_id").values.int64s.values.append(1)
+    features = feature_service_pb2.GetOnlineFeaturesRequest(feature_service="driver_features")
+    features.entities.add(name="driver_id").values.int64s.values.append(1)
+    messages = {"ModelInfer": infer, "Predict": asked, "GetOnlineFeatures": features}
+    body = messages[method].SerializeToString()
+    gc.collect()
+    gc.disable()
+    try:
+        with grpc.insecure_channel(plain.grpc_address) as channel:
+            call = channel.unary_unary(paths[method])
+            for _ in range(STREAMS_PER_CONNECTION_MAX + 200):
+                call(body, timeout=20)
+    finally:
+        gc.enable()
