@@ -73,9 +73,10 @@ $(TRITON): requirements-triton.lock
 	  echo "make: no Triton for this machine; its tests are skipped"
 	touch $@
 
-# They wait more than they compute: two at a time, a file's tests together.
+# Those that time servers run alone; the others two at a time, a file's tests together.
 test: setup model triton  ## all tests but the slow ones
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/unit tests/project
+	$(BIN)/python -m pytest --ignore tests/unit --ignore tests/project
 
 test-all: setup model triton  ## all tests but those for a GPU
 	$(BIN)/python -m pytest -m "not gpu"

@@ -229,20 +229,18 @@ def test_a_stream_that_is_cancelled_costs_nothing(gateway, stub):
 
 
 def test_the_streams_deadline_is_that_of_each_message(gateway, stub):
-    numbers = gateway.metrics.model("patient", "1")
-    requests = numbers.requests
+    start_s = time.perf_counter()
 
-    with pytest.raises(grpc.RpcError) as late:
-        list(stub.ModelStreamInfer(iter([infer_request(1, "patient")]), timeout=0.1))
+    # It would wait half a second for company.
+    (answer,) = stub.ModelStreamInfer(iter([infer_request(1, "patient")]), timeout=0.45)
 
-    assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    until(lambda: gateway.catalog.find("patient", "").waiting == 0)
-    assert numbers.requests == requests
+    assert value(answer) == [4]
+    assert time.perf_counter() - start_s < 0.5
 
 
 def test_a_message_may_have_less_time_than_its_stream(stub):
     hurried = infer_request(1, "patient", "hurried")
-    hurried.parameters["timeout"].int64_param = 100_000
+    hurried.parameters["timeout"].int64_param = 1
     asked = [hurried, infer_request(2, "scores", "other")]
 
     answers = {

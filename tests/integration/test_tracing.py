@@ -253,8 +253,10 @@ def gather(model="gather"):
 
 def test_a_call_that_expires_in_the_queue_has_a_span(collector, serve, channels):
     stub = service_pb2_grpc.GRPCInferenceServiceStub(channels(serve()))
+    late = scores(model="patient")
+    late.parameters["timeout"].int64_param = 1
     with pytest.raises(grpc.RpcError):
-        stub.ModelInfer(scores(model="patient"), metadata=TRACEPARENT, timeout=0.03)
+        stub.ModelInfer(late, metadata=TRACEPARENT, timeout=10)
     span = collector.wait_for(of_trace)["headrace.request"]
     attributes = {pair.key: pair.value.string_value for pair in span.attributes}
     assert attributes["rpc.response.status_code"] == "DEADLINE_EXCEEDED"
