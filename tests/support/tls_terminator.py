@@ -72,12 +72,19 @@ class TlsTerminator:
     def _serve(self, plain):
         try:
             client = self._context.wrap_socket(plain, server_side=True)
-        except OSError:
+        except (OSError, ValueError):  # refused, or closed at the end of the test
             plain.close()
             return
-        server = socket.create_connection(("127.0.0.1", self._target))
+        try:
+            server = socket.create_connection(("127.0.0.1", self._target))
+        except OSError:
+            client.close()
+            return
         self._sockets += [client, server]
-        with suppress(OSError):  # by one thread: OpenSSL lets none read while another writes
+        # One that is closed meanwhile is a ValueError to select.
+        with suppress(
+            OSError, ValueError
+        ):  # by one thread: OpenSSL lets none read while another writes
             while True:
                 ready = [client] if client.pending() else select.select([client, server], [], [])[0]
                 for source, target in ((client, server), (server, client)):
