@@ -6,7 +6,7 @@ a queue and a thread of their own, so that they do not hold up the short ones.
 
 import threading
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from headrace.batching.batcher import Batcher
 from headrace.batching.policy import BatchPolicy
+from headrace.batching.queued import QueuedRequest
 from headrace.errors import (
     BackendError,
     ComputationFailed,
-    DeadlineExceeded,
     InvalidRequest,
     ServingError,
 )
@@ -69,12 +69,9 @@ class FeatureRead:
     shared: dict[Any, Any] = field(default_factory=dict)
 
 
-class FeatureRequest(ABC):
+class FeatureRequest(QueuedRequest):
     """
     One caller's entities.
-
-    The first of `answer` and `fail` to be called replies; a later one does nothing. They are called
-    by whichever thread owns the request, and do not raise because a caller has left.
 
     Args:
         selection: Which features.
@@ -85,17 +82,9 @@ class FeatureRequest(ABC):
         trace: Of a sampled call.
     """
 
-    __slots__ = (
-        "arrival_s",
-        "batch_key",
-        "byte_count",
-        "deadline_s",
-        "place",
-        "priority",
-        "rows",
-        "timeout_s",
-        "trace",
-    )
+    __slots__ = ("trace",)
+
+    batch_key: Selection
 
     def __init__(
         self,
@@ -107,15 +96,9 @@ class FeatureRequest(ABC):
         byte_count: int,
         trace: Trace | None,
     ) -> None:
-        self.batch_key = selection
-        self.rows = rows
-        self.deadline_s = deadline_s
-        self.arrival_s = arrival_s
-        self.byte_count = byte_count
-        self.priority = 0
-        self.timeout_s = 0.0
-        self.place: Any = None
-        """The queue's own."""
+        super().__init__(
+            rows, selection, deadline_s=deadline_s, arrival_s=arrival_s, byte_count=byte_count
+        )
         self.trace = trace
 
     @property
@@ -133,20 +116,8 @@ class FeatureRequest(ABC):
         """
 
     @abstractmethod
-    def expired(self, now_s: float) -> bool:
-        """Say whether the caller has left or the deadline has passed (Unix seconds)."""
-
-    @abstractmethod
     def answer(self, read: FeatureRead, start: int) -> None:
         """Reply with rows [start, start + self.rows) of the read."""
-
-    @abstractmethod
-    def fail(self, error: ServingError) -> None:
-        """Reply with an error."""
-
-    def drop(self) -> None:
-        """Give up on an expired request: whoever still listens learns that its time is over."""
-        self.fail(DeadlineExceeded("the deadline passed while the request waited"))
 
 
 class FeatureReads:

@@ -17,12 +17,13 @@ from headrace.features.plans import FeaturePlans, Selection
 from headrace.features.skew_log import SkewLog
 from headrace.features.store import OnlineStore
 from headrace.monitoring.records import BatchRecord
-from headrace.predict import Request, ServedModel
+from headrace.predict import ServedModel
 from headrace.repository.completion import complete, with_batch_size
 from headrace.repository.config import ModelConfig, parse_config
 from headrace.repository.queueing import max_queue_size
 from headrace.repository.scan import VersionFolder, read_config
 from headrace.repository.validate import check_golden
+from headrace.request import Request
 from headrace.settings import ServeSettings
 from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.feature_metrics import ViewMetrics

@@ -9,9 +9,7 @@ import math
 import secrets
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,152 +36,15 @@ from headrace.features.skew_log import SkewLog
 from headrace.features.store import FeatureRows, OnlineStore
 from headrace.monitoring.records import BatchRecord
 from headrace.observation import BatchObserver, Carried, traceparent_of
+from headrace.request import AnsweredBatch, OutputBlock, Request
 from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.feature_metrics import ViewMetrics
 from headrace.telemetry.metrics import ModelMetrics
-from headrace.telemetry.trace_context import Trace
-from headrace.tensors import CheckedInputs, Signature, TensorSpec, encode, join
+from headrace.tensors import Signature, join
 
 _LOG = structlog.get_logger(__name__)
 
 _STORE_UNAVAILABLE = "the online feature store does not answer"
-
-
-class Request(ABC):
-    """
-    One caller's rows on their way to a model.
-
-    The first of `answer`, `fail` and `drop` to be called replies; a later one does nothing. They
-    are called by whichever thread owns the request, and do not raise because a caller has left.
-
-    Args:
-        inputs: What `ServedModel.signature.check` returned.
-        deadline_s: Unix seconds; infinite when the caller gave none.
-        arrival_s: When it reached the port, on `time.perf_counter`'s clock.
-        byte_count: Size of its message.
-    """
-
-    __slots__ = (
-        "arrival_s",
-        "batch_key",
-        "byte_count",
-        "deadline_s",
-        "place",
-        "priority",
-        "raws",
-        "rows",
-        "served",
-        "timeout_s",
-        "trace",
-    )
-
-    PREDICTION_ID_LENGTH = 26
-
-    method = ""
-    """As `package.Service/Method`."""
-
-    def __init__(
-        self, inputs: CheckedInputs, deadline_s: float, arrival_s: float, byte_count: int
-    ) -> None:
-        self.rows, self.raws, self.batch_key = inputs
-        self.deadline_s = deadline_s
-        self.arrival_s = arrival_s
-        self.byte_count = byte_count
-        self.priority = 0
-        """1 is served first; 0 when the caller names none."""
-        self.timeout_s = 0.0
-        """Longest wait for a batch that the caller asks for; 0 when he does not."""
-        self.place: Any = None
-        """The queue's own."""
-        self.served: ServedModel | None = None
-        """Whose queue it is in."""
-        self.trace: Trace | None = None
-        """Set for a sampled call, before it is queued."""
-
-    @abstractmethod
-    def expired(self, now_s: float) -> bool:
-        """Say whether the caller has left or the deadline has passed (Unix seconds)."""
-
-    @abstractmethod
-    def answer(self, batch: "AnsweredBatch", start: int, prediction_id: str) -> None:
-        """Reply with rows [start, start + self.rows) of the batch."""
-
-    @abstractmethod
-    def fail(self, error: ServingError) -> None:
-        """Reply with an error."""
-
-    def drop(self) -> None:
-        """Give up on a request that waits: whoever still listens learns that its time is over."""
-        self.fail(DeadlineExceeded("the deadline came too close while the request waited"))
-
-    def leave(self) -> None:
-        """Leave the queue at once, if it is still there: its caller has gone."""
-        if self.served is not None and self.served.leave(self):
-            self.drop()  # nobody hears it, but only what is answered ends
-
-
-class OutputBlock:
-    """
-    One output of a whole batch, ready to be cut per caller.
-
-    Fixed-width outputs are turned into bytes once per batch: a caller's share is then one slice.
-    """
-
-    __slots__ = ("_raw", "_stride", "array", "spec", "trailing")
-
-    def __init__(self, spec: TensorSpec, array: NDArray[np.generic]) -> None:
-        self.spec = spec
-        self.array = array
-        self.trailing = array.shape[1:]
-        self._raw: bytes | None = None
-        self._stride = 0
-        if spec.datatype != "BYTES" and array.shape[0]:
-            self._raw = array.tobytes()
-            self._stride = len(self._raw) // array.shape[0]
-
-    def rows(self, start: int, stop: int) -> NDArray[np.generic]:
-        """Return a view of the rows [start, stop)."""
-        return self.array[start:stop]
-
-    def raw(self, start: int, stop: int) -> bytes:
-        """Return the rows [start, stop) as OIP raw bytes."""
-        if self._raw is None:
-            return encode(self.array[start:stop])
-        return self._raw[start * self._stride : stop * self._stride]
-
-
-@dataclass(frozen=True, slots=True)
-class AnsweredBatch:
-    """
-    What one batch produced.
-
-    Args:
-        model: Who answers.
-        outputs: In signature order.
-        join: The feature join, for a model that has one.
-        features: What was read for it, row for row.
-        missing_per_row: How many features the model saw as missing, row for row.
-        stale_per_row: How many of them were found and too old.
-        output_shapes: Each output's shape after the row.
-        started_s: When the batch was taken, on `time.perf_counter`'s clock.
-        features_s: How long reading and joining features took.
-        infer_s: How long the model took.
-        inferred_s: When the model had answered, on the clock of `started_s`.
-        now_s: Unix seconds when the features were read; ages are relative to it.
-    """
-
-    model: "ServedModel"
-    outputs: tuple[OutputBlock, ...]
-    join: FeatureJoin | None
-    features: FeatureRows | None
-    missing_per_row: list[int] | None
-    stale_per_row: list[int] | None
-    output_shapes: tuple[tuple[int, ...], ...]
-    started_s: float
-    features_s: float
-    infer_s: float
-    inferred_s: float
-    now_s: float
 
 
 class ServedModel:
@@ -333,10 +194,6 @@ class ServedModel:
         ):
             request.deadline_s = time.time() + self._latency_slo_s
         self._batcher.put(request)
-
-    def leave(self, request: Request) -> bool:
-        """Take a request out of the queue, since its caller has left; say whether it was there."""
-        return self._batcher.leave(request)
 
     @property
     def waiting(self) -> int:

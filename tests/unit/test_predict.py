@@ -10,7 +10,8 @@ from headrace.backends.stub import StubBackend
 from headrace.batching.batcher import Batcher
 from headrace.batching.policy import BatchPolicy
 from headrace.errors import BackendError, DeadlineExceeded, Draining
-from headrace.predict import Request, ServedModel
+from headrace.predict import ServedModel
+from headrace.request import Request
 from headrace.telemetry.metrics import Metrics
 from headrace.tensors import CheckedInputs, Signature, TensorSpec
 

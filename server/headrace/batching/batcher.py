@@ -108,6 +108,7 @@ class Batcher(Generic[RequestT]):
                 if not queue.add(request, now_s):
                     self.refused_full += 1
                     raise Overloaded("too many requests of this priority are already waiting")
+                request.waits_in = self
                 wake = self._idle > 0
                 if wake:
                     self._idle -= 1

@@ -49,6 +49,8 @@ class Waiting(Protocol):
     """How long it may wait for its batch, as its caller says; 0 when he does not."""
     place: Any
     """The queue's own."""
+    waits_in: Any
+    """The batcher's own."""
 
     @property
     def batch_key(self) -> Hashable:

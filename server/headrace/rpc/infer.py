@@ -14,7 +14,7 @@ from tritonclient.grpc import service_pb2
 
 from headrace.catalog import Catalog
 from headrace.errors import Draining, InvalidRequest, InvalidTensor, ServingError
-from headrace.predict import AnsweredBatch, Request
+from headrace.request import AnsweredBatch, Request
 from headrace.rpc.ingress import HotCall
 from headrace.rpc.known_requests import KnownRequest, KnownRequests
 from headrace.rpc.refusal import refuse

@@ -10,7 +10,8 @@ from google.protobuf.message import DecodeError
 from headrace.catalog import Catalog
 from headrace.errors import Draining, InvalidRequest, InvalidTensor, ServingError
 from headrace.features.plan import FeatureStatus
-from headrace.predict import AnsweredBatch, OutputBlock, Request, ServedModel
+from headrace.predict import ServedModel
+from headrace.request import AnsweredBatch, OutputBlock, Request
 from headrace.rpc.columns import encode_column
 from headrace.rpc.ingress import HotCall
 from headrace.rpc.refusal import refuse

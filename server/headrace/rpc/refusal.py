@@ -1,6 +1,6 @@
 """How a hot call is refused: the status goes out, and is told of."""
 
-from headrace.predict import Request
+from headrace.request import Request
 from headrace.rpc.ingress import HotCall
 from headrace.rpc.status import status_of
 from headrace.telemetry.calls import CallRecorder, failed_call

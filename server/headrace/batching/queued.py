@@ -1,0 +1,78 @@
+"""What every request that waits for a batch has, whatever it asks for."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any
+
+from headrace.errors import DeadlineExceeded, ServingError
+
+if TYPE_CHECKING:
+    from headrace.batching.batcher import Batcher
+
+
+class QueuedRequest(ABC):
+    """
+    One caller's rows on their way through a `Batcher`.
+
+    The first of its answer, `fail` and `drop` replies; a later one does nothing. They are called by
+    whichever thread owns the request, and do not raise because a caller has left.
+
+    Args:
+        rows: How many; at least 1.
+        batch_key: Requests share a batch only when their keys are equal.
+        deadline_s: Unix seconds; infinite when the caller gave none.
+        arrival_s: When it reached the port, on `time.perf_counter`'s clock.
+        byte_count: Size of its message.
+    """
+
+    __slots__ = (
+        "arrival_s",
+        "batch_key",
+        "byte_count",
+        "deadline_s",
+        "place",
+        "priority",
+        "rows",
+        "timeout_s",
+        "waits_in",
+    )
+
+    def __init__(
+        self,
+        rows: int,
+        batch_key: Hashable,
+        *,
+        deadline_s: float,
+        arrival_s: float,
+        byte_count: int,
+    ) -> None:
+        self.rows = rows
+        self.batch_key = batch_key
+        self.deadline_s = deadline_s
+        self.arrival_s = arrival_s
+        self.byte_count = byte_count
+        self.priority = 0
+        """1 is served first; 0 when the caller names none."""
+        self.timeout_s = 0.0
+        """Longest wait for a batch that the caller asks for; 0 when he does not."""
+        self.place: Any = None
+        """The queue's own."""
+        self.waits_in: Batcher[Any] | None = None
+        """The batcher that took it, which sets this."""
+
+    @abstractmethod
+    def expired(self, now_s: float) -> bool:
+        """Say whether the caller has left or the deadline has passed (Unix seconds)."""
+
+    @abstractmethod
+    def fail(self, error: ServingError) -> None:
+        """Reply with an error."""
+
+    def drop(self) -> None:
+        """Give up on a request that waits: whoever still listens learns that its time is over."""
+        self.fail(DeadlineExceeded("the deadline came too close while the request waited"))
+
+    def leave(self) -> None:
+        """Leave the queue at once, if it is still there: its caller has gone."""
+        if self.waits_in is not None and self.waits_in.leave(self):
+            self.drop()  # nobody hears it, but only what is answered ends

@@ -1,0 +1,125 @@
+"""A caller's rows on their way to a model, and the answered batch that they are cut from."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.batching.queued import QueuedRequest
+from headrace.features.join import FeatureJoin
+from headrace.features.store import FeatureRows
+from headrace.telemetry.trace_context import Trace
+from headrace.tensors import CheckedInputs, Signature, TensorSpec, encode
+
+
+class Answering(Protocol):
+    """What a reply says of the model version that made it."""
+
+    name: str
+    version: str
+    signature: Signature
+    edge_memo: dict[Any, Any]
+
+
+class Request(QueuedRequest):
+    """
+    One caller's rows on their way to a model.
+
+    Args:
+        inputs: What `ServedModel.signature.check` returned.
+        deadline_s: Unix seconds; infinite when the caller gave none.
+        arrival_s: When it reached the port, on `time.perf_counter`'s clock.
+        byte_count: Size of its message.
+    """
+
+    __slots__ = ("raws", "served", "trace")
+
+    batch_key: tuple[tuple[int, ...], ...]
+    """Of each input, its shape after the row."""
+
+    PREDICTION_ID_LENGTH = 26
+
+    method = ""
+    """As `package.Service/Method`."""
+
+    def __init__(
+        self, inputs: CheckedInputs, deadline_s: float, arrival_s: float, byte_count: int
+    ) -> None:
+        rows, self.raws, trailing = inputs
+        super().__init__(
+            rows, trailing, deadline_s=deadline_s, arrival_s=arrival_s, byte_count=byte_count
+        )
+        self.served: Answering | None = None
+        """Who is to answer it."""
+        self.trace: Trace | None = None
+        """Set for a sampled call, before it is queued."""
+
+    @abstractmethod
+    def answer(self, batch: "AnsweredBatch", start: int, prediction_id: str) -> None:
+        """Reply with rows [start, start + self.rows) of the batch."""
+
+
+class OutputBlock:
+    """
+    One output of a whole batch, ready to be cut per caller.
+
+    Fixed-width outputs are turned into bytes once per batch: a caller's share is then one slice.
+    """
+
+    __slots__ = ("_raw", "_stride", "array", "spec", "trailing")
+
+    def __init__(self, spec: TensorSpec, array: NDArray[np.generic]) -> None:
+        self.spec = spec
+        self.array = array
+        self.trailing = array.shape[1:]
+        self._raw: bytes | None = None
+        self._stride = 0
+        if spec.datatype != "BYTES" and array.shape[0]:
+            self._raw = array.tobytes()
+            self._stride = len(self._raw) // array.shape[0]
+
+    def rows(self, start: int, stop: int) -> NDArray[np.generic]:
+        """Return a view of the rows [start, stop)."""
+        return self.array[start:stop]
+
+    def raw(self, start: int, stop: int) -> bytes:
+        """Return the rows [start, stop) as OIP raw bytes."""
+        if self._raw is None:
+            return encode(self.array[start:stop])
+        return self._raw[start * self._stride : stop * self._stride]
+
+
+@dataclass(frozen=True, slots=True)
+class AnsweredBatch:
+    """
+    What one batch produced.
+
+    Args:
+        model: Who answers.
+        outputs: In signature order.
+        join: The feature join, for a model that has one.
+        features: What was read for it, row for row.
+        missing_per_row: How many features the model saw as missing, row for row.
+        stale_per_row: How many of them were found and too old.
+        output_shapes: Each output's shape after the row.
+        started_s: When the batch was taken, on `time.perf_counter`'s clock.
+        features_s: How long reading and joining features took.
+        infer_s: How long the model took.
+        inferred_s: When the model had answered, on the clock of `started_s`.
+        now_s: Unix seconds when the features were read; ages are relative to it.
+    """
+
+    model: Answering
+    outputs: tuple[OutputBlock, ...]
+    join: FeatureJoin | None
+    features: FeatureRows | None
+    missing_per_row: list[int] | None
+    stale_per_row: list[int] | None
+    output_shapes: tuple[tuple[int, ...], ...]
+    started_s: float
+    features_s: float
+    infer_s: float
+    inferred_s: float
+    now_s: float
