@@ -73,10 +73,15 @@ $(TRITON): requirements-triton.lock
 	  echo "make: no Triton for this machine; its tests are skipped"
 	touch $@
 
-# Those that time servers run alone; the others two at a time, a file's tests together.
+# Two at a time, a file's tests together; then, one at a time, those that time a server or count what comes in a while.
+# What fails in company of others is run once more by itself, and said: what fails twice fails.
+QUICK := not slow and not gpu
+AGAIN := { echo "make: once more, one at a time, what failed"; \
+  $(BIN)/python -m pytest -m "$(QUICK)" --exitfirst --last-failed --last-failed-no-failures none; }
+
 test: setup model triton  ## all tests but the slow ones
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/unit tests/project
-	$(BIN)/python -m pytest --ignore tests/unit --ignore tests/project
+	$(BIN)/python -m pytest -m "$(QUICK) and not alone" --numprocesses 2 --dist loadfile || $(AGAIN)
+	$(BIN)/python -m pytest -m "$(QUICK) and alone" || $(AGAIN)
 
 test-all: setup model triton  ## all tests but those for a GPU
 	$(BIN)/python -m pytest -m "not gpu"

@@ -21,6 +21,8 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from headrace.monitoring.records import BatchRecord, Block, RecordSchema
 from headrace.monitoring.stream import PredictionStream
 
+pytestmark = pytest.mark.alone
+
 LOOPBACK = ["--grpc-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0"]
 QUEUE_BYTES = 1 << 20
 

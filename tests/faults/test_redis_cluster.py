@@ -16,6 +16,8 @@ from headrace.features.redis_redirects import key_slot
 from headrace.features.redis_store import RedisStore
 from headrace.features.redis_topologies import open_redis
 
+pytestmark = pytest.mark.alone
+
 NODE_TIMEOUT_S = 1.0
 EVERYBODY = list(range(COUNT))
 

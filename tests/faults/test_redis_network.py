@@ -18,6 +18,8 @@ from headrace.features.redis_options import RedisOptions
 from headrace.features.redis_pool import RedisPool
 from headrace.features.redis_store import RedisStore
 
+pytestmark = pytest.mark.alone
+
 EVERYBODY = list(range(COUNT))
 TIME = b"_ts:view"
 BUDGET_S = 0.2

@@ -14,6 +14,8 @@ from headrace.errors import FeatureStoreUnavailable
 from headrace.features.redis_store import RedisStore
 from headrace.features.redis_topologies import open_redis
 
+pytestmark = pytest.mark.alone
+
 EVERYBODY = list(range(COUNT))
 
 

@@ -12,6 +12,8 @@ from headrace.errors import FeatureStoreUnavailable
 from headrace.features.redis_store import RedisStore
 from headrace.features.redis_topologies import open_redis
 
+pytestmark = pytest.mark.alone
+
 MANY = [i % COUNT for i in range(0, 7 * 9000, 7)]
 
 

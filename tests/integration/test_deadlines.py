@@ -122,6 +122,7 @@ def code(future):
     return future.code()
 
 
+@pytest.mark.alone
 def test_a_call_that_cannot_be_answered_in_time_is_refused_at_once_with_pushback(slow, ask):
     ahead = queue_up(slow, ask)
     start_s = time.perf_counter()
@@ -136,6 +137,7 @@ def test_a_call_that_cannot_be_answered_in_time_is_refused_at_once_with_pushback
     assert 999 not in slow.ran
 
 
+@pytest.mark.alone
 def test_a_deadline_shorter_than_the_model_costs_the_caller_no_longer_and_others_nothing(slow, ask):
     first = ask(1)
     until(lambda: slow.ran == [1])

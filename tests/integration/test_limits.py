@@ -109,6 +109,7 @@ def test_reflection_is_off_by_default(plain):
     assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
+@pytest.mark.alone
 def test_a_message_full_of_numbers_does_not_make_others_wait(plain, stub):
     large = service_pb2.ModelInferRequest(model_name="scores")
     tensor = large.inputs.add(name="x", datatype="FP32", shape=[8, 4])

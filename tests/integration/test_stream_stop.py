@@ -106,6 +106,7 @@ class Stalled:
             yield message
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("ingress", INGRESSES)
 def test_a_stop_is_prompt_and_answers_every_message_that_was_taken(model_repository, ingress):
     gateway = Gateway(
@@ -153,6 +154,7 @@ def server(request, model_repository):
     process.communicate(timeout=20)
 
 
+@pytest.mark.alone
 def test_sigterm_with_idle_busy_and_stalled_streams_ends_the_process_with_0(server):
     address = json.loads(server.stdout.readline())["grpc_address"]
     with grpc.insecure_channel(address) as channel, grpc.insecure_channel(address) as other:

@@ -228,6 +228,7 @@ def test_a_stream_that_is_cancelled_costs_nothing(gateway, stub):
     assert numbers.requests == requests
 
 
+@pytest.mark.alone
 def test_the_streams_deadline_is_that_of_each_message(gateway, stub):
     start_s = time.perf_counter()
 
@@ -368,6 +369,7 @@ def test_open_streams_are_a_metric(gateway, stub):
     until(lambda: gauge() == 0)
 
 
+@pytest.mark.alone
 def test_a_reader_that_does_not_read_slows_nobody_and_costs_little(gateway, stub):
     count = 5_000
     message = service_pb2.ModelInferRequest(model_name="echo_fp32")

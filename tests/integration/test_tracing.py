@@ -118,6 +118,7 @@ def of_trace(spans, trace=TRACE):
     return {span.name: span for span in spans if span.trace_id.hex() == trace}
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("ingress", ["completion-queue", "threads"])
 def test_a_caller_finds_every_stage_under_its_span(collector, serve, channels, ingress):
     gateway = serve(ingress=ingress)

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+pytestmark = pytest.mark.alone
+
 DELAY_S = 0.5
 """What `patient` waits for company; see `model_files`."""
 

@@ -18,6 +18,8 @@ from headrace.features.redis_pool import RedisPool
 from headrace.features.redis_store import RedisStore
 from headrace.features.values import ValueType, encode_message
 
+pytestmark = pytest.mark.alone
+
 WIDTH = 30
 KEY = (("item_id", "item_id", ValueType.INT64),)
 NAMES = [f"f{i}" for i in range(WIDTH)]

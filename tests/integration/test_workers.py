@@ -262,6 +262,7 @@ def test_every_gauge_of_a_worker_has_a_rule(pair):
     assert gauges <= GAUGES.keys()
 
 
+@pytest.mark.alone
 def test_a_worker_that_hangs_does_not_hang_the_page(pair):
     before = pair.total("headrace_requests_total")
     hung = workers_of(pair.process)[0]
@@ -279,6 +280,7 @@ def test_a_worker_that_hangs_does_not_hang_the_page(pair):
     assert numbers["headrace_rpc_open_calls",] == 0  # of the other
 
 
+@pytest.mark.alone
 def test_a_killed_worker_takes_only_its_own_calls_along_and_is_replaced(pair, callers):
     load = callers(pair)
     pages, stop = [], threading.Event()

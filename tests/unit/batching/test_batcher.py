@@ -135,6 +135,7 @@ def test_a_full_batch_of_one_shape_does_not_wait_out_anothers_delay():
     assert len(batcher) == 1
 
 
+@pytest.mark.alone
 def test_the_shortest_wait_of_all_shapes_is_waited():
     batcher = make(delay_s=0.2)
     late = Caller("late", batch_key="x")

@@ -137,6 +137,7 @@ def test_requests_that_are_never_answered_count_with_their_age(bench, monkeypatc
     assert figures["p50_ms"] > 300  # half of them were due in the first half
 
 
+@pytest.mark.alone
 def test_a_request_that_is_due_while_the_window_is_shut_is_sent_when_it_opens(bench):
     """A window has room for one such body; the server opens it a second one late."""
     body = b"x" * 60_000

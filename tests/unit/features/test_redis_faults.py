@@ -98,6 +98,7 @@ def test_a_server_that_is_gone_is_unavailable_and_when_it_is_back_it_serves():
     store.close()
 
 
+@pytest.mark.alone
 def test_a_server_that_hangs_costs_the_timeout_and_its_late_reply_is_nobodys(store, valkey):
     assert own_ids(store, [1]) == [1]
     os.kill(valkey._process.pid, signal.SIGSTOP)

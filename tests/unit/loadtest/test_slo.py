@@ -140,6 +140,7 @@ def test_a_shape_that_does_not_exist_is_refused(load):
         load.stages.plan("square", 1, 1)
 
 
+@pytest.mark.alone
 def test_the_proxy_delays_what_is_sent_and_nothing_else(load):
     with socket.create_server(("127.0.0.1", 0)) as server:
 

@@ -109,6 +109,7 @@ def test_a_request_has_so_many_columns_and_no_more(feast, own, reads, count):
     assert len(reads.requests) == (2 if count <= COLUMNS_MAX else 0)
 
 
+@pytest.mark.alone
 def test_columns_without_number_do_not_hold_up_the_ingress_thread(feast, own):
     column = delimited(b"\x1a", b"\x0a\x04%04x\x12\x02\x0a\x00")
     many_feast = b"".join(column.replace(b"%04x", b"%04x" % i) for i in range(1 << 16)) * 4
