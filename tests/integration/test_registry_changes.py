@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import tritonclient.grpc as triton
 from feast import Entity, FeatureService, FeatureStore, FeatureView, Field, FileSource, ValueType
+from feast.feature_view import FeatureViewState
 from feast.types import Float32, Int64
 
 from headrace.app import Gateway
@@ -123,6 +124,32 @@ def test_a_new_ttl_reaches_the_models(gateway, repo, ask):
         apply(repo, view(timedelta(minutes=5)))
         eventually(lambda: stale(client) == 2)
     assert list(ask("driver_features").features[0].statuses) == [4]
+
+
+def test_a_materialization_stops_no_reads_and_reloads_no_model(gateway, repo, ask):
+    served = gateway.catalog.entries["driver_score"].versions[1]
+
+    def is_known(service):
+        try:
+            return bool(ask(service).features)
+        except grpc.RpcError:
+            return False
+
+    store = FeatureStore(repo_path=str(repo))
+    stats = store.get_feature_view("stats")
+    for state in (FeatureViewState.MATERIALIZING, FeatureViewState.AVAILABLE_ONLINE):
+        stats.state = state
+        store.registry.apply_feature_view(stats, "changing")
+        # Whoever serves this has read the state that came before it.
+        store.apply([FeatureService(name=state.name, features=[stats])])
+        eventually(lambda name=state.name: is_known(name))
+        assert len(ask("driver_features").features) == 2
+        with triton.InferenceServerClient(gateway.grpc_address) as client:
+            ids = triton.InferInput("driver_id", [1, 1], "INT64")
+            ids.set_data_from_numpy(np.array([[1]]))
+            client.infer("driver_score", [ids])
+
+    assert gateway.catalog.entries["driver_score"].versions[1] is served
 
 
 def test_a_registry_that_is_gone_or_broken_changes_nothing_and_is_said(gateway, repo, ask):

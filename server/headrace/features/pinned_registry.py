@@ -45,9 +45,8 @@ class PinnedRegistry(Registry):  # type: ignore[misc]
     def __init__(self, message: Any, project: str, settings: Any, *, with_sources: bool) -> None:
         super().__init__(project, None, None)
         self.enable_online_versioning = bool(settings.enable_online_feature_view_versioning)
-        self.serve_features_while_materializing = bool(
-            getattr(settings, "serve_features_while_materializing", False)
-        )
+        # What state a view is in was looked at when the plan was compiled (`registry_views`).
+        self.serve_features_while_materializing = True
         self.cached_registry_proto = _without_code(message, project, with_sources=with_sources)
         self.cached_registry_proto_ttl = timedelta(0)  # for ever
         # Feast keeps what it looked up in the last registry, which it tells from others by this

@@ -4,7 +4,7 @@ import hashlib
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from headrace.features.registry_views import stored_views
+from headrace.features.registry_views import stored_views, unservable_state
 
 if TYPE_CHECKING:  # Feast takes seconds to import
     from headrace.features.pinned_registry import PinnedRegistry
@@ -13,6 +13,7 @@ _PARTS = (
     *("entities", "feature_views", "stream_feature_views", "on_demand_feature_views"),
     *("label_views", "feature_services"),
 )
+_SOURCES = ("batch_source", "stream_source", "source")
 
 
 class RegistryState:
@@ -25,14 +26,15 @@ class RegistryState:
         settings: Feast's settings of the registry.
 
     Attributes:
-        version: Equal for equal states; Feast's own where it gives one.
+        version: Equal for states that are served alike. Feast's own changes twice with every
+            materialization, which only notes what it writes and when.
     """
 
     def __init__(self, message: Any, project: str, settings: Any) -> None:
         self.message = message
         self.project = project
         self.settings = settings
-        self.version: str = message.version_id or _digest(message, project)
+        self.version: str = _digest(message, project)
 
     @property
     def is_empty(self) -> bool:
@@ -101,13 +103,13 @@ def _versions_in_sql(registry: Any, project: str) -> list[Any]:
 
 
 def _digest(message: Any, project: str) -> str:
-    """Hash what a SQL registry holds: its only other mark is the time of its youngest project."""
+    """Hash what is served by: not the times, the sources, or whether a view is being written."""
     parts = []
     for name in _PARTS:
         for one in getattr(message, name):
             if one.spec.project == project:
-                state = [getattr(one.meta, mark, 0) for mark in ("state", "current_version_number")]
-                spec = one.spec.SerializeToString(deterministic=True)
+                state = unservable_state(one), getattr(one.meta, "current_version_number", 0)
+                spec = _without_sources(one.spec).SerializeToString(deterministic=True)
                 parts.append(repr((name, one.spec.name, state, spec)))
     parts += [
         repr((record.feature_view_name, record.version_number, record.feature_view_proto))
@@ -115,3 +117,16 @@ def _digest(message: Any, project: str) -> str:
         if record.project_id == project
     ]
     return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()[:32]
+
+
+def _without_sources(spec: Any) -> Any:
+    """Return what is served of a spec: Feast writes a source otherwise while it materializes."""
+    known = spec.DESCRIPTOR.fields_by_name
+    sources = [name for name in _SOURCES if name in known]
+    if not sources:
+        return spec
+    rest = type(spec)()
+    rest.CopyFrom(spec)
+    for name in sources:
+        rest.ClearField(name)
+    return rest

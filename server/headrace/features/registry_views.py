@@ -23,8 +23,11 @@ CACHE_TAG = "headrace.cache_max_age_s"
 """The tag of a feature view whose text is how long its rows may be served after they were read."""
 
 # Source: feast 0.67 `FeatureView.proto`, FeatureViewState. A view that is written is
-# AVAILABLE_ONLINE, and those of before there were states are unspecified.
+# AVAILABLE_ONLINE, those of before there were states are unspecified, and one that
+# `feast materialize` is writing anew is MATERIALIZING for as long as that takes, although the
+# store has all that it had. Feast's own client refuses that one, unless it is told otherwise.
 _UNSPECIFIED, _MATERIALIZING, _AVAILABLE_ONLINE = 0, 3, 4
+_SERVABLE_STATES = frozenset({_UNSPECIFIED, _MATERIALIZING, _AVAILABLE_ONLINE})
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,12 @@ def stored_views(registry: Any, project: str) -> list[Any]:
         for view in registry.on_demand_feature_views
         if view.spec.project == project and view.spec.write_to_online_store
     ]
+
+
+def unservable_state(view: Any) -> int:
+    """Return the number of the state that keeps a view from being served; 0 if it is served."""
+    state = int(_field(view.meta, "state"))
+    return 0 if state in _SERVABLE_STATES else state
 
 
 def parse_version(record: Any) -> Any:
@@ -106,9 +115,6 @@ class RegistryViews:
         }
         self._knows_versions = bool(self._history) or settings.registry_type in {"file", "sql"}
         self._holders = self._find_holders()
-        self._servable_states = {_UNSPECIFIED, _AVAILABLE_ONLINE}
-        if getattr(settings, "serve_features_while_materializing", False):
-            self._servable_states.add(_MATERIALIZING)
 
     def projected(self, service: str, projection: Any) -> ViewSource | OnDemandSource:
         """Return a view as a feature service projects it; errors as `source`."""
@@ -166,7 +172,7 @@ class RegistryViews:
         # Of a version it is the snapshot's state that counts, as it is to Feast.
         if _field(view.spec, "disabled"):
             raise FeaturePlanError(f"feature view '{name}' is disabled")
-        if _field(view.meta, "state") not in self._servable_states:
+        if unservable_state(view):
             raise FeaturePlanError(
                 f"feature view '{name}' is not available online yet: its state is "
                 f"{_enum_name(view.meta, 'state')}"

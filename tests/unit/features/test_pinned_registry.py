@@ -14,6 +14,7 @@ import pytest
 from feast import Entity, FeatureService, FeatureStore, FeatureView, Field, FileSource, ValueType
 from feast.data_format import JsonFormat
 from feast.data_source import KafkaSource
+from feast.feature_view import FeatureViewState
 from feast.labeling import LabelView
 from feast.protos.feast.core.FeatureView_pb2 import FeatureView as FeatureViewProto
 from feast.protos.feast.core.Registry_pb2 import Registry
@@ -242,6 +243,19 @@ def test_comparing_with_the_offline_store_runs_no_code_either(path, view):
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_a_view_of_each_kind_is_read(path, view):
+    assert rating(path, view) == 4.5
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_view_of_each_kind_is_read_while_it_is_being_materialized(path, view):
+    def change(registry):
+        for views in (registry.feature_views, registry.stream_feature_views, registry.label_views):
+            for message in views:
+                if "state" in message.meta.DESCRIPTOR.fields_by_name:
+                    message.meta.state = FeatureViewState.MATERIALIZING.value
+
+    poison(path, change)
+
     assert rating(path, view) == 4.5
 
 
