@@ -136,7 +136,7 @@ class FeatureReads:
         max_entities: Most rows of one request.
         max_queue_size: Requests that may wait, of short and of long ones each.
         max_queue_bytes: Bytes of them, likewise.
-        timeout_s: Longest that one batch waits for the store.
+        timeout_s: Longest that one batch waits for the store; less when nobody waits so long.
         skew_log: Keeps what was read of sampled keys.
     """
 
@@ -255,7 +255,8 @@ class FeatureReads:
         if not batch:
             return
         now_s = time.time()
-        rows = self._store.read(plan, entities, now_s=now_s, timeout_s=self._timeout_s)
+        timeout_s = min(self._timeout_s, _longest_wait_s(batch, now_s))
+        rows = self._store.read(plan, entities, now_s=now_s, timeout_s=timeout_s)
         read_s = time.perf_counter()
         counts = [request.rows for request in batch]
         starts = list(accumulate(counts, initial=0))
@@ -344,6 +345,11 @@ class FeatureReads:
                 feature_service=plan.service,
             )
         )
+
+
+def _longest_wait_s(batch: Sequence[FeatureRequest], now_s: float) -> float:
+    """Until when anybody waits for the batch, from now; infinite when somebody waits for ever."""
+    return max(0.001, max([request.deadline_s for request in batch]) - now_s)
 
 
 def _told(error: Exception) -> ServingError:

@@ -43,12 +43,14 @@ class Store(MemoryStore):
     def __init__(self):
         super().__init__()
         self.reads = []
+        self.timeouts_s = []
         self.long_reads_go_on = threading.Event()
         self.long_reads_go_on.set()
 
     def read(self, plan, entities, **how):
         ids = entities["driver_id"]
         self.reads.append(len(ids))
+        self.timeouts_s.append(how["timeout_s"])
         if len(ids) > LONG_ROWS:
             assert self.long_reads_go_on.wait(TIMEOUT_S)
         if -1 in ids:
@@ -102,9 +104,8 @@ def store():
     return Store()
 
 
-@pytest.fixture
-def reads(store):
-    reads = FeatureReads(
+def reads_of(store, timeout_s=1.0):
+    return FeatureReads(
         Plans(),
         store,
         FeatureReadMetrics(),
@@ -113,8 +114,13 @@ def reads(store):
         max_entities=10_000,
         max_queue_size=100,
         max_queue_bytes=1 << 20,
-        timeout_s=1.0,
+        timeout_s=timeout_s,
     )
+
+
+@pytest.fixture
+def reads(store):
+    reads = reads_of(store)
     yield reads
     store.long_reads_go_on.set()
     assert reads.stop(TIMEOUT_S)
@@ -176,6 +182,31 @@ def test_a_caller_who_left_or_whose_time_is_over_costs_no_read(reads, store):
     assert here.result() == NOT_FOUND
     assert store.reads == [1]
     assert all(isinstance(one.result(), DeadlineExceeded) for one in (gone, late))
+
+
+@pytest.mark.parametrize(
+    ("deadlines_s", "least_s", "most_s"),
+    [
+        ([300.0, 600.0], 300.0, 600.0),  # the last of them counts
+        ([300.0, math.inf], 900.0, 900.0),
+        ([300.0, 5000.0], 900.0, 900.0),
+    ],
+)
+def test_a_batch_waits_for_the_store_no_longer_than_its_callers_wait(
+    store, deadlines_s, least_s, most_s
+):
+    reads = reads_of(store, timeout_s=900.0)
+    now_s = time.time()
+    callers = [Caller([8], deadline_s=now_s + deadline_s) for deadline_s in deadlines_s]
+    for caller in callers:
+        reads.submit(caller)
+
+    reads.start()
+
+    assert [caller.result() for caller in callers] == [NOT_FOUND] * 2
+    (timeout_s,) = store.timeouts_s
+    assert least_s <= timeout_s <= most_s
+    assert reads.stop(TIMEOUT_S)
 
 
 def test_a_long_read_does_not_hold_up_short_ones(reads, store):
