@@ -114,6 +114,7 @@ class Gateway:
             self._store = self._feature_repo.online_store(
                 cache_rows=settings.feature_cache_rows,
                 hears_writes=settings.feature_cache_invalidation,
+                timeout_s=settings.feature_timeout_s,
             )
         self._reads: FeatureReads | None = None
         self._writes: FeatureWrites | None = None

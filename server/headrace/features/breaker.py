@@ -16,6 +16,21 @@ FAILING_S = 1.0
 PROBE_PERIOD_S = 0.25
 PROBE_LIMIT_S = 10.0
 """A probe of which nothing was heard for so long no longer keeps others from probing."""
+PATIENCE_S = 0.05
+"""
+Whoever was given less than this and got no answer has learned nothing of the server: the time was
+his callers', and one of them in a hurry must not keep the store from the others.
+"""
+
+
+def patience_of(timeout_s: float) -> float:
+    """
+    Return how long an attempt must have had for its timeout to be a failure.
+
+    Args:
+        timeout_s: What attempts have when no caller is in a hurry; where that is little, it counts.
+    """
+    return min(PATIENCE_S, timeout_s / 2)
 
 
 class Attempt:

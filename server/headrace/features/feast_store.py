@@ -18,6 +18,7 @@ import structlog
 from numpy.typing import NDArray
 
 from headrace.errors import FeatureStoreUnavailable
+from headrace.features.breaker import PATIENCE_S
 from headrace.features.plan import FeaturePlan, PlannedFeature
 from headrace.features.store import FeatureRows, RowBlocks, row_count
 from headrace.features.values import ValueMismatchError, ValueType, message_value
@@ -48,13 +49,21 @@ class FeastStore:
     Args:
         config: Feast's settings of the repository.
         provider: Feast's way to its store; made from `config` when None.
+        patience_s: A read that had less than this and was not answered says nothing of the store.
     """
 
-    def __init__(self, config: "RepoConfig", provider: "Provider | None" = None) -> None:
+    def __init__(
+        self,
+        config: "RepoConfig",
+        provider: "Provider | None" = None,
+        *,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
         self.mismatches = self.cache_hits = self.cache_misses = self.cache_invalidations = 0
         """Values met that were not of their feature's type."""
         self._config = config
         self._provider = provider
+        self._patience_s = patience_s
         # What Feast calls a plan: looking a service up costs it milliseconds.
         self._selections: weakref.WeakKeyDictionary[FeaturePlan, Any] = weakref.WeakKeyDictionary()
         self._work: queue.Queue[tuple[Callable[[], Any], Future[Any]] | None] = queue.Queue(
@@ -151,7 +160,8 @@ class FeastStore:
             result = future.result(max(deadline_s - time.monotonic(), 0))
         except Exception as error:
             future.cancel()
-            if self._is_up:
+            is_late = isinstance(error, TimeoutError | queue.Full)
+            if self._is_up and not (is_late and timeout_s < self._patience_s):
                 self._is_up = False
                 _log.exception("online_store_down")
             raise FeatureStoreUnavailable(_UNAVAILABLE) from error

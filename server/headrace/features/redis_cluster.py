@@ -21,7 +21,7 @@ import structlog
 from numpy.typing import NDArray
 
 from headrace.errors import StartupError
-from headrace.features.breaker import Breaker
+from headrace.features.breaker import PATIENCE_S, Breaker
 from headrace.features.redis_commands import MAX_PART_BYTES, PackedCommands, in_parts
 from headrace.features.redis_connection import DesynchronizedError
 from headrace.features.redis_errors import OversizedReplyError, error_word
@@ -86,18 +86,26 @@ class RedisCluster:
         named: Some of its nodes; from them the others are learned, by the addresses that they
             announce. The login is the same at each.
         connect_timeout_s: The longest that connecting to a node may take.
+        patience_s: As `RedisPool` takes it.
 
     Raises:
         StartupError: `named` has a database number or a unix socket, of which a cluster has none.
     """
 
-    def __init__(self, named: RedisServers, *, connect_timeout_s: float = 1.0) -> None:
+    def __init__(
+        self,
+        named: RedisServers,
+        *,
+        connect_timeout_s: float = 1.0,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
         self._login: RedisOptions = named.servers[0]
         if self._login.db:
             raise StartupError("db in connection_string does not go with Redis Cluster")
         if self._login.unix_socket_path is not None:
             raise StartupError("unix_socket_path in connection_string does not go with a cluster")
         self._connect_timeout_s = connect_timeout_s
+        self._patience_s = patience_s
         self._seeds: list[_Address] = [(server.host, server.port) for server in named.servers]
         self._pools: dict[_Address, RedisPool] = {}
         self._map: _SlotMap | None = None
@@ -255,7 +263,8 @@ class RedisCluster:
                 breaker.succeeded()
             except OSError as error:
                 ended_s = time.monotonic()
-                if isinstance(error, TimeoutError) and deadline_s - now_s < fair_s:
+                least_s = max(fair_s, self._patience_s)
+                if isinstance(error, TimeoutError) and deadline_s - now_s < least_s:
                     breaker.left_open(ended_s, attempt)
                 else:
                     breaker.failed(ended_s, attempt)
@@ -309,7 +318,11 @@ class RedisCluster:
             pool = self._pools.get(address)
             if pool is None:
                 options = self._login.at(*address)
-                pool = RedisPool.to(options, connect_timeout_s=self._connect_timeout_s)
+                pool = RedisPool.to(
+                    options,
+                    connect_timeout_s=self._connect_timeout_s,
+                    patience_s=self._patience_s,
+                )
                 self._pools[address] = pool
                 _log.info("redis_cluster_node", host=address[0], port=address[1])
             return pool

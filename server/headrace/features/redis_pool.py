@@ -16,7 +16,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from headrace.features.breaker import Attempt, Breaker
+from headrace.features.breaker import PATIENCE_S, Attempt, Breaker
 from headrace.features.redis_commands import MAX_PART_BYTES, PackedCommands
 from headrace.features.redis_connection import RedisConnection
 from headrace.features.redis_errors import OversizedReplyError, error_word
@@ -107,6 +107,7 @@ class RedisPool:
         connect: Opens a connection within the seconds given, or raises OSError.
         address: Of the server, or what stands for it in the log.
         connect_timeout_s: The longest that connecting may take, within the time of what is asked.
+        patience_s: A server that was given less than this has not failed when the deadline passes.
     """
 
     def __init__(
@@ -115,11 +116,13 @@ class RedisPool:
         address: tuple[str, int],
         *,
         connect_timeout_s: float = 1.0,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         self.address = address
         self._name = f"{address[0]}:{address[1]}"
         self._connect = connect
         self._connect_timeout_s = connect_timeout_s
+        self._patience_s = patience_s
         self._idle: deque[tuple[int, RedisConnection]] = deque()
         self._generation = 0
         self._lock = threading.Lock()
@@ -127,12 +130,19 @@ class RedisPool:
         self._is_closed = False
 
     @classmethod
-    def to(cls, options: RedisOptions, *, connect_timeout_s: float = 1.0) -> "RedisPool":
+    def to(
+        cls,
+        options: RedisOptions,
+        *,
+        connect_timeout_s: float = 1.0,
+        patience_s: float = PATIENCE_S,
+    ) -> "RedisPool":
         """Return a pool of connections to the server that `options` name."""
         return cls(
             lambda timeout_s: RedisConnection(options, timeout_s),
             (options.host, options.port),
             connect_timeout_s=connect_timeout_s,
+            patience_s=patience_s,
         )
 
     @property
@@ -188,7 +198,7 @@ class RedisPool:
             deadline_s: On `time.monotonic`.
             is_check: Try even if the breaker is open.
             fair_s: A server that was given less than this, or than the time to connect, has not
-                failed when the deadline passes: others have used the time.
+                failed when the deadline passes either: others have used the time.
 
         Raises:
             BreakerOpenError: the server is not being tried.
@@ -199,7 +209,7 @@ class RedisPool:
             attempt = self._breaker.admits(time.monotonic())
             if attempt is None:
                 raise BreakerOpenError("held off after repeated failures")
-        least_s = min(fair_s, self._connect_timeout_s) * 0.9
+        least_s = max(min(fair_s, self._connect_timeout_s) * 0.9, self._patience_s)
         return Conversation(self, exchanges, deadline_s, attempt, least_s)
 
     def command(self, *words: str, deadline_s: float) -> Any:
@@ -277,7 +287,7 @@ class Conversation:
 
     Args: as `RedisPool.start` takes them.
         attempt: Leave to try, of the pool's breaker.
-        least_s: What of a timeout is the server's.
+        least_s: A server that was given less has not failed when the deadline passes.
     """
 
     def __init__(
@@ -403,7 +413,8 @@ class Conversation:
         if self._connection is not None:
             self._connection.close()
         is_late = isinstance(error, TimeoutError)
-        had_its_time = time.monotonic() - self._waiting_since_s >= self._least_s
+        # What it was given, and not when that was noticed: the machine may be busy.
+        had_its_time = self.deadline_s - self._waiting_since_s >= self._least_s
         if isinstance(error, OversizedReplyError) or (is_late and not had_its_time):
             self._pool.left_open(self._attempt)
             return

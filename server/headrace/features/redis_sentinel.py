@@ -19,6 +19,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from headrace.errors import StartupError
+from headrace.features.breaker import PATIENCE_S
 from headrace.features.redis_connection import RedisConnection
 from headrace.features.redis_errors import error_word
 from headrace.features.redis_options import RedisServers
@@ -29,6 +30,10 @@ _log = structlog.get_logger(__name__)
 
 class SentinelsGoneError(OSError):
     """Not one of the Sentinels answers."""
+
+
+class SentinelsSilentError(SentinelsGoneError, TimeoutError):
+    """Not one of the Sentinels answers in time; they may answer whoever has more of it."""
 
 
 class RedisSentinels:
@@ -60,17 +65,19 @@ class RedisSentinels:
         Ask the Sentinels, one after another, where the master is.
 
         Raises:
-            SentinelsGoneError: none of them answers in time.
+            SentinelsGoneError: none of them answers; `SentinelsSilentError`, if one or another
+                might have, given more time.
             OSError: none of those that answer knows it.
         """
         deadline_s = time.monotonic() + timeout_s
-        order, are_gone = self._order, True
+        order, are_gone, is_silent = self._order, True, False
         address: tuple[str, int] | None = None
         for place, sentinel in enumerate(order):
             share_s = max(deadline_s - time.monotonic(), 0.002) / (len(order) - place)
             try:
                 address = self._ask(sentinel, share_s)
-            except OSError:
+            except OSError as error:
+                is_silent |= isinstance(error, TimeoutError)
                 continue
             are_gone = False
             if address is not None:
@@ -83,7 +90,7 @@ class RedisSentinels:
             log = _log.warning if are_gone else _log.info
             log("redis_sentinels_gone" if are_gone else "redis_sentinels_back", master=self.master)
         if are_gone:
-            raise SentinelsGoneError("no Sentinel answers")
+            raise (SentinelsSilentError if is_silent else SentinelsGoneError)("no Sentinel answers")
         if address is None:
             raise ConnectionError("no Sentinel knows where the master is")
         return address
@@ -133,7 +140,8 @@ class RedisSentinels:
         except (OSError, ValueError, redis.RedisError) as error:
             kind = type(error).__name__  # its text may have the password
             _log.debug("redis_sentinel_unanswered", port=sentinel[1], reason=kind)
-            raise ConnectionError(kind) from None
+            is_silent = isinstance(error, redis.TimeoutError | TimeoutError)
+            raise (TimeoutError if is_silent else ConnectionError)(kind) from None
         finally:
             client.close()
         if found is None:
@@ -149,11 +157,21 @@ class SentinelPool(RedisPool):
     Args:
         sentinels: Whom to ask.
         connect_timeout_s: The longest that finding and connecting may take.
+        patience_s: As `RedisPool` takes it.
     """
 
-    def __init__(self, sentinels: RedisSentinels, *, connect_timeout_s: float = 1.0) -> None:
+    def __init__(
+        self,
+        sentinels: RedisSentinels,
+        *,
+        connect_timeout_s: float = 1.0,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
         super().__init__(
-            sentinels.connect, (sentinels.master, 0), connect_timeout_s=connect_timeout_s
+            sentinels.connect,
+            (sentinels.master, 0),
+            connect_timeout_s=connect_timeout_s,
+            patience_s=patience_s,
         )
         self._sentinels = sentinels
 

