@@ -1,7 +1,10 @@
 """`headrace features check` on stores that have everything that goes wrong with stores."""
 
 import json
+import socket
 import struct
+import time
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
@@ -13,7 +16,7 @@ from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
 from feast.types import Float32, Int64, String
 from redis import Redis
-from redis_processes import alone, cluster
+from redis_processes import alone, cluster, sentinel
 
 from headrace.__main__ import main
 from headrace.features.layout import key_prefix, value_head
@@ -64,7 +67,7 @@ def configure(root, redis_type, connection_string, version=3):
     (root / "feature_store.yaml").write_text(
         f"project: {PROJECT}\nprovider: local\nregistry: registry.db\n"
         f"online_store:\n  type: redis\n  redis_type: {redis_type}\n"
-        f'  connection_string: "{connection_string}"\n'
+        f'  connection_string: "{connection_string}"\n  sentinel_master: features\n'
         f"entity_key_serialization_version: {version}\n"
     )
 
@@ -301,6 +304,45 @@ def test_a_store_that_hangs_is_given_up(check, repo_at, tmp_path, redis_type):
 
     assert done.code == 2
     assert "does not answer" in done.err
+
+
+@pytest.fixture
+def silent():
+    """Addresses of servers that take connections and never say a word."""
+    with ExitStack() as exits:
+        servers = [
+            exits.enter_context(socket.create_server(("127.0.0.1", 0), backlog=128))
+            for _ in range(3)
+        ]
+        yield [f"127.0.0.1:{server.getsockname()[1]}" for server in servers]
+
+
+def test_silent_sentinels_are_given_up_after_a_second(check, repo_at, silent):
+    repo = repo_at(",".join(silent), "redis_sentinel")
+    started_s = time.monotonic()
+
+    done = check(repo)
+
+    # A second, and what opening a repository takes; redis-py alone would wait for tens of seconds.
+    assert time.monotonic() - started_s < 8.0
+    assert done.code == 2
+    assert "none of 3 Sentinels in connection_string says within 1 s where master" in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+def test_a_silent_sentinel_is_passed_over_and_a_name_that_they_do_not_know_is_told(
+    check, repo_at, silent, tmp_path
+):
+    with sentinel("valkey", tmp_path) as (_, _, watcher):
+        repo = repo_at(f"{silent[0]},127.0.0.1:{watcher.port}", "redis_sentinel")
+        looked = check(repo, "--json")
+        config = repo / "feature_store.yaml"
+        config.write_text(config.read_text().replace("features", "models"))
+        unknown = check(repo)
+
+    assert (looked.code, looked.report["keys_in_store"]) == (0, 0)
+    assert unknown.code == 2
+    assert "no Sentinel knows where master 'models' is" in unknown.err
 
 
 def user(redis, *rules):

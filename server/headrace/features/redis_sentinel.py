@@ -61,6 +61,21 @@ class RedisSentinels:
         self._are_gone = False
 
     def find(self, timeout_s: float) -> tuple[str, int]:
+        """Ask as `look` does; tell the log when nobody answers, and when somebody does again."""
+        are_gone = False
+        try:
+            return self.look(timeout_s)
+        except SentinelsGoneError:
+            are_gone = True
+            raise
+        finally:
+            if are_gone != self._are_gone:
+                self._are_gone = are_gone
+                log = _log.warning if are_gone else _log.info
+                event = "redis_sentinels_gone" if are_gone else "redis_sentinels_back"
+                log(event, master=self.master)
+
+    def look(self, timeout_s: float) -> tuple[str, int]:
         """
         Ask the Sentinels, one after another, where the master is.
 
@@ -85,10 +100,6 @@ class RedisSentinels:
                     with self._lock:
                         self._order = [sentinel, *(at for at in order if at != sentinel)]
                 break
-        if are_gone != self._are_gone:
-            self._are_gone = are_gone
-            log = _log.warning if are_gone else _log.info
-            log("redis_sentinels_gone" if are_gone else "redis_sentinels_back", master=self.master)
         if are_gone:
             raise (SentinelsSilentError if is_silent else SentinelsGoneError)("no Sentinel answers")
         if address is None:
@@ -148,6 +159,39 @@ class RedisSentinels:
             return None
         host, port = found
         return host.decode(errors="replace") if isinstance(host, bytes) else host, port
+
+
+def look_for_master(connection_string: str, master: str, timeout_s: float) -> None:
+    """
+    See whether Sentinels know where a master is, as one who is about to ask it.
+
+    Args:
+        connection_string: Feast's setting, as `RedisServers.parse` reads it.
+        master: What Sentinel calls the master.
+        timeout_s: For all of them together.
+
+    Raises:
+        StartupError: they do not answer, or do not know it; or a setting is unusable.
+    """
+    named = RedisServers.parse(connection_string)
+    count = len(named.servers)
+    try:
+        RedisSentinels(named, master).look(timeout_s)
+    except SentinelsSilentError:
+        raise StartupError(
+            f"the online store does not answer: none of {count} Sentinels in connection_string "
+            f"says within {timeout_s:g} s where master '{master}' is"
+        ) from None
+    except SentinelsGoneError:
+        raise StartupError(
+            f"the online store does not answer: none of {count} Sentinels in connection_string "
+            "can be asked; are the addresses, and the login in sentinel_kwargs, right?"
+        ) from None
+    except OSError:
+        raise StartupError(
+            f"no Sentinel knows where master '{master}' is: either sentinel_master is not its "
+            "name, or there is none now"
+        ) from None
 
 
 class SentinelPool(RedisPool):

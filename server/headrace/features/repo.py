@@ -24,6 +24,7 @@ from headrace.features.plan import (
     ViewSource,
     compile_plan,
 )
+from headrace.features.redis_sentinel import look_for_master
 from headrace.features.redis_store import RedisStore
 from headrace.features.redis_topologies import open_redis
 from headrace.features.registry_state import RegistryState, read_registry
@@ -36,6 +37,9 @@ if TYPE_CHECKING:  # pandas takes a while to import, and a server does without
 _REFERENCE = re.compile(
     r"(?P<view>[^:@]+)(?:@(?:v(?P<version>\d{1,9})|latest)?)?:(?P<feature>.+)", re.IGNORECASE
 )
+
+SENTINELS_TIMEOUT_S = 1.0
+"""They have nothing to do but to answer: who looks at a store waits for them no longer."""
 
 _CONFIG_FILE = "feature_store.yaml"
 _KEY_VERSION = 3
@@ -259,7 +263,8 @@ class FeatureRepo:
         For looking at the store, not for serving from it. Calling it raises what redis-py does.
 
         Args:
-            timeout_s: The longest that the client waits, for a connection or an answer.
+            timeout_s: The longest that the client waits, for a connection or an answer; for all
+                Sentinels together `SENTINELS_TIMEOUT_S` at most.
         """
         if not self._is_redis:
             return None
@@ -267,18 +272,35 @@ class FeatureRepo:
         from redis.backoff import NoBackoff  # noqa: PLC0415
         from redis.retry import Retry  # noqa: PLC0415
 
+        settings = self._config.online_store
+        kind = getattr(settings.redis_type, "value", settings.redis_type)
+        sentinels_s = min(timeout_s, SENTINELS_TIMEOUT_S)
+
         class ImpatientStore(RedisOnlineStore):  # type: ignore[misc] # Feast has no types
             @staticmethod
             def _parse_connection_string(connection_string: str) -> Any:
                 parse = RedisOnlineStore._parse_connection_string  # noqa: SLF001
                 servers, options = parse(connection_string)
                 waits = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
-                if "sentinel_kwargs" in options:
-                    options["sentinel_kwargs"] = {**options["sentinel_kwargs"], **waits}
-                return servers, {**options, **waits, "retry": Retry(NoBackoff(), 0)}
+                options |= {**waits, "retry": Retry(NoBackoff(), 0)}
+                if kind == "redis_sentinel":  # a silent one is passed over, before each look
+                    share_s = sentinels_s / len(servers)
+                    options["sentinel_kwargs"] = {
+                        **{name: options[name] for name in options if name.startswith("socket_")},
+                        **options.get("sentinel_kwargs", {}),
+                        "socket_timeout": share_s,
+                        "socket_connect_timeout": share_s,
+                        "retry": Retry(NoBackoff(), 0),
+                    }
+                return servers, options
 
-        # Feast's own way of connecting, so that what is looked at is where it writes.
-        return lambda: ImpatientStore()._get_client(self._config.online_store)  # noqa: SLF001
+        def connect() -> Any:
+            if kind == "redis_sentinel":  # redis-py asks them late, and tells less
+                look_for_master(settings.connection_string, settings.sentinel_master, sentinels_s)
+            # Feast's own way of connecting, so that what is looked at is where it writes.
+            return ImpatientStore()._get_client(settings)  # noqa: SLF001
+
+        return connect
 
     def another_store(self) -> Any:
         """Make another of Feast's clients of this repository, for a thread of its own."""
