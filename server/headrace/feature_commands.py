@@ -11,6 +11,7 @@ import grpc
 from rich.table import Table
 
 from headrace.errors import StartupError
+from headrace.features.feast_import import import_feast
 from headrace.features.values import COLUMN_DATATYPES, ValueType
 from headrace.presentation import cell, duration, strict_json
 from headrace.row_arguments import Input, read_rows
@@ -165,6 +166,7 @@ def _values(of: Any) -> list[Any]:
 
 
 def _parsed(raw: bytes) -> Any:
+    import_feast()
     from feast.protos.feast.types.Value_pb2 import Value  # noqa: PLC0415 seconds to import
 
     message = Value.FromString(raw)

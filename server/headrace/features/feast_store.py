@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from headrace.errors import FeatureStoreUnavailable
 from headrace.features.breaker import PATIENCE_S
+from headrace.features.feast_import import import_feast
 from headrace.features.plan import FeaturePlan, PlannedFeature
 from headrace.features.store import FeatureRows, RowBlocks, row_count
 from headrace.features.values import ValueMismatchError, ValueType, message_value
@@ -129,6 +130,7 @@ class FeastStore:
         assert plan.registry is not None, "a plan that no feature repository compiled"
         registry = plan.registry.online
         if self._provider is None:
+            import_feast()
             from feast.infra.provider import get_provider  # noqa: PLC0415 - seconds to import
 
             self._provider = get_provider(self._config)

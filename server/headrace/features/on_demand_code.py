@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from headrace.errors import FeaturePlanError, StartupError
+from headrace.features.feast_import import import_feast
 from headrace.features.values import ValueType
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ def _run_frame(
     columns: Mapping[str, list[Any]],
     types: Mapping[str, ValueType],
 ) -> Mapping[str, list[Any]]:
+    import_feast()
     import pyarrow as pa  # noqa: PLC0415 - nobody else needs it
     from feast.online_response import _convert_uuids_for_arrow  # noqa: PLC0415
 
@@ -209,6 +211,7 @@ def load_on_demand_code(modules: Sequence[str], folder: Path) -> Mapping[str, On
     """
     if not modules:
         return MappingProxyType({})
+    import_feast()
     from feast.on_demand_feature_view import OnDemandFeatureView  # noqa: PLC0415 - seconds
 
     if str(folder) not in sys.path:

@@ -8,6 +8,7 @@ import structlog
 from numpy.typing import NDArray
 
 from headrace.errors import ComputationFailed, UnusableValues
+from headrace.features.feast_import import import_feast
 from headrace.features.plan import ComputedView, FeaturePlan, FeatureStatus, PlannedFeature
 from headrace.features.store import FeatureRows, OnlineStore, RowBlocks, row_count
 from headrace.features.values import ValueMismatchError, ValueType, encode_message, message_value
@@ -154,6 +155,7 @@ class OnDemandStore:
     def _put(
         self, plan: FeaturePlan, place: int, results: Mapping[str, list[Any]], blocks: RowBlocks
     ) -> None:
+        import_feast()
         from feast.type_map import python_values_to_proto_values  # noqa: PLC0415 - seconds
         from feast.value_type import ValueType as FeastValueType  # noqa: PLC0415 - as above
 
@@ -214,6 +216,7 @@ def _moment(seconds: int, column: str) -> datetime:
 
 
 def _python_values(values: list[Any], value_type: ValueType) -> list[Any]:
+    import_feast()
     from feast.protos.feast.types.Value_pb2 import Value  # noqa: PLC0415 - seconds to import
     from feast.type_map import feast_value_type_to_python_type  # noqa: PLC0415 - as above
 

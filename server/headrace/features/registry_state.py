@@ -4,6 +4,7 @@ import hashlib
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from headrace.features.feast_import import import_feast
 from headrace.features.registry_views import stored_views, unservable_state
 
 if TYPE_CHECKING:  # Feast takes seconds to import
@@ -82,6 +83,7 @@ def read_registry(store: Any, project: str, settings: Any) -> RegistryState:
 
 
 def _versions_in_sql(registry: Any, project: str) -> list[Any]:
+    import_feast()
     from feast.infra.registry.sql import feature_view_version_history as table  # noqa: PLC0415
     from feast.protos.feast.core.FeatureViewVersion_pb2 import (  # noqa: PLC0415 - seconds
         FeatureViewVersionRecord,

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from headrace.errors import FeaturePlanError, UnknownFeatures
+from headrace.features.feast_import import import_feast
 from headrace.features.layout import DUMMY_JOIN_KEY
 from headrace.features.on_demand_code import OnDemandCode
 from headrace.features.on_demand_plan import OnDemandSource
@@ -68,6 +69,7 @@ def unservable_state(view: Any) -> int:
 
 def parse_version(record: Any) -> Any:
     """Return the message of a view as it was, from a record of the registry's version history."""
+    import_feast()
     from feast.protos.feast.core import (  # noqa: PLC0415 - seconds to import
         FeatureView_pb2,
         LabelView_pb2,
@@ -278,6 +280,7 @@ class RegistryViews:
         try:
             return declared_type(column.value_type)
         except ValueError:
+            import_feast()
             from feast.value_type import ValueType as FeastValueType  # noqa: PLC0415 - seconds to import
 
             raise FeaturePlanError(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from headrace.errors import FeaturePlanError, StartupError, UnknownFeatures
 from headrace.features.breaker import patience_of
+from headrace.features.feast_import import import_feast
 from headrace.features.feast_store import FeastStore
 from headrace.features.layout import feature_field
 from headrace.features.on_demand_code import OnDemandCode, load_on_demand_code
@@ -64,6 +65,7 @@ def open_feature_repo(path: Path, on_demand_modules: str = "") -> "FeatureRepo":
         raise StartupError(f"feature repository {path} has no {_CONFIG_FILE}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Feast's own, at import
+        import_feast()
         from feast import FeatureStore  # noqa: PLC0415 - seconds, and not everyone needs it
         from feast.repo_config import load_repo_config  # noqa: PLC0415
     try:
@@ -268,6 +270,7 @@ class FeatureRepo:
         """
         if not self._is_redis:
             return None
+        import_feast()
         from feast.infra.online_stores.redis import RedisOnlineStore  # noqa: PLC0415 as above
         from redis.backoff import NoBackoff  # noqa: PLC0415
         from redis.retry import Retry  # noqa: PLC0415
@@ -304,6 +307,7 @@ class FeatureRepo:
 
     def another_store(self) -> Any:
         """Make another of Feast's clients of this repository, for a thread of its own."""
+        import_feast()
         from feast import FeatureStore  # noqa: PLC0415 as above
 
         return FeatureStore(repo_path=str(self._path))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.features.feast_import import import_feast
 from headrace.features.values import ValueType
 
 
@@ -148,6 +149,7 @@ def _seconds(value: Any) -> int:
 
 def _content(value_type: ValueType, value: Any) -> Any:
     """Return what a serialized `Value`, or what one is made of, holds; sets as sorted lists."""
+    import_feast()
     from feast.protos.feast.types.Value_pb2 import Value  # noqa: PLC0415 seconds to import
     from feast.type_map import python_values_to_proto_values  # noqa: PLC0415 likewise
     from feast.value_type import ValueType as FeastType  # noqa: PLC0415 likewise

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from headrace.features.feast_import import import_feast
+
 MAX_VARINT_BYTES = 10
 
 
@@ -206,6 +208,7 @@ def encode_message(value: Any, value_type: ValueType) -> bytes:
     """Encode a value of a column, not null, as a serialized `Value`; slow, for rare ones."""
     if value_type.is_opaque:
         return bytes(value)
+    import_feast()
     from feast.protos.feast.types.Value_pb2 import Value  # noqa: PLC0415 - seconds to import
 
     message = Value()
@@ -329,6 +332,7 @@ def _opaque(raw: bytes, value_type: ValueType) -> bytes:
 
 
 def _parse_message(raw: bytes) -> Any:
+    import_feast()
     from feast.protos.feast.types.Value_pb2 import Value  # noqa: PLC0415 - seconds to import
     from google.protobuf.message import DecodeError  # noqa: PLC0415 - only of use with the above
 
