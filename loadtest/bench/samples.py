@@ -64,7 +64,8 @@ def closed_loop(
 
     Returns:
         `requests`, `requests_per_s`, `errors` (not OK, or wrong), `wrong` (of all requests ever
-        made), `statuses`, `mean_ms`, `p50_ms`, `p99_ms`, `generator_cpu_share`.
+        made), `statuses`, `mean_ms`, `p50_ms`, `p99_ms`, `window_start_s` and
+        `window_end_s` on the clock of all processes of this machine, `generator_cpu_share`.
     """
     columns = _columns(record, wrong)
     inside = columns.where((columns.done_s >= window.start_s) & (columns.done_s < window.end_s))
@@ -77,6 +78,8 @@ def closed_loop(
         "statuses": _statuses(inside.status),
         "mean_ms": _ms(latencies_s.mean()) if len(latencies_s) else None,
         **_quantiles_ms("", latencies_s),
+        "window_start_s": window.start_s,
+        "window_end_s": window.end_s,
         "generator_cpu_share": cpu_share,
     }
 
@@ -113,6 +116,8 @@ def open_loop(
     inside = columns.where((columns.due_s >= window.start_s) & (columns.due_s < window.end_s))
     is_sent, is_answered = ~np.isnan(inside.sent_s), inside.status != UNANSWERED
     latencies_s = np.where(is_answered, inside.done_s, ended_s) - inside.due_s
+    if timeout_s is not None:  # whoever could not even send it gave it up then
+        latencies_s[~is_sent] = np.minimum(latencies_s[~is_sent], timeout_s)
     is_good = _is_good(inside, timeout_s)
     is_refused = np.isin(inside.status, REFUSED)
     late_s = (inside.sent_s - inside.due_s)[is_sent & ~inside.is_held]
@@ -125,6 +130,8 @@ def open_loop(
         "mean_ms": _ms(latencies_s.mean()) if len(latencies_s) else None,
         **_quantiles_ms("", latencies_s),
         "window_s": window.seconds,
+        "window_start_s": window.start_s,
+        "window_end_s": window.end_s,
         "offered": len(inside.due_s),
         "offered_per_s": len(inside.due_s) / window.seconds,
         "achieved_per_s": int((inside.sent_s < window.end_s).sum()) / window.seconds,
@@ -153,7 +160,7 @@ def recovery_s(
     """
     Return from when on, counted from the window's start, 99 % of what was due was good.
 
-    None if that was never so, not even for the last hundred requests.
+    None if that was not so for the last hundred requests, or the last half of fewer.
     """
     columns = _columns(record, wrong)
     inside = columns.where((columns.due_s >= after.start_s) & (columns.due_s < after.end_s))
@@ -162,7 +169,7 @@ def recovery_s(
     share = np.cumsum(is_good[::-1])[::-1] / left
     # What is bad must not be followed by the good that makes up for it.
     recovered = np.flatnonzero((share >= RECOVERED_SHARE) & is_good)
-    if not len(recovered) or left[recovered[0]] < min(100, len(is_good)):
+    if not len(recovered) or left[recovered[0]] < min(100, len(is_good) // 2):
         return None
     first = recovered[0]
     return 0.0 if first == 0 else float(inside.due_s[first] - after.start_s)
