@@ -18,6 +18,7 @@ says so. With `--answers` each reply must be the one to its own request.
 import argparse
 import gc
 import json
+import math
 import selectors
 import sys
 import time
@@ -121,8 +122,8 @@ def run(
         start_s = time.perf_counter()
         for time_s in times_s:
             record.add(start_s + time_s)
-        start_s += warm_up_s
-        window = Window(start_s, start_s + seconds)
+        # Added up as the times are: what is due at a border is on one side of it.
+        window = Window(start_s + warm_up_s, start_s + (warm_up_s + seconds))
         ran = _in_an_open_loop(opened, record, window)
         wrong = _wrong(opened, answers)
         figures = samples.open_loop(
@@ -134,7 +135,7 @@ def run(
             cpu_share=ran.cpu_share,
         )
         if then is not None:
-            after = Window(window.end_s, window.end_s + then.seconds)
+            after = Window(window.end_s, math.inf)
             figures["recovered_s"] = samples.recovery_s(record, after, wrong, timeout_s)
         return figures
 

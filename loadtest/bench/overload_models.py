@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tritonclient.grpc import service_pb2
 
 WIDTH = 16
-BODIES = 256
+BODIES = 64
 
 SLOW, TINY = "slow", "tiny"
 SLOW_ROW_S = 0.008

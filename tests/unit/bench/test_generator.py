@@ -190,7 +190,10 @@ def test_the_command_reports_as_json(tmp_path):
         command += ["--port", str(port)]
         closed, opened = (
             json.loads(subprocess.run([*command, *more], capture_output=True, check=True).stdout)
-            for more in (["--in-flight", "2"], ["--rate", "50", "--then", "20:0.2"])
+            for more in (
+                ["--in-flight", "2"],
+                ["--rate", "50", "--arrivals", "even", "--then", "20:0.2"],
+            )
         )
 
     for figures in (closed, opened):
@@ -198,6 +201,7 @@ def test_the_command_reports_as_json(tmp_path):
         assert (figures["errors"], figures["wrong"]) == (0, 0)
         assert 0 < figures["p50_ms"] <= figures["p99_ms"]
     assert opened["window_s"] == pytest.approx(0.3)
+    assert opened["offered"] == 15
     assert opened["recovered_s"] is not None
 
 

@@ -13,7 +13,10 @@ HEADERS = st.lists(
         st.one_of(
             st.integers(0, 16).map(lambda code: (b"grpc-status", str(code).encode())),
             st.just(OTHER),
-            st.tuples(st.binary(min_size=1, max_size=200), st.binary(max_size=200)),
+            st.tuples(
+                st.binary(min_size=1, max_size=200).filter(lambda name: name != b"grpc-status"),
+                st.binary(max_size=200),
+            ),
         ),
         st.sampled_from(["recalled", "remembered", "once", "name recalled"]),
     ),
@@ -104,6 +107,7 @@ def test_more_than_is_followed_is_said():
     reader = trailers.TrailerReader()
     long = b"\x40\x01a\x7f" + bytes((0x80 | (2_000 - 127) % 128, (2_000 - 127) // 128))
 
-    reader.status(long + bytes(2_000))
+    for _ in range(2):
+        reader.status(long + bytes(2_000))
     with pytest.raises(ValueError, match="more headers than fit"):
         reader.status(long + bytes(2_000))
