@@ -315,6 +315,7 @@ def test_requests_that_are_never_answered_count_with_their_age(monkeypatch):
     assert figures["p50_ms"] > 300  # half of them were due in the first half
 
 
+@pytest.mark.alone
 def test_a_request_that_is_due_while_the_window_is_shut_is_sent_when_it_opens():
     """A window has room for four such bodies; the server opens it late, by one at a time."""
     body = b"x" * 16_000
