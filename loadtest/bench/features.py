@@ -241,6 +241,7 @@ def over_grpc(port: int, path: str, bodies: Path, shape: Shape, seconds: float) 
         command += ["--connections", "1", "--in-flight", "1"]
     else:
         command += ["--connections", "4", "--rate", str(shape.rate_per_s)]
+        command += ["--arrivals", "even"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120 + 2 * seconds, check=True
     )

@@ -2,10 +2,8 @@
 
 import contextlib
 import socket
-import struct
 import sys
 import threading
-import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -20,11 +18,10 @@ def bench():
     try:
         import features
         import http1
-        import http2
         import run
         import soak
 
-        yield Namespace(features=features, http1=http1, http2=http2, run=run, soak=soak)
+        yield Namespace(features=features, http1=http1, run=run, soak=soak)
     finally:
         sys.path.remove(str(BENCH))
 
@@ -62,16 +59,6 @@ def test_the_page_shows_every_round_and_how_to_repeat_it(bench):
     assert "run.py --rounds 2 --seconds 1.5 --only tensor" in page
 
 
-def test_bodies_are_read_as_written(bench, tmp_path):
-    messages = [b"", b"one", bytes(range(256)) * 300]
-
-    bench.http2.write_bodies(tmp_path / "bodies", messages)
-
-    framed = bench.http2.read_bodies(tmp_path / "bodies")
-    assert [body[5:] for body in framed] == messages
-    assert [int.from_bytes(body[1:5], "big") for body in framed] == [len(m) for m in messages]
-
-
 def test_a_line_that_grows_is_told_from_one_that_wobbles(bench):
     rising = bench.soak.growth([10.0, 10.3, 10.4, 10.8, 11.0])
     level = bench.soak.growth([10.0, 10.9, 9.8, 10.8, 10.1])
@@ -107,66 +94,6 @@ def server(serve):
         yield listener.getsockname()[1]
         ends.set()
         listener.shutdown(socket.SHUT_RDWR)
-
-
-def frame(kind, flags, stream, payload=b""):
-    head = len(payload).to_bytes(3, "big") + bytes((kind, flags))
-    return head + struct.pack(">I", stream) + payload
-
-
-def paced(bench, port, bodies, rate_per_s=50.0, seconds=0.4):
-    return bench.http2.run(
-        port,
-        "/a/B",
-        bodies,
-        connections=1,
-        in_flight=1,
-        warm_up_s=0.0,
-        seconds=seconds,
-        rate_per_s=rate_per_s,
-    )
-
-
-def test_requests_that_are_never_answered_count_with_their_age(bench, monkeypatch):
-    monkeypatch.setattr(bench.http2, "STALL_S", 0.2)
-
-    with server(lambda connection, _: connection.recv(1 << 16)) as port:
-        figures = paced(bench, port, [b"x" * 10])
-
-    assert figures["requests"] == 0
-    assert figures["p50_ms"] > 300  # half of them were due in the first half
-
-
-@pytest.mark.alone
-def test_a_request_that_is_due_while_the_window_is_shut_is_sent_when_it_opens(bench):
-    """A window has room for one such body; the server opens it a second one late."""
-    body = b"x" * 60_000
-    received = []
-
-    def serve(connection, _):
-        data, answered, opened_s = b"", 0, None
-        connection.settimeout(0.05)
-        while answered < 20:
-            with contextlib.suppress(TimeoutError):
-                data += connection.recv(1 << 20)
-            count = data.count(body)
-            opened_s = opened_s or (time.monotonic() + 0.3 if count else None)
-            while answered < count and time.monotonic() > (opened_s or 0):
-                stream = 2 * answered + 1
-                answered += 1
-                received.append(stream)
-                connection.sendall(
-                    frame(bench.http2.DATA, 0, stream, bytes(6))
-                    + frame(bench.http2.HEADERS, 0x5, stream)
-                    + frame(bench.http2.WINDOW_UPDATE, 0, 0, struct.pack(">I", len(body)))
-                )
-
-    with server(serve) as port:
-        figures = paced(bench, port, [body], rate_per_s=25.0)
-
-    assert len(received) in {10, 11}  # of 0.4 seconds, the first at once
-    assert figures["errors"] == 0
-    assert figures["p99_ms"] > 250
 
 
 def test_a_request_that_fails_twice_is_an_error(bench):
