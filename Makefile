@@ -19,7 +19,7 @@ TRACING := .venv-traces/.installed
 GPU := .venv-gpu/.installed
 MODEL := model_repository/home_valuation/1/manifest.json
 
-.PHONY: help setup triton protos model demo up traces test test-all test-gpu lint fmt bench bench-features bench-soak loadtest loadtest-ui lock clean
+.PHONY: help setup triton protos model demo up traces test test-all test-gpu lint fmt bench bench-features bench-soak profile loadtest loadtest-ui lock clean
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -113,6 +113,9 @@ bench: setup model  ## measure the gateway against its ceiling and against glue 
 
 bench-features: setup  ## measure reads of features against Feast's SDK, `feast listen` and `feast serve`
 	$(BIN)/python loadtest/bench/features.py
+
+profile: setup  ## say where a request's CPU time goes, stage by stage
+	$(BIN)/python loadtest/bench/profile_server.py
 
 bench-soak: setup  ## answer an hour's worth of feature reads as fast as they go, and see whether anything grows
 	$(BIN)/python loadtest/bench/soak.py
