@@ -19,7 +19,7 @@ TRACING := .venv-traces/.installed
 GPU := .venv-gpu/.installed
 MODEL := model_repository/home_valuation/1/manifest.json
 
-.PHONY: help setup triton protos model demo up traces test test-all test-gpu lint fmt bench bench-features bench-overload bench-soak loadtest loadtest-ui lock clean
+.PHONY: help setup triton protos model demo up traces test test-all test-gpu lint fmt bench bench-features bench-overload bench-soak loadtest loadtest-ui profile lock clean
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -116,6 +116,9 @@ bench-features: setup  ## measure reads of features against Feast's SDK, `feast 
 
 bench-overload: setup  ## ask for up to five times what the gateway can answer, and see how much it still does
 	$(BIN)/python loadtest/bench/overload.py
+
+profile: setup  ## say where a request's CPU time goes, stage by stage
+	$(BIN)/python loadtest/bench/profile_server.py
 
 bench-soak: setup  ## answer an hour's worth of feature reads as fast as they go, and see whether anything grows
 	$(BIN)/python loadtest/bench/soak.py

@@ -1,6 +1,5 @@
 """The composition root: builds every object of a gateway once, starts them, stops them in order."""
 
-import gc
 import signal
 import threading
 import time
@@ -20,6 +19,7 @@ from headrace.features.registry_watch import RegistryWatch
 from headrace.features.repo import FeatureRepo, open_feature_repo
 from headrace.features.skew_log import SkewLog
 from headrace.features.store import OnlineStore
+from headrace.garbage.collector import GarbageCollector
 from headrace.loading import VersionLoader
 from headrace.monitoring.stream import PredictionStream
 from headrace.ports import refuse_taken_port
@@ -45,14 +45,14 @@ if TYPE_CHECKING:
 
 _LOG = structlog.get_logger(__name__)
 
-GC_THRESHOLD = 50_000
-"""Container objects made, net, before the youngest generation is looked at."""
-
 STREAM_STOP_S = 2.0
 """How long the last predictions may take to the monitor when stopping."""
 
 CALLS_STOP_S = 2.0
 """How long the last spans may take to their collector when stopping."""
+
+GARBAGE_STOP_S = 2.0
+"""How long a collection under way may take when stopping."""
 
 SKEW_LOG_STOP_S = 5.0
 """How long the last rows may take to the skew log's folder when stopping."""
@@ -105,6 +105,8 @@ class Gateway:
             ):  # before minutes of loading
                 refuse_taken_port(flag, *split_address(address))
         self.metrics = Metrics()
+        self._garbage = GarbageCollector(is_idle=lambda: not self.metrics.open_calls())
+        self.metrics.more.append(self._garbage.pauses)
         self._feature_repo: FeatureRepo | None = None
         self._store: OnlineStore | None = None
         if settings.feature_repo is not None:
@@ -224,7 +226,7 @@ class Gateway:
 
     def start(self) -> None:
         """Begin to serve."""
-        _calm_the_collector()
+        self._garbage.start()  # all that has been built is set aside
         if self._reads is not None:
             self._reads.start()
         if self._writes is not None:
@@ -335,6 +337,7 @@ class Gateway:
             served.close()
         if self._store is not None:
             self._store.close()
+        self._garbage.stop(GARBAGE_STOP_S)
         if unfinished or not ended:
             _LOG.error("requests_cut_off", requests=unfinished)
         _LOG.info("stopped")
@@ -409,6 +412,7 @@ class Gateway:
             if (served.name, served.version) not in serving:
                 self.metrics.forget(served.name, served.version)
         if self._is_started:
+            self._garbage.loaded()
             self.grpc.update_health()
 
 
@@ -434,18 +438,6 @@ def _skew_log(settings: ServeSettings) -> SkewLog | None:
         file_s=settings.skew_file_s,
         folder_bytes=settings.skew_log_bytes,
     )
-
-
-def _calm_the_collector() -> None:
-    """
-    Let the cyclic garbage collector look at the request path rarely.
-
-    Requests make no reference cycles, so counting references frees them; with Python's default of
-    700 allocations the collector took 7 % of a small request's time.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(GC_THRESHOLD, 20, 20)
 
 
 def open_gateway(settings: ServeSettings, place: WorkerPlace | None = None) -> Gateway:

@@ -15,6 +15,7 @@ from headrace.rpc.status import Status
 from headrace.rpc.threads import ThreadIngress
 
 PATH = "/headrace.Test/Hot"
+STREAMS_MAX = 200
 UNAVAILABLE = Status(grpc.StatusCode.UNAVAILABLE, "leaving")
 
 
@@ -29,6 +30,7 @@ class Port:
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", 1_000),
                 ("grpc.max_send_message_length", 2_000),
+                ("grpc.max_concurrent_streams", STREAMS_MAX),
             ],
         )
         self.ingress = ingress_class(
@@ -103,6 +105,21 @@ def test_many_calls_in_flight_are_each_answered_once_and_right(port):
     pending = [port.hot.future(b"%d" % i, timeout=10) for i in range(150)]
 
     assert [f.result() for f in pending] == [b"echo:%d" % i for i in range(150)]
+    until(lambda: port.ingress.open_calls == 0)
+
+
+def test_whoever_keeps_an_answered_call_keeps_no_stream_of_its_connection(port):
+    kept = []
+
+    def accept(call, message):
+        kept.append(call)
+        call.reply(message)
+
+    port.accept = accept
+    with contextlib.ExitStack() as stack:
+        stack.callback(kept.clear)
+        for number in range(2 * STREAMS_MAX):
+            assert port.hot(b"%d" % number, timeout=10) == b"%d" % number
     until(lambda: port.ingress.open_calls == 0)
 
 

@@ -170,9 +170,13 @@ class Callers:
     def _worker_behind(self, one):
         before = self.server.answered_by()
         stub_of(one).ModelInfer(row(), timeout=10, wait_for_ready=True)
-        after = self.server.answered_by()
-        (worker,) = [number for number in after if after[number] > before[number]]
-        return worker
+        limit_s = time.monotonic() + 30
+        while time.monotonic() < limit_s:  # a batch is counted after its replies
+            after = self.server.answered_by()
+            if workers := [number for number in after if after[number] > before[number]]:
+                (worker,) = workers
+                return worker
+        raise AssertionError("nobody counted it")
 
     def _call(self, i, one):
         stub = stub_of(one)

@@ -43,7 +43,7 @@ class HotCall(Protocol):
 
     @property
     def metadata(self) -> Metadata:
-        """What the caller sent besides the message."""
+        """What the caller sent besides the message; there until the call is answered."""
 
     def reply(self, message: bytes) -> None:
         """Answer with a serialized message."""

@@ -2,6 +2,7 @@
 
 import secrets
 from dataclasses import dataclass
+from functools import lru_cache
 
 import grpc
 import structlog
@@ -18,6 +19,12 @@ DETAILS_BYTES_MAX = 2_000
 Of details as they travel: UTF-8, all but ASCII percent-encoded, three bytes for one. They go out
 twice, and clients refuse more than 8 KiB of headers.
 """
+
+REMEMBERED_MAX = 1_024
+"""Statuses that are kept; callers can make up messages without end."""
+
+REMEMBERED_CHARS_MAX = 256
+"""Of the message of one that is kept."""
 
 RETRY_PUSHBACK_MS = "100"
 """What an overloaded server asks of clients that retry. Source: gRFC A6, "Pushback"."""
@@ -68,17 +75,30 @@ def status_of(error: Exception, trace: Trace | None = None) -> Status:
             incident = f"incident {secrets.token_hex(8)}"
         _LOG.error("rpc_failed", incident=incident, exc_info=error)
         return Status(grpc.StatusCode.INTERNAL, f"internal error, {incident}")
-    code = next(CODES[base] for base in type(error).__mro__ if base in CODES)
-    message = str(error)
-    if code is grpc.StatusCode.INTERNAL and trace is not None:
-        message += f", trace {trace.trace_id.hex()}"
-    details = _cut(message)
+    kind, message = type(error), str(error)
+    if trace is not None and _code_of(kind) is grpc.StatusCode.INTERNAL:
+        return _status(kind, f"{message}, trace {trace.trace_id.hex()}")
+    if len(message) > REMEMBERED_CHARS_MAX:
+        return _status(kind, message)
+    return _remembered(kind, message)  # type: ignore[arg-type]  # mypy: classes have no hash
+
+
+def _status(kind: type[errors.ServingError], message: str) -> Status:
+    code, details = _code_of(kind), _cut(message)
     trailing: tuple[tuple[str, str | bytes], ...] = (
-        ("grpc-status-details-bin", _rich(code, details, type(error).__name__)),
+        ("grpc-status-details-bin", _rich(code, details, kind.__name__)),
     )
-    if isinstance(error, errors.Overloaded):
+    if issubclass(kind, errors.Overloaded):
         trailing += (("grpc-retry-pushback-ms", RETRY_PUSHBACK_MS),)
     return Status(code, details, trailing)
+
+
+# A server that is asked too much says the same again and again; it took half of a refusal's time.
+_remembered = lru_cache(maxsize=REMEMBERED_MAX)(_status)
+
+
+def _code_of(kind: type[errors.ServingError]) -> grpc.StatusCode:
+    return next(CODES[base] for base in kind.__mro__ if base in CODES)
 
 
 def _cut(details: str) -> str:

@@ -121,7 +121,7 @@ class _Call:
 
     def __init__(self, context: grpc.ServicerContext) -> None:
         self.arrival_s = time.perf_counter()
-        self._context = context
+        self._context: grpc.ServicerContext | None = context
         self._lock = threading.Lock()
         self._answered = threading.Event()
         self._answer: bytes | Status = b""
@@ -133,6 +133,7 @@ class _Call:
 
     @property
     def metadata(self) -> Metadata:
+        assert self._context is not None
         return metadata_of(self._context)
 
     def reply(self, message: bytes) -> None:
@@ -143,9 +144,11 @@ class _Call:
 
     def finish(self) -> bytes:
         self._answered.wait()  # ends when somebody answers, and when the call itself ends
+        context, self._context = self._context, None  # it keeps a stream of the connection
+        assert context is not None
         if isinstance(self._answer, bytes):
             return self._answer
-        self._context.abort_with_status(AbortStatus(self._answer))
+        context.abort_with_status(AbortStatus(self._answer))
         raise AssertionError("abort returned")
 
     def _end(self, answer: bytes | Status) -> None:

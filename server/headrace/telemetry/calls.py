@@ -7,10 +7,11 @@ second.
 import threading
 import time
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 
+from headrace.telemetry.line_limit import LineLimit
 from headrace.telemetry.metrics import Metrics
 from headrace.telemetry.spans import (
     FailedCall,
@@ -42,6 +43,13 @@ LINES_PER_S = 10.0
 """Of each status code, lest a flood fill a disk. The next line says how many were held back."""
 
 
+class _Failure(NamedTuple):
+    """A failed call; how many lines were held back before its own, None if it has none."""
+
+    call: FailedCall
+    suppressed: int | None
+
+
 class CallRecorder:
     """
     Tells of single calls. `failed` and `answered` never block and may be called by any thread.
@@ -66,14 +74,15 @@ class CallRecorder:
         self.another = None if sampler is None else sampler.another
         """Returns a trace for one more message of a stream that is sampled."""
         self._lock = threading.Lock()
-        self._records: deque[TracedBatch | FailedCall] = deque()
+        self._records: deque[TracedBatch | _Failure] = deque()
         self._waiting = 0
         self.dropped = 0
         """Calls that came while too many waited."""
         self._spans: list[Spans] = []
         self._span_bytes = 0
         self._export_s = 0.0
-        self._allowances: dict[str, _Allowance] = {}
+        self._failure_lines: dict[str, LineLimit] = {}
+        self._answer_lines = LineLimit(LINES_PER_S)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="call-records", daemon=True)
 
@@ -83,13 +92,25 @@ class CallRecorder:
         return self._exporter
 
     def failed(self, call: FailedCall) -> None:
-        """Note a call that was refused or failed."""
+        """
+        Note a call that was refused or failed.
+
+        One that nothing will be told of, neither a line nor a span, is counted and forgotten: most
+        are, when a server is asked too much.
+        """
         self._metrics.rpc_error(call.method.rpartition("/")[2], call.code)
-        self._put(call, 1)
+        with self._lock:
+            limit = self._failure_lines.get(call.code)
+            if limit is None:  # as many as gRPC has codes
+                limit = self._failure_lines[call.code] = LineLimit(LINES_PER_S)
+            suppressed = limit.take(call.failed_s)
+            if suppressed is not None or call.trace is not None:
+                self._put(_Failure(call, suppressed), 1)
 
     def answered(self, batch: TracedBatch) -> None:
         """Note a batch with sampled calls in it."""
-        self._put(batch, len(batch.calls))
+        with self._lock:
+            self._put(batch, len(batch.calls))
 
     def start(self) -> None:
         """Begin to tell."""
@@ -101,13 +122,12 @@ class CallRecorder:
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
 
-    def _put(self, record: TracedBatch | FailedCall, calls: int) -> None:
-        with self._lock:
-            if self._waiting + calls > CALLS_MAX:
-                self.dropped += calls
-            else:
-                self._waiting += calls
-                self._records.append(record)
+    def _put(self, record: "TracedBatch | _Failure", calls: int) -> None:
+        if self._waiting + calls > CALLS_MAX:
+            self.dropped += calls
+        else:
+            self._waiting += calls
+            self._records.append(record)
 
     def _run(self) -> None:
         while True:
@@ -137,11 +157,12 @@ class CallRecorder:
                 told = 0
                 time.sleep(PAUSE_S)
 
-    def _tell_of(self, record: TracedBatch | FailedCall, offset_s: float) -> int:
+    def _tell_of(self, record: "TracedBatch | _Failure", offset_s: float) -> int:
         """Tell of one record; return how many calls that were."""
-        if isinstance(record, FailedCall):
-            self._tell_failed(record)
-            self._keep(failed_spans(record, offset_s))
+        if isinstance(record, _Failure):
+            if record.suppressed is not None:
+                _tell_failed(record.call, record.suppressed)
+            self._keep(failed_spans(record.call, offset_s))
             return 1
         self._tell_answered(record)
         assert self._sampler is not None
@@ -164,24 +185,9 @@ class CallRecorder:
             self._export_s = time.monotonic() + EXPORT_PERIOD_S
             self._exporter.export(spans)
 
-    def _tell_failed(self, call: FailedCall) -> None:
-        suppressed = self._allowance(call.code, 1)
-        if suppressed is None:
-            return
-        fields: dict[str, Any] = {"code": call.code, "message": call.message}
-        if call.model:
-            fields |= {"model": call.model, "version": call.version, "rows": call.rows}
-        if call.trace is not None:
-            fields["trace_id"] = call.trace.trace_id.hex()
-        if suppressed:
-            fields["suppressed"] = suppressed
-        _LOG.info(
-            "request", method=call.method, duration_s=_s(call.failed_s - call.arrival_s), **fields
-        )
-
     def _tell_answered(self, batch: TracedBatch) -> None:
         for i, call in enumerate(batch.calls):
-            suppressed = self._allowance("OK", len(batch.calls) - i)
+            suppressed = self._answer_lines.take(time.monotonic(), len(batch.calls) - i)
             if suppressed is None:
                 return
             _LOG.info(
@@ -200,33 +206,6 @@ class CallRecorder:
                 **({"suppressed": suppressed} if suppressed else {}),
             )
 
-    def _allowance(self, code: str, wanted: int) -> int | None:
-        """Return how many lines were held back before; None to hold back the `wanted` ones."""
-        allowance = self._allowances.get(code)
-        if allowance is None:
-            allowance = self._allowances[code] = _Allowance()
-        return allowance.take(time.monotonic(), wanted)
-
-
-class _Allowance:
-    """A bucket of `LINES_PER_S` lines that fills at that rate."""
-
-    def __init__(self) -> None:
-        self._lines = LINES_PER_S
-        self._at_s = 0.0
-        self._suppressed = 0
-
-    def take(self, now_s: float, wanted: int) -> int | None:
-        if self._at_s:
-            self._lines = min(LINES_PER_S, self._lines + (now_s - self._at_s) * LINES_PER_S)
-        self._at_s = now_s
-        if self._lines < 1:
-            self._suppressed += wanted
-            return None
-        self._lines -= 1
-        suppressed, self._suppressed = self._suppressed, 0
-        return suppressed
-
 
 def failed_call(
     method: str,
@@ -242,6 +221,19 @@ def failed_call(
     """Put together what is known of a call that fails now."""
     now_s = time.perf_counter()
     return FailedCall(method, code, message, arrival_s, now_s, model, version, rows, trace)
+
+
+def _tell_failed(call: FailedCall, suppressed: int) -> None:
+    fields: dict[str, Any] = {"code": call.code, "message": call.message}
+    if call.model:
+        fields |= {"model": call.model, "version": call.version, "rows": call.rows}
+    if call.trace is not None:
+        fields["trace_id"] = call.trace.trace_id.hex()
+    if suppressed:
+        fields["suppressed"] = suppressed
+    _LOG.info(
+        "request", method=call.method, duration_s=_s(call.failed_s - call.arrival_s), **fields
+    )
 
 
 def _subject(batch: TracedBatch) -> dict[str, str]:

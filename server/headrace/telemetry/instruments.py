@@ -53,6 +53,8 @@ METRICS: dict[str, str] = {
     "queue, or lost because their file could not be written.",
     "headrace_skew_log_queue_bytes": "Bytes of sampled rows that wait for their file.",
     "headrace_skew_log_files_deleted_total": "Files of the skew log deleted to make room.",
+    "headrace_gc_pause_seconds": "Collections of reference cycles, during which nothing else runs, "
+    "by generation.",
     "headrace_workers": "Worker processes that there should be; only where there are several.",
     "headrace_workers_ready": "Worker processes that are ready.",
     "headrace_worker_restarts_total": "Worker processes that ended and were replaced, by worker.",

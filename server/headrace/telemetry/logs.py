@@ -3,10 +3,27 @@
 import contextlib
 import logging
 import sys
+import threading
+import time
 from typing import TextIO, cast
 
 import structlog
 from structlog.typing import EventDict
+
+from headrace.telemetry.line_limit import LineLimit
+
+FLOODING = frozenset(
+    {
+        *("batch_failed", "feature_batch_failed", "onnx_runtime_failed", "oip_failed"),
+        *("call_not_received", "call_not_watched", "drop_failed", "ingress_failed"),
+        *("feature_reply_failed", "reply_failed", "reply_not_sent", "rpc_failed", "stream_failed"),
+        "call_record_failed",
+    }
+)
+"""Events that every request, or every batch, can cause again, with a traceback each time."""
+
+FLOODING_LINES_PER_S = 10.0
+"""Of each of them."""
 
 
 def set_up_logs(level: str, worker: int | None = None) -> None:
@@ -30,6 +47,7 @@ def set_up_logs(level: str, worker: int | None = None) -> None:
     )
     structlog.configure(
         processors=[
+            hold_back_floods(),
             structlog.contextvars.merge_contextvars,
             *([] if worker is None else [say_worker]),
             structlog.processors.add_log_level,
@@ -48,6 +66,29 @@ def set_up_logs(level: str, worker: int | None = None) -> None:
         if worker is None
         else f"worker {worker}: %(name)s: %(message)s",
     )
+
+
+def hold_back_floods() -> structlog.typing.Processor:
+    """
+    Make a processor that lets few lines of each of the `FLOODING` events through.
+
+    The next one says in `suppressed` how many were held back. Any thread may log.
+    """
+    limits = {event: LineLimit(FLOODING_LINES_PER_S) for event in FLOODING}
+    lock = threading.Lock()
+
+    def hold_back(_logger: object, _method: str, event: EventDict) -> EventDict:
+        limit = limits.get(event["event"])
+        if limit is not None:
+            with lock:
+                suppressed = limit.take(time.monotonic())
+            if suppressed is None:
+                raise structlog.DropEvent
+            if suppressed:
+                event["suppressed"] = suppressed
+        return event
+
+    return hold_back
 
 
 class _Unfailing:

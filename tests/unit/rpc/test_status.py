@@ -8,7 +8,14 @@ import structlog
 from google.rpc import error_details_pb2, status_pb2
 
 from headrace import errors
-from headrace.rpc.status import DETAILS_BYTES_MAX, status_of
+from headrace.rpc.status import (
+    DETAILS_BYTES_MAX,
+    REMEMBERED_CHARS_MAX,
+    REMEMBERED_MAX,
+    _remembered,
+    status_of,
+)
+from headrace.telemetry.trace_context import Rule, Sampler
 
 CODE = grpc.StatusCode
 
@@ -74,3 +81,27 @@ def test_details_never_outgrow_the_headers_they_travel_in(character):
 
 def test_details_that_fit_are_left_alone():
     assert status_of(errors.InvalidRequest("größer als 10 %")).details == "größer als 10 %"
+
+
+def test_equal_refusals_are_built_once():
+    once = status_of(errors.Overloaded("64 requests are already waiting"))
+    again = status_of(errors.Overloaded("64 requests are already waiting"))
+
+    assert again is once
+    assert status_of(errors.NotReady("64 requests are already waiting")) != once
+
+
+def test_what_callers_make_up_takes_no_memory_for_good():
+    for number in range(2 * REMEMBERED_MAX):
+        status_of(errors.ModelNotFound(f"no model '{number}'"))
+    long = "x" * (REMEMBERED_CHARS_MAX + 1)
+
+    assert status_of(errors.ModelNotFound(long)) is not status_of(errors.ModelNotFound(long))
+    assert _remembered.cache_info().currsize <= REMEMBERED_MAX
+
+
+def test_a_failure_of_a_sampled_call_names_its_own_trace():
+    traces = [Sampler(Rule(1.0)).begin() for _ in range(2)]
+    details = [status_of(errors.BackendError("the model failed"), one).details for one in traces]
+
+    assert details == [f"the model failed, trace {one.trace_id.hex()}" for one in traces]

@@ -36,26 +36,40 @@ def test_a_call_that_reached_no_model_names_none(recorder):
     assert "model" not in line
 
 
-def test_a_flood_of_failures_is_held_back_by_code_and_counted(recorder, monkeypatch):
-    for _ in range(500):
-        recorder.failed(failed_call("p.S/M", "INVALID_ARGUMENT", "", 0.0))
-    recorder.failed(failed_call("p.S/M", "INTERNAL", "", 0.0))
-    recorder.start()
-    with structlog.testing.capture_logs() as lines:
-        recorder._tell()
-        codes = [line["code"] for line in lines]
-        monkeypatch.setattr(calls.time, "monotonic", lambda: 1e9)
-        recorder.failed(failed_call("p.S/M", "INVALID_ARGUMENT", "", 0.0))
-        recorder._tell()
-    recorder.stop(10)
-    assert 10 <= codes.count("INVALID_ARGUMENT") <= 12
-    assert codes.count("INTERNAL") == 1
-    assert lines[-1]["suppressed"] == 500 - codes.count("INVALID_ARGUMENT")
+def failed_at(failed_s, code="INVALID_ARGUMENT", message="", trace=None):
+    return failed_call("p.S/M", code, message, 0.0, trace=trace)._replace(failed_s=failed_s)
+
+
+def test_a_flood_of_failures_is_held_back_by_code_and_counted(recorder):
+    for number in range(500):
+        recorder.failed(failed_at(1.0, message=str(number)))
+    recorder.failed(failed_at(1.0, code="INTERNAL"))
+    recorder.failed(failed_at(9.0, message="later"))
+    lines = lines_of(recorder)
+    assert [line["message"] for line in lines] == [*map(str, range(10)), "", "later"]
+    assert [line.get("suppressed") for line in lines] == [None] * 11 + [490]
+
+
+def test_a_refusal_that_has_no_line_and_no_span_is_not_kept(recorder):
+    for _ in range(2 * calls.CALLS_MAX):
+        recorder.failed(failed_at(1.0))
+    assert len(recorder._records) == 10
+    assert recorder.dropped == 0
+
+
+def test_a_sampled_call_without_a_line_has_its_spans_all_the_same():
+    sampler = Sampler(Rule(1.0))
+    recorder = CallRecorder(Metrics(), sampler)
+    for _ in range(11):
+        recorder.failed(failed_at(1.0, trace=sampler.begin()))
+    assert len(recorder._records) == 11
+    assert len(lines_of(recorder)) == 10
 
 
 def test_what_comes_while_too_much_waits_is_dropped_and_counted(recorder):
+    trace = Sampler(Rule(1.0)).begin()
     for _ in range(calls.CALLS_MAX + 7):
-        recorder.failed(failed_call("p.S/M", "INTERNAL", "", 0.0))
+        recorder.failed(failed_at(1.0, trace=trace))
     assert recorder.dropped == 7
 
 

@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from headrace.features.memory_store import MemoryStore
 from headrace.features.skew_log import SkewLog
+from headrace.garbage.pauses import Pauses
 from headrace.monitoring.stream import PredictionStream
 from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.feature_metrics import (
@@ -136,6 +137,7 @@ def test_every_metric_that_is_listed_is_exported_and_none_besides(tmp_path):
     watch = SimpleNamespace(is_readable=True, reads=0, failures=0)
     store = StoreMetrics(MemoryStore(), lambda: True)
     metrics.more = [FeatureReadMetrics(), ViewMetrics(), RegistryMetrics(watch), store]
+    metrics.more.append(Pauses())
     metrics.skew_log = skew_log(tmp_path)
     registry = CollectorRegistry()
     registry.register(metrics)

@@ -312,8 +312,12 @@ class _Call:
 
     def _finish_one(self) -> Any:
         self._unfinished -= 1
-        if not self._unfinished and self._is_counted:
-            self._ingress._open -= 1
+        if not self._unfinished:
+            if self._is_counted:
+                self._ingress._open -= 1
+            # C-core's part is freed here, one call at a time. Whoever has the last reference, the
+            # attendant as a rule, would free hundreds at a stretch, and keep their streams so long.
+            self._call = self._event = None
         return NO_STATE
 
     def _refuse_internal(self) -> None:

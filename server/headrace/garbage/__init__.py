@@ -1,0 +1,1 @@
+"""When Python's cyclic garbage collector runs, and how long it stops everybody."""
