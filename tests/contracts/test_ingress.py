@@ -176,6 +176,46 @@ def test_a_deadline_that_passes_is_seen_while_its_call_waits(port):
     until(lambda: port.ingress.open_calls == 0)
 
 
+def test_a_caller_who_leaves_is_told_of_once_and_not_when_the_call_is_answered(port):
+    held, told = [], []
+
+    def accept(call, message):
+        call.on_gone = lambda: told.append(message)
+        held.append(call)
+
+    port.accept = accept
+    leaving, staying = (port.hot.future(name, timeout=30) for name in (b"leaving", b"staying"))
+    until(lambda: len(held) == 2)
+
+    leaving.cancel()
+    until(lambda: told == [b"leaving"])
+    for call in held:
+        call.reply(b"done")
+
+    assert staying.result() == b"done"
+    until(lambda: port.ingress.open_calls == 0)
+    assert told == [b"leaving"]
+    assert all(call.on_gone is None for call in held)
+
+
+def test_a_caller_who_leaves_while_its_call_is_accepted_is_told_of_after_that(port):
+    accepted, told = threading.Event(), []
+
+    def accept(call, message):
+        future.cancel()
+        waited_s = time.monotonic() + 0.3
+        while not call.gone and time.monotonic() < waited_s:
+            time.sleep(0.002)
+        call.on_gone = lambda: (told.append(accepted.is_set()), call.refuse(UNAVAILABLE))
+        accepted.set()
+
+    port.accept = accept
+    future = port.hot.future(b"x", timeout=30)
+
+    until(lambda: told == [True])
+    until(lambda: port.ingress.open_calls == 0)
+
+
 def test_a_lost_connection_is_seen_while_its_call_waits(port):
     held = []
     port.accept = lambda call, message: held.append(call)

@@ -37,8 +37,8 @@ class HotCall(Protocol):
 
     on_gone: Callable[[], None] | None
     """
-    Called once when the caller is found to have left, and forgotten when the call is answered. Of a
-    message of a stream it is not called: what a lost stream still has in a queue is passed over.
+    Called once when the caller is found to have left, and forgotten when the call is answered. For
+    `accept` to set: it is not called before that has returned.
     """
 
     @property

@@ -100,6 +100,7 @@ class ThreadIngress:
                     call.refuse(self._refusal)
                 else:
                     _accept(accept, call, message)
+                    call.accepted()
                 return call.finish()
             finally:
                 with self._lock:
@@ -125,6 +126,7 @@ class _Call:
         self._lock = threading.Lock()
         self._answered = threading.Event()
         self._answer: bytes | Status = b""
+        self._is_accepted = False
         self.gone = False
         self.deadline_s = deadline_of(context)
         self.on_gone: Callable[[], None] | None = None
@@ -141,6 +143,14 @@ class _Call:
     def refuse(self, status: Status) -> None:
         self._end(status)
 
+    def accepted(self) -> None:
+        """Say that `accept` has returned: whatever queue the call is in, it can leave now."""
+        with self._lock:
+            self._is_accepted = True
+            has_left = self.gone
+        if has_left:
+            self._call_on_gone()
+
     def finish(self) -> bytes:
         self._answered.wait()  # ends when somebody answers, and when the call itself ends
         if isinstance(self._answer, bytes):
@@ -156,8 +166,14 @@ class _Call:
                 self._answered.set()
 
     def _left(self) -> None:
-        self.gone = True
-        on_gone = self.on_gone
-        self._end(b"")  # nobody hears it: the pool thread is free again
+        with self._lock:
+            self.gone = True
+            self._answered.set()  # nobody hears it: the pool thread is free again
+            may_leave = self._is_accepted
+        if may_leave:
+            self._call_on_gone()
+
+    def _call_on_gone(self) -> None:
+        on_gone, self.on_gone = self.on_gone, None
         if on_gone is not None:
             on_gone()
