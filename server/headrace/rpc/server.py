@@ -38,6 +38,13 @@ CALLS_ON_THREADS_MAX = 2_048
 STREAMS_PER_CONNECTION_MAX = 1_024
 """grpcio's own default is unlimited."""
 
+PENDING_CALLS_MAX = 16_384
+"""
+Calls that have reached grpcio and that nobody has asked it for yet. It cancels some at random from
+1,000 on and all from 3,000, by default, and a caller cannot tell why: one connection may have more.
+Far above that, so that whoever is too many hears it from us, with pushback.
+"""
+
 POLITE_S = 0.25
 """
 How long new calls are refused before the port closes. Those that reach it while gRPC itself stops
@@ -107,6 +114,8 @@ class GrpcServer:
                 # grpcio would otherwise share a taken port silently.
                 ("grpc.so_reuseport", int(shares_port)),
                 ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION_MAX),
+                ("grpc.server.max_pending_requests", PENDING_CALLS_MAX),
+                ("grpc.server.max_pending_requests_hard_limit", PENDING_CALLS_MAX),
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", max_message_bytes),
             ],
