@@ -23,6 +23,7 @@ class Port:
 
     def __init__(self, ingress_class):
         self.accept = lambda call, message: call.reply(b"echo:" + message)
+        self.glance = lambda call: None
         self.server = grpc.server(
             futures.ThreadPoolExecutor(2),
             options=[
@@ -31,9 +32,12 @@ class Port:
                 ("grpc.max_send_message_length", 2_000),
             ],
         )
-        self.ingress = ingress_class(
-            self.server, [HotMethod(PATH, lambda call, message: self.accept(call, message))]
+        method = HotMethod(
+            PATH,
+            lambda call, message: self.accept(call, message),
+            lambda call: self.glance(call),
         )
+        self.ingress = ingress_class(self.server, [method])
         self.port = self.server.add_insecure_port("127.0.0.1:0")
         self.server.start()
         self.ingress.begin()
@@ -199,9 +203,10 @@ def test_a_caller_who_leaves_is_told_of_once_and_not_when_the_call_is_answered(p
 
 
 def test_a_caller_who_leaves_while_its_call_is_accepted_is_told_of_after_that(port):
-    accepted, told = threading.Event(), []
+    begun, accepted, told = threading.Event(), threading.Event(), []
 
     def accept(call, message):
+        assert begun.wait(5)
         future.cancel()
         waited_s = time.monotonic() + 0.3
         while not call.gone and time.monotonic() < waited_s:
@@ -211,6 +216,7 @@ def test_a_caller_who_leaves_while_its_call_is_accepted_is_told_of_after_that(po
 
     port.accept = accept
     future = port.hot.future(b"x", timeout=30)
+    begun.set()
 
     until(lambda: told == [True])
     until(lambda: port.ingress.open_calls == 0)
@@ -297,6 +303,41 @@ def test_new_calls_are_refused_politely_and_those_accepted_are_answered(port):
     assert refused.value.details() == "leaving"
     assert accepted.result() == b"kept"
     until(lambda: port.ingress.open_calls == 0)
+
+
+def test_a_call_that_is_refused_at_a_glance_is_not_accepted_and_others_are(port):
+    accepted, seen = [], []
+
+    def accept(call, message):
+        accepted.append(message)
+        call.reply(message)
+
+    def glance(call):
+        who = dict(call.metadata).get("who")
+        seen.append((who, call.deadline_s - time.time() < 6))
+        return UNAVAILABLE if who == "nobody" else None
+
+    port.accept, port.glance = accept, glance
+
+    with pytest.raises(grpc.RpcError) as refused:
+        port.hot(b"unread", timeout=5, metadata=[("who", "nobody")])
+
+    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert refused.value.details() == "leaving"
+    assert port.hot(b"read", timeout=5) == b"read"
+    assert accepted == [b"read"]
+    assert seen == [("nobody", True), (None, True)]
+    until(lambda: port.ingress.open_calls == 0)
+
+
+def test_a_call_that_is_refused_at_a_glance_may_be_of_any_size_or_none(port):
+    port.glance = lambda call: UNAVAILABLE
+
+    for message in (b"", b"x" * 1_000):
+        assert port.hot.future(message, timeout=5).code() is grpc.StatusCode.UNAVAILABLE
+    until(lambda: port.ingress.open_calls == 0)
+    port.glance = lambda call: None
+    assert port.hot(b"x", timeout=5) == b"echo:x"
 
 
 def test_a_call_that_never_sends_its_message_does_not_hold_up_a_stop(port):

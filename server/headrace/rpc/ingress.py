@@ -59,6 +59,10 @@ the call is answered, then or later, on any thread.
 """
 
 
+Glance = Callable[[HotCall], Status | None]
+"""Judges a call by what is known of it without its message."""
+
+
 @dataclass(frozen=True, slots=True)
 class HotMethod:
     """
@@ -67,10 +71,13 @@ class HotMethod:
     Args:
         path: `/package.Service/Method`.
         accept: Takes each call.
+        glance: Asked about each call before its message is read, on the ingress thread; returns
+            the status to refuse it with, or None to take it. Must cost next to nothing.
     """
 
     path: str
     accept: Accept
+    glance: Glance | None = None
 
 
 @dataclass(frozen=True, slots=True)

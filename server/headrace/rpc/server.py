@@ -20,6 +20,7 @@ from headrace.rpc.completion_queue.ingress import CompletionQueueIngress
 from headrace.rpc.ingress import HotMethod, HotStream, Ingress
 from headrace.rpc.status import status_of
 from headrace.rpc.threads import ThreadIngress
+from headrace.rpc.unread import Unread
 from headrace.settings import join_address
 from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.metrics import Metrics
@@ -124,7 +125,7 @@ class GrpcServer:
             ],
         )
         hot = [
-            HotMethod(method.path, method.accept)
+            HotMethod(method.path, method.accept, Unread(catalog, calls, method.path[1:]).glance)
             for method in (infer.ModelInfer(catalog, calls), prediction.Predict(catalog, calls))
         ]
         streams = [

@@ -48,7 +48,7 @@ class ThreadIngress:
         services: dict[str, dict[str, grpc.RpcMethodHandler[bytes, bytes]]] = {}
         for method in methods:
             service, name = method.path.strip("/").split("/")
-            behaviour = self._behaviour(method.accept)
+            behaviour = self._behaviour(method)
             behaviour.experimental_thread_pool = self._pool  # type: ignore[attr-defined]
             services.setdefault(service, {})[name] = grpc.unary_unary_rpc_method_handler(behaviour)
         self._streams = ThreadStreams()
@@ -90,14 +90,19 @@ class ThreadIngress:
         """Always: grpcio's handlers catch what is raised in them."""
         return True
 
-    def _behaviour(self, accept: Accept) -> Callable[[bytes, grpc.ServicerContext], bytes]:
+    def _behaviour(self, method: HotMethod) -> Callable[[bytes, grpc.ServicerContext], bytes]:
+        accept, glance = method.accept, method.glance
+
         def behave(message: bytes, context: grpc.ServicerContext) -> bytes:
             with self._lock:
                 self._open += 1
             try:
                 call = _Call(context)
-                if self._refusal is not None:
-                    call.refuse(self._refusal)
+                refusal = self._refusal
+                if refusal is None and glance is not None:
+                    refusal = glance(call)
+                if refusal is not None:
+                    call.refuse(refusal)
                 else:
                     _accept(accept, call, message)
                     call.accepted()
