@@ -193,6 +193,7 @@ class Gateway:
             metrics=self.metrics,
             calls=self.calls,
             max_message_bytes=settings.max_message_bytes,
+            max_concurrent_streams=settings.max_concurrent_streams,
             with_reflection=settings.reflection,
             shares_port=place is not None,
         )

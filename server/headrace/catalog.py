@@ -26,6 +26,9 @@ class Catalog:
                 served = entry.versions[number]
                 self._serving[entry.name, str(number)] = served
                 self._serving[entry.name, ""] = served  # the highest, in the end
+        every = self.served()
+        self.sole = every[0] if len(every) == 1 else None
+        """The only version that serves; None where there are others, or none."""
 
     def find(self, name: str, version: str) -> ServedModel:
         """
@@ -43,6 +46,10 @@ class Catalog:
         """
         served = self._serving.get((name, version))
         return served if served is not None else self._look_harder(name, version)
+
+    def serving(self, name: str, version: str) -> ServedModel | None:
+        """Return what `find` would, if it serves under exactly these names."""
+        return self._serving.get((name, version))
 
     def entry(self, name: str) -> ModelEntry:
         """

@@ -268,6 +268,7 @@ class FeatureReads:
             except Exception:  # noqa: BLE001 the others deserve their answer
                 _LOG.exception("feature_reply_failed")
                 self._fail([request], BackendError("internal error"))
+        read.shared.clear()  # it leads back here: references alone would not free what was read
         replied_s = time.perf_counter()
         self._metrics.answered(
             arrivals_s=sorted([request.arrival_s for request in batch]),

@@ -104,7 +104,7 @@ class ServedModel:
         self.join = join
         self.max_entities = max_entities
         self._backend = backend
-        self._batcher = batcher
+        self._batcher = self.queue = batcher
         self._metrics = metrics
         self._store = store
         self._latency_slo_s = latency_slo_s
@@ -194,6 +194,12 @@ class ServedModel:
         ):
             request.deadline_s = time.time() + self._latency_slo_s
         self._batcher.put(request)
+
+    def refuses(self, deadline_s: float, byte_count: int = 1) -> Overloaded | None:
+        """Say whether a request of which no more is known would be refused; see `Batcher`."""
+        if self._latency_slo_s is not None and deadline_s == math.inf:
+            deadline_s = time.time() + self._latency_slo_s
+        return self._batcher.refuses(deadline_s, byte_count)
 
     @property
     def waiting(self) -> int:

@@ -104,6 +104,13 @@ class ServeSettings(Settings):
     max_message_bytes: int = Field(
         64 * 2**20, ge=1024, le=2**31 - 1, description="Largest gRPC message, in and out, in bytes."
     )
+    max_concurrent_streams: int = Field(
+        1_024,
+        ge=1,
+        le=16_384,
+        description="Calls, and streams, that one connection may have under way; further ones "
+        "wait at the client. See Deadlines and overload.",
+    )
     max_queue_size: int = Field(
         4_096,
         ge=1,

@@ -24,6 +24,7 @@ class Port:
 
     def __init__(self, ingress_class):
         self.accept = lambda call, message: call.reply(b"echo:" + message)
+        self.glance = lambda call: None
         self.server = grpc.server(
             futures.ThreadPoolExecutor(2),
             options=[
@@ -33,9 +34,12 @@ class Port:
                 ("grpc.max_concurrent_streams", STREAMS_MAX),
             ],
         )
-        self.ingress = ingress_class(
-            self.server, [HotMethod(PATH, lambda call, message: self.accept(call, message))]
+        method = HotMethod(
+            PATH,
+            lambda call, message: self.accept(call, message),
+            lambda call: self.glance(call),
         )
+        self.ingress = ingress_class(self.server, [method])
         self.port = self.server.add_insecure_port("127.0.0.1:0")
         self.server.start()
         self.ingress.begin()
@@ -193,6 +197,48 @@ def test_a_deadline_that_passes_is_seen_while_its_call_waits(port):
     until(lambda: port.ingress.open_calls == 0)
 
 
+def test_a_caller_who_leaves_is_told_of_once_and_not_when_the_call_is_answered(port):
+    held, told = [], []
+
+    def accept(call, message):
+        call.on_gone = lambda: told.append(message)
+        held.append(call)
+
+    port.accept = accept
+    leaving, staying = (port.hot.future(name, timeout=30) for name in (b"leaving", b"staying"))
+    until(lambda: len(held) == 2)
+
+    leaving.cancel()
+    until(lambda: told == [b"leaving"])
+    for call in held:
+        call.reply(b"done")
+
+    assert staying.result() == b"done"
+    until(lambda: port.ingress.open_calls == 0)
+    assert told == [b"leaving"]
+    assert all(call.on_gone is None for call in held)
+
+
+def test_a_caller_who_leaves_while_its_call_is_accepted_is_told_of_after_that(port):
+    begun, accepted, told = threading.Event(), threading.Event(), []
+
+    def accept(call, message):
+        assert begun.wait(5)
+        future.cancel()
+        waited_s = time.monotonic() + 0.3
+        while not call.gone and time.monotonic() < waited_s:
+            time.sleep(0.002)
+        call.on_gone = lambda: (told.append(accepted.is_set()), call.refuse(UNAVAILABLE))
+        accepted.set()
+
+    port.accept = accept
+    future = port.hot.future(b"x", timeout=30)
+    begun.set()
+
+    until(lambda: told == [True])
+    until(lambda: port.ingress.open_calls == 0)
+
+
 def test_a_lost_connection_is_seen_while_its_call_waits(port):
     held = []
     port.accept = lambda call, message: held.append(call)
@@ -274,6 +320,41 @@ def test_new_calls_are_refused_politely_and_those_accepted_are_answered(port):
     assert refused.value.details() == "leaving"
     assert accepted.result() == b"kept"
     until(lambda: port.ingress.open_calls == 0)
+
+
+def test_a_call_that_is_refused_at_a_glance_is_not_accepted_and_others_are(port):
+    accepted, seen = [], []
+
+    def accept(call, message):
+        accepted.append(message)
+        call.reply(message)
+
+    def glance(call):
+        who = dict(call.metadata).get("who")
+        seen.append((who, call.deadline_s - time.time() < 6))
+        return UNAVAILABLE if who == "nobody" else None
+
+    port.accept, port.glance = accept, glance
+
+    with pytest.raises(grpc.RpcError) as refused:
+        port.hot(b"unread", timeout=5, metadata=[("who", "nobody")])
+
+    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert refused.value.details() == "leaving"
+    assert port.hot(b"read", timeout=5) == b"read"
+    assert accepted == [b"read"]
+    assert seen == [("nobody", True), (None, True)]
+    until(lambda: port.ingress.open_calls == 0)
+
+
+def test_a_call_that_is_refused_at_a_glance_may_be_of_any_size_or_none(port):
+    port.glance = lambda call: UNAVAILABLE
+
+    for message in (b"", b"x" * 1_000):
+        assert port.hot.future(message, timeout=5).code() is grpc.StatusCode.UNAVAILABLE
+    until(lambda: port.ingress.open_calls == 0)
+    port.glance = lambda call: None
+    assert port.hot(b"x", timeout=5) == b"echo:x"
 
 
 def test_a_call_that_never_sends_its_message_does_not_hold_up_a_stop(port):

@@ -270,6 +270,99 @@ def test_a_caller_who_leaves_is_seen_at_once_and_leaves_nothing_behind(port, tal
     nothing_is_left(port)
 
 
+def test_each_message_that_waits_is_told_once_when_its_stream_is_lost(port, talk):
+    told = []
+
+    def accept(call, message):
+        call.on_gone = lambda: told.append(message)
+        if message == b"answered":
+            call.reply(b"done")
+
+    port.accept = accept
+    talk.say(b"x", b"answered", b"y")
+    assert talk.hear() == b"done"
+    until(lambda: port.ingress.open_calls == 2)
+    assert told == []
+
+    talk.call.cancel()
+
+    nothing_is_left(port)
+    until(lambda: sorted(told) == [b"x", b"y"])
+    assert steady(lambda: len(told)) == 2
+
+
+def test_messages_are_told_when_the_deadline_passes_or_the_stream_is_refused(port):
+    told = []
+
+    def accept(call, message):
+        call.on_gone = lambda: told.append(message)
+        if message == b"refused":
+            call.refuse(UNAVAILABLE)
+
+    port.accept = accept
+    late = port.stream(iter([b"late"]), timeout=0.2)
+    with pytest.raises(grpc.RpcError):
+        next(late)
+    until(lambda: told == [b"late"])
+
+    with pytest.raises(grpc.RpcError):
+        next(port.stream(iter([b"never answered", b"refused"]), timeout=20))
+    until(lambda: told == [b"late", b"never answered"])
+
+
+def test_one_message_that_cannot_be_told_does_not_keep_the_others_from_it(port, talk):
+    told = []
+
+    def accept(call, message):
+        def on_gone():
+            told.append(message)
+            raise RuntimeError("secret")
+
+        call.on_gone = on_gone
+
+    port.accept = accept
+    talk.say(b"x", b"y", b"z")
+    until(lambda: port.ingress.open_calls == 3)
+
+    talk.call.cancel()
+
+    until(lambda: sorted(told) == [b"x", b"y", b"z"])
+    nothing_is_left(port)
+    assert list(port.stream(iter(()), timeout=20)) == []
+    assert port.ingress.is_alive
+
+
+def test_a_message_that_is_answered_knows_no_longer_whom_to_tell(port, talk):
+    held = Held(port)
+    talk.say(b"x", b"y")
+    until(lambda: len(held) == 2)
+    for call, _ in held.calls:
+        call.on_gone = lambda: None
+
+    held[0].reply(b"of x")
+    assert held[0].on_gone is None
+    talk.call.cancel()
+    until(lambda: held[1].on_gone is None)
+
+
+def test_a_caller_who_leaves_while_its_message_is_accepted_is_told_of_after_that(port, talk):
+    accepted, told = threading.Event(), []
+
+    def accept(call, message):
+        talk.call.cancel()
+        waited_s = time.monotonic() + 0.3
+        while not call.gone and time.monotonic() < waited_s:
+            time.sleep(0.002)
+        call.on_gone = lambda: told.append(accepted.is_set())
+        accepted.set()
+
+    port.accept = accept
+    talk.say(b"x")
+
+    until(lambda: told == [True])
+    nothing_is_left(port)
+
+
 def test_an_idle_stream_whose_caller_leaves_is_no_longer_open(port, talk):
     until(lambda: port.ingress.open_streams == 1)
 

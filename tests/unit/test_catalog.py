@@ -56,3 +56,16 @@ def test_ready_is_what_can_be_found():
     assert not CATALOG.is_ready("m", "11")
     assert not CATALOG.is_ready("broken")
     assert not CATALOG.is_ready("nobody")
+
+
+def test_a_version_is_the_sole_one_only_where_no_other_serves():
+    broken = ModelEntry("broken", None, {}, {0: "unparsable"})
+
+    assert Catalog([ModelEntry("m", None, {2: "two"}, {3: "corrupt"}), broken]).sole == "two"
+    assert CATALOG.sole is None
+    assert Catalog([broken]).sole is None
+
+
+def test_what_serves_is_found_under_its_exact_names_alone():
+    assert CATALOG.serving("m", "10") == CATALOG.serving("m", "") == "ten"
+    assert CATALOG.serving("m", "0002") is CATALOG.serving("nobody", "") is None

@@ -23,6 +23,13 @@ RequestT = TypeVar("RequestT", bound=Waiting)
 
 _LOG = structlog.get_logger(__name__)
 
+_FULL = Overloaded("too many requests are already waiting")
+_LATE = Overloaded("too much is waiting to answer this request before its deadline")
+"""To be told and never raised: that would collect every traceback."""
+
+READ_OF_LATE = 16
+"""Of so many requests that seem too late unread, one is read: it may name a `timeout`."""
+
 
 class Batcher(Generic[RequestT]):
     """
@@ -48,6 +55,7 @@ class Batcher(Generic[RequestT]):
         refused_full: Requests refused because too many waited.
         refused_late: Requests refused because they could not have been answered in time.
         dropped: Requests given up while they waited.
+        pressure: Above 0 since a request was refused, until batches have left without another.
     """
 
     def __init__(
@@ -61,6 +69,9 @@ class Batcher(Generic[RequestT]):
         executors: int = 1,
     ) -> None:
         self.refused_full = self.refused_late = self.dropped = 0
+        self.pressure = 0
+        self._names_timeouts = False
+        self._late_unread = 0
         self._has_delay = policy.max_queue_delay_s > 0
         self._max_queue_size = max_queue_size
         self._max_queue_bytes = max_queue_bytes
@@ -96,11 +107,10 @@ class Batcher(Generic[RequestT]):
                 if self._closed:
                     raise Draining("this server is stopping")
                 queue, now_s = self._queue, time.time()
-                if queue.count >= self._max_queue_size or (
-                    queue.byte_count + request.byte_count > self._max_queue_bytes
-                ):
+                if self._is_full(request.byte_count):
                     self._refuse_unless_some_left(request, now_s, expired)
                 if request.timeout_s:
+                    self._names_timeouts = True
                     queue.bind(request, now_s)
                 deadline_s = request.deadline_s
                 if deadline_s != math.inf and not queue.is_in_time(deadline_s, now_s):
@@ -116,6 +126,41 @@ class Batcher(Generic[RequestT]):
                 self._tokens.put(None)
         finally:
             _drop_all(expired)
+
+    def refuses(self, deadline_s: float, byte_count: int = 1) -> Overloaded | None:
+        """
+        Say whether `put` would refuse a request of which no more is known than this.
+
+        It looks only while `pressure` is above 0, and never refuses what `put` would take, but for
+        one case: a request that names a `timeout` may overtake those that wait. Once one has,
+        nobody is refused here for his deadline any more; until then one in `READ_OF_LATE` is not.
+
+        Args:
+            deadline_s: Unix seconds; infinite for none.
+            byte_count: At least so many bytes.
+
+        Returns:
+            What to tell the caller, counted as refused; None to let `put` decide. Not to be raised.
+        """
+        if not self.pressure:
+            return None
+        with self._lock:
+            now_s = time.time()
+            if self._closed or deadline_s <= now_s or not self._queue.is_impartial:
+                return None
+            if self._is_full(byte_count):
+                if self._sweeps_next():
+                    return None  # callers who left may make room
+                self._refused_since_sweep += 1
+                self.refused_full += 1
+                error = _FULL
+            elif self._is_late_unread(deadline_s, now_s):
+                self.refused_late += 1
+                error = _LATE
+            else:
+                return None
+            self.pressure = 2
+        return error
 
     def take(self) -> list[RequestT] | None:
         """
@@ -139,6 +184,8 @@ class Batcher(Generic[RequestT]):
                 self.dropped += len(dropped)
                 if batch:
                     self._note_running(thread, sum([request.rows for request in batch]))
+                    if self.pressure:
+                        self.pressure -= 1
                 elif not dropped:
                     if self._closed:
                         return None
@@ -191,16 +238,35 @@ class Batcher(Generic[RequestT]):
     def _refuse_if_late(self, request: RequestT, now_s: float) -> None:
         if request.deadline_s <= now_s:
             raise DeadlineExceeded("the deadline had passed when the request came")
-        free_in_s = 0.0
-        if len(self._running) < self._executors:
-            if not self._queue.count:
-                return  # it would begin now: whatever is expected, this is how expectations mend
-        else:
-            soonest_s = min([free_s for _, _, free_s in self._running.values()])
-            free_in_s = max(0.0, soonest_s - time.perf_counter())
+        free_in_s = self._free_in_s()
+        if free_in_s is None:
+            return  # it would begin now: whatever is expected, this is how expectations mend
         if self._queue.finish_s(request, now_s, free_in_s) > request.deadline_s:
             self.refused_late += 1
-            raise Overloaded("too much is waiting to answer this request before its deadline")
+            self.pressure = 2
+            raise Overloaded(str(_LATE))
+
+    def _is_late_unread(self, deadline_s: float, now_s: float) -> bool:
+        if deadline_s == math.inf or self._names_timeouts:
+            return False
+        free_in_s = None if self._queue.is_in_time(deadline_s, now_s) else self._free_in_s()
+        if free_in_s is None or self._queue.soonest_s(deadline_s, now_s, free_in_s) <= deadline_s:
+            return False
+        self._late_unread += 1
+        return self._late_unread % READ_OF_LATE != 0
+
+    def _free_in_s(self) -> float | None:
+        """Return when an executor will be free, about; None when one is and nobody waits."""
+        if len(self._running) < self._executors:
+            return 0.0 if self._queue.count else None
+        soonest_s = min([free_s for _, _, free_s in self._running.values()])
+        return max(0.0, soonest_s - time.perf_counter())
+
+    def _is_full(self, byte_count: int) -> bool:
+        queue = self._queue
+        return queue.count >= self._max_queue_size or (
+            queue.byte_count + byte_count > self._max_queue_bytes
+        )
 
     def _wait(self, timeout_s: float | None) -> None:
         try:
@@ -217,17 +283,21 @@ class Batcher(Generic[RequestT]):
     ) -> None:
         """Make room of callers who have left. Swept rarely: it walks the whole queue."""
         queue = self._queue
+        is_due = self._sweeps_next()
         self._refused_since_sweep += 1
-        if self._refused_since_sweep * 16 >= self._max_queue_size or self._refused_since_sweep == 1:
+        if is_due:
             self._refused_since_sweep = 1
             expired += queue.sweep(now_s)
             self.dropped += len(expired)
-        if queue.count >= self._max_queue_size or (
-            queue.byte_count + request.byte_count > self._max_queue_bytes
-        ):
+        if self._is_full(request.byte_count):
             self.refused_full += 1
+            self.pressure = 2
             raise Overloaded(f"{queue.count} requests are already waiting")
         self._refused_since_sweep = 0
+
+    def _sweeps_next(self) -> bool:
+        count = self._refused_since_sweep + 1
+        return count == 1 or count * 16 >= self._max_queue_size
 
 
 def _drop_all(dropped: Iterable[Waiting]) -> None:

@@ -120,6 +120,9 @@ class RequestQueue(Generic[RequestT]):
         executors: How many batches run side by side.
     """
 
+    is_impartial = True
+    """Whether it makes no difference whose a request is: one is refused as any other would be."""
+
     def __init__(
         self,
         policy: BatchPolicy,
@@ -165,12 +168,7 @@ class RequestQueue(Generic[RequestT]):
         lane = self._lanes.get(request.batch_key)
         ahead = self.rows
         if lane is not None:
-            place = (self.level_of(request), min(request.deadline_s, now_s + PATIENCE_S))
-            entries = lane.entries
-            if place < entries[-1][:2]:
-                # Rows of those ahead, as if all had as many: exact where all have one.
-                position = bisect_left(entries, place)
-                ahead -= lane.rows * (len(entries) - position) // len(entries)
+            ahead -= _rows_behind(lane, self.level_of(request), request.deadline_s, now_s)
         if not most:
             before, last = ahead, 1
         else:
@@ -179,6 +177,29 @@ class RequestQueue(Generic[RequestT]):
             if free_in_s or before:  # others will come meanwhile: about as many as last time
                 last = max(last, self._last_rows)
             last = min(most, last)
+            most = min(most, self.rows)
+        wait_s = before * cost.estimate_s(most or 1) / self._executors
+        return now_s + free_in_s + wait_s + cost.bound_s(last)
+
+    def soonest_s(self, deadline_s: float, now_s: float, free_in_s: float) -> float:
+        """
+        Predict when a request would be answered of which only the deadline is known.
+
+        Returns:
+            At most what `finish_s` says of any that has this deadline and names no timeout; `now_s`
+            where priorities or different shapes leave it open.
+        """
+        lanes = self._lanes.values()
+        if len(self._levels) > 1 or len(lanes) > 1:
+            return now_s
+        cost, most = self._cost, self._policy.max_batch_size
+        ahead, last = 0, 1
+        for lane in lanes:
+            ahead = lane.rows - _rows_behind(lane, self._default_level, deadline_s, now_s)
+        before = ahead // most if most else ahead
+        if most:
+            if free_in_s or before:
+                last = min(most, max(last, self._last_rows))
             most = min(most, self.rows)
         wait_s = before * cost.estimate_s(most or 1) / self._executors
         return now_s + free_in_s + wait_s + cost.bound_s(last)
@@ -411,3 +432,11 @@ class RequestQueue(Generic[RequestT]):
             del self._lanes[lane.key]
         self._last_rows = rows
         return [entry[_REQUEST] for entry in taken]
+
+
+def _rows_behind(lane: _Lane[Any], level: int, deadline_s: float, now_s: float) -> int:
+    """Count the rows of a lane that a request would overtake: exact where all have one."""
+    entries, place = lane.entries, (level, min(deadline_s, now_s + PATIENCE_S))
+    if place >= entries[-1][:2]:
+        return 0
+    return lane.rows * (len(entries) - bisect_left(entries, place)) // len(entries)

@@ -101,7 +101,9 @@ class GetOnlineFeatures:
             refuse_many(asked.feature_service, len(asked.features.val), len(columns))
             rows = equal_length([len(column.val) for column in columns.values()])
             self._reads.check_rows(rows)
-            self._reads.submit(_Request(self, call, asked, columns, rows, len(message), trace))
+            request = _Request(self, call, asked, columns, rows, len(message), trace)
+            call.on_gone = request.leave
+            self._reads.submit(request)
         except DecodeError:
             error = InvalidRequest("the message is not a GetOnlineFeaturesRequest")
             refuse(call, error, self.calls, self.method, trace)

@@ -69,6 +69,7 @@ class GetOnlineFeatures:
             rows = equal_length(len(values) for _, values in columns.values())
             self._reads.check_rows(rows)
             request = _Request(call, self._calls, asked, columns, rows, len(message), trace)
+            call.on_gone = request.leave
             self._reads.submit(request)
         except DecodeError:
             error = InvalidRequest("the message is not a GetOnlineFeaturesRequest")

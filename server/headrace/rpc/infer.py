@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2
 
 from headrace.catalog import Catalog
-from headrace.errors import Draining, InvalidRequest, InvalidTensor, ServingError
+from headrace.errors import Draining, InvalidRequest, InvalidTensor, Overloaded, ServingError
 from headrace.request import AnsweredBatch, Request
 from headrace.rpc.ingress import HotCall
 from headrace.rpc.known_requests import KnownRequest, KnownRequests
@@ -21,7 +21,7 @@ from headrace.rpc.refusal import refuse
 from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.trace_context import Trace
 from headrace.tensors import NUMPY_DTYPES, CheckedInputs, GivenTensor, Signature, encode
-from headrace.wire import delimited, refuse_costly_parse, tag, varint
+from headrace.wire import delimited, first_fields, refuse_costly_parse, tag, varint
 
 METHOD = "inference.GRPCInferenceService/ModelInfer"
 PATH = f"/{METHOD}"
@@ -29,6 +29,9 @@ PATH = f"/{METHOD}"
 _ID = tag(3)
 _TYPED_BYTES = (5, 5, 8)  # inputs, contents, bytes_contents
 _MAX_TYPED_BYTES = 1 << 20
+_LARGE_BYTES = 64 << 10
+"""Of a message that is judged by its model's name before it is parsed, which copies it."""
+
 _RAW_OUTPUT = tag(6)
 _MEMO_SIZE_MAX = 4_096
 
@@ -103,6 +106,8 @@ class ModelInfer:
     def _accept_unknown(
         self, call: HotCall, message: bytes, known: KnownRequests, trace: Trace | None
     ) -> None:
+        if len(message) > _LARGE_BYTES:
+            _refuse_unparsed(call, message, known.catalog)
         refuse_costly_parse(
             message, _TYPED_BYTES, _MAX_TYPED_BYTES, "contents; send raw_input_contents"
         )
@@ -176,6 +181,22 @@ class InferRequest(Request):
 
     def fail(self, error: ServingError) -> None:
         refuse(self._call, error, self._calls, self.method, self.trace, self)
+
+
+def _refuse_unparsed(call: HotCall, message: bytes, catalog: Catalog) -> None:
+    """
+    Refuse what its model's queue would refuse whatever the rest of the message says.
+
+    Raises:
+        Overloaded: as it says.
+    """
+    (name, version), _ = first_fields(message, 2)
+    model = catalog.serving(name.decode(errors="replace"), version.decode(errors="replace"))
+    if model is None or not model.queue.pressure:
+        return
+    error = model.refuses(call.deadline_s, len(message))
+    if error is not None:
+        raise Overloaded(str(error))
 
 
 def _again(

@@ -37,8 +37,8 @@ class HotCall(Protocol):
 
     on_gone: Callable[[], None] | None
     """
-    Called once when the caller is found to have left, and forgotten when the call is answered. Of a
-    message of a stream it is not called: what a lost stream still has in a queue is passed over.
+    Called once when the caller is found to have left, and forgotten when the call is answered. For
+    `accept` to set: it is not called before that has returned.
     """
 
     @property
@@ -59,6 +59,10 @@ the call is answered, then or later, on any thread.
 """
 
 
+Glance = Callable[[HotCall], Status | None]
+"""Judges a call by what is known of it without its message."""
+
+
 @dataclass(frozen=True, slots=True)
 class HotMethod:
     """
@@ -67,10 +71,13 @@ class HotMethod:
     Args:
         path: `/package.Service/Method`.
         accept: Takes each call.
+        glance: Asked about each call before its message is read, on the ingress thread; returns
+            the status to refuse it with, or None to take it. Must cost next to nothing.
     """
 
     path: str
     accept: Accept
+    glance: Glance | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from headrace.rpc.completion_queue.ingress import CompletionQueueIngress
 from headrace.rpc.ingress import HotMethod, HotStream, Ingress
 from headrace.rpc.status import status_of
 from headrace.rpc.threads import ThreadIngress
+from headrace.rpc.unread import Unread
 from headrace.settings import join_address
 from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.metrics import Metrics
@@ -35,8 +36,12 @@ CONTROL_THREADS = 8
 CALLS_ON_THREADS_MAX = 2_048
 """With `--ingress threads`; one more is refused with RESOURCE_EXHAUSTED."""
 
-STREAMS_PER_CONNECTION_MAX = 1_024
-"""grpcio's own default is unlimited."""
+PENDING_CALLS_MAX = 16_384
+"""
+Calls that have reached grpcio and that nobody has asked it for yet. It cancels some at random from
+1,000 on and all from 3,000, by default, and a caller cannot tell why: one connection may have more.
+Far above that, so that whoever is too many hears it from us, with pushback.
+"""
 
 POLITE_S = 0.25
 """
@@ -67,6 +72,7 @@ class GrpcServer:
         metrics: Counts.
         calls: Is told of calls that fail, and decides which are traced.
         max_message_bytes: In and out.
+        max_concurrent_streams: Calls that one connection may have under way.
         with_reflection: Whether to serve reflection.
         features: The services that read features as they are; None without a feature repository.
         shares_port: Whether other processes listen on the port too; whoever starts them holds it.
@@ -87,6 +93,7 @@ class GrpcServer:
         metrics: Metrics,
         calls: CallRecorder,
         max_message_bytes: int,
+        max_concurrent_streams: int,
         with_reflection: bool,
         features: "FeatureServices | None" = None,
         shares_port: bool = False,
@@ -106,13 +113,19 @@ class GrpcServer:
             options=[
                 # grpcio would otherwise share a taken port silently.
                 ("grpc.so_reuseport", int(shares_port)),
-                ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION_MAX),
+                ("grpc.max_concurrent_streams", max_concurrent_streams),
+                # grpcio counts calls that are answered and not yet freed, which their client cannot
+                # know of: one that makes use of all it may would be told UNAVAILABLE. What the
+                # option is against, calls begun and reset at once, is held by PENDING_CALLS_MAX.
+                ("grpc.http.overload_protection", 0),
+                ("grpc.server.max_pending_requests", PENDING_CALLS_MAX),
+                ("grpc.server.max_pending_requests_hard_limit", PENDING_CALLS_MAX),
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", max_message_bytes),
             ],
         )
         hot = [
-            HotMethod(method.path, method.accept)
+            HotMethod(method.path, method.accept, Unread(catalog, calls, method.path[1:]).glance)
             for method in (infer.ModelInfer(catalog, calls), prediction.Predict(catalog, calls))
         ]
         streams = [

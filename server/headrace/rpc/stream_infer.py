@@ -107,6 +107,9 @@ class _InferMessage(WrappedMessage):
         self._answer(b"".join((_INFER_RESPONSE, length, message, _FINAL)))
 
     def refuse(self, status: Status) -> None:
+        if self.gone:  # nobody reads it, and a lost stream has many at once
+            self._answer(b"")
+            return
         model, version, request_id = [field.decode(errors="replace") for field in self._head]
         # Triton's clients hand on nothing but the text.
         prefix = f"[request id: {request_id}] " if request_id else ""

@@ -5,8 +5,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Protocol
 
+import structlog
+
 from headrace.rpc.ingress import HotCall, Metadata
 from headrace.rpc.status import Status
+
+_LOG = structlog.get_logger(__name__)
 
 
 class Stream(Protocol):
@@ -25,20 +29,7 @@ class Stream(Protocol):
         """End with a status, unless the message has an answer: those given before go out first."""
 
 
-class Unheard:
-    """Calls nobody when its caller leaves; keeping whom to call would keep both in memory."""
-
-    __slots__ = ()
-
-    @property
-    def on_gone(self) -> Callable[[], None] | None:
-        return None
-
-    @on_gone.setter
-    def on_gone(self, _: Callable[[], None] | None) -> None: ...
-
-
-class StreamMessage(Unheard):
+class StreamMessage:
     """
     A `HotCall` whose reply is one message of its stream.
 
@@ -47,15 +38,16 @@ class StreamMessage(Unheard):
         size: Bytes of the message.
     """
 
-    __slots__ = ("_stream", "arrival_s", "deadline_s", "is_answered", "size")
+    __slots__ = ("_stream", "arrival_s", "deadline_s", "is_answered", "on_gone", "size")
 
     def __init__(self, stream: Stream, size: int) -> None:
         self._stream = stream
         self.arrival_s = time.perf_counter()
         self.deadline_s = stream.deadline_s
         self.size = size
+        self.on_gone: Callable[[], None] | None = None
         self.is_answered = False
-        """The stream's to read and write, under its lock."""
+        """The stream's to read, under its lock."""
 
     @property
     def gone(self) -> bool:
@@ -71,8 +63,29 @@ class StreamMessage(Unheard):
     def refuse(self, status: Status) -> None:
         self._stream.refuse(self, status)
 
+    def settle(self) -> bool:
+        """
+        Note the answer; for the stream to call, under its lock.
 
-class WrappedMessage(Unheard, ABC):
+        Returns:
+            Whether it is the first.
+        """
+        is_first = not self.is_answered
+        self.is_answered = True
+        self.on_gone = None  # whom it leads to leads back here: references alone would not free it
+        return is_first
+
+    def leave(self) -> None:
+        """Say that its stream is lost; for the stream to call, without its lock. Never raises."""
+        on_gone, self.on_gone = self.on_gone, None
+        if on_gone is not None:
+            try:
+                on_gone()
+            except Exception:  # the others must be told as well
+                _LOG.exception("ingress_failed", where="on_gone")
+
+
+class WrappedMessage(ABC):
     """
     A `HotCall` whose reply and refusal are wrapped into an answer of its stream.
 
@@ -90,6 +103,14 @@ class WrappedMessage(Unheard, ABC):
     @property
     def gone(self) -> bool:
         return self._call.gone
+
+    @property
+    def on_gone(self) -> Callable[[], None] | None:
+        return self._call.on_gone
+
+    @on_gone.setter
+    def on_gone(self, on_gone: Callable[[], None] | None) -> None:
+        self._call.on_gone = on_gone
 
     @property
     def metadata(self) -> Metadata:

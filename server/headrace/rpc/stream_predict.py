@@ -94,6 +94,9 @@ class _PredictMessage(WrappedMessage):
         self._answer(delimited(_RESPONSE, message))
 
     def refuse(self, status: Status) -> None:
+        if self.gone:  # nobody reads it, and a lost stream has many at once
+            self._answer(b"")
+            return
         # What unary callers get in their trailing metadata is the error, field for field.
         rich = dict(status.trailing).get("grpc-status-details-bin")
         if not isinstance(rich, bytes):

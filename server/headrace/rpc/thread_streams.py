@@ -110,6 +110,7 @@ class _Stream:
         self._context = context
         self._changed = threading.Condition()
         self._exchange = Exchange()
+        self._unanswered: set[StreamMessage] = set()
         self._last: Status | None = None  # with which it ends when everything is answered
         self._progress_s = 0.0
         self.gone = False
@@ -147,17 +148,15 @@ class _Stream:
 
     def answer(self, message: StreamMessage, answer: bytes) -> None:
         with self._changed:
-            if message.is_answered:
+            if not self._settle(message):
                 return
-            message.is_answered = True
             self._exchange.answer(message.size, answer)
             self._changed.notify_all()
 
     def refuse(self, message: StreamMessage, status: Status) -> None:
         with self._changed:
-            if message.is_answered:
+            if not self._settle(message):
                 return
-            message.is_answered = True
         self._end_early(status)
 
     def end(self, status: Status) -> None:
@@ -172,7 +171,10 @@ class _Stream:
         with self._changed:
             self.gone = True
             self._exchange.close()
+            left, self._unanswered = self._unanswered, set()
             self._changed.notify_all()
+        for message in left:
+            message.leave()
 
     def messages_under_way(self, now_s: float) -> int:
         with self._changed:
@@ -200,7 +202,19 @@ class _Stream:
             if self._last is not None or self.gone:
                 return  # it came too late; the status tells its sender
             self._exchange.accept(len(message))
-        accept(StreamMessage(self, len(message)), message)
+        call = StreamMessage(self, len(message))
+        accept(call, message)
+        # Only now: until it is in a queue it cannot leave it.
+        with self._changed:
+            has_left = self.gone
+            if not has_left and not call.is_answered:
+                self._unanswered.add(call)
+        if has_left:
+            call.leave()
+
+    def _settle(self, message: StreamMessage) -> bool:
+        self._unanswered.discard(message)
+        return message.settle()
 
     def _next_answer(self) -> bytes | None:
         with self._changed:

@@ -48,7 +48,7 @@ class ThreadIngress:
         services: dict[str, dict[str, grpc.RpcMethodHandler[bytes, bytes]]] = {}
         for method in methods:
             service, name = method.path.strip("/").split("/")
-            behaviour = self._behaviour(method.accept)
+            behaviour = self._behaviour(method)
             behaviour.experimental_thread_pool = self._pool  # type: ignore[attr-defined]
             services.setdefault(service, {})[name] = grpc.unary_unary_rpc_method_handler(behaviour)
         self._streams = ThreadStreams()
@@ -90,16 +90,22 @@ class ThreadIngress:
         """Always: grpcio's handlers catch what is raised in them."""
         return True
 
-    def _behaviour(self, accept: Accept) -> Callable[[bytes, grpc.ServicerContext], bytes]:
+    def _behaviour(self, method: HotMethod) -> Callable[[bytes, grpc.ServicerContext], bytes]:
+        accept, glance = method.accept, method.glance
+
         def behave(message: bytes, context: grpc.ServicerContext) -> bytes:
             with self._lock:
                 self._open += 1
             try:
                 call = _Call(context)
-                if self._refusal is not None:
-                    call.refuse(self._refusal)
+                refusal = self._refusal
+                if refusal is None and glance is not None:
+                    refusal = glance(call)
+                if refusal is not None:
+                    call.refuse(refusal)
                 else:
                     _accept(accept, call, message)
+                    call.accepted()
                 return call.finish()
             finally:
                 with self._lock:
@@ -125,6 +131,7 @@ class _Call:
         self._lock = threading.Lock()
         self._answered = threading.Event()
         self._answer: bytes | Status = b""
+        self._is_accepted = False
         self.gone = False
         self.deadline_s = deadline_of(context)
         self.on_gone: Callable[[], None] | None = None
@@ -141,6 +148,14 @@ class _Call:
 
     def refuse(self, status: Status) -> None:
         self._end(status)
+
+    def accepted(self) -> None:
+        """Say that `accept` has returned: whatever queue the call is in, it can leave now."""
+        with self._lock:
+            self._is_accepted = True
+            has_left = self.gone
+        if has_left:
+            self._call_on_gone()
 
     def finish(self) -> bytes:
         self._answered.wait()  # ends when somebody answers, and when the call itself ends
@@ -159,8 +174,14 @@ class _Call:
                 self._answered.set()
 
     def _left(self) -> None:
-        self.gone = True
-        on_gone = self.on_gone
-        self._end(b"")  # nobody hears it: the pool thread is free again
+        with self._lock:
+            self.gone = True
+            self._answered.set()  # nobody hears it: the pool thread is free again
+            may_leave = self._is_accepted
+        if may_leave:
+            self._call_on_gone()
+
+    def _call_on_gone(self) -> None:
+        on_gone, self.on_gone = self.on_gone, None
         if on_gone is not None:
             on_gone()

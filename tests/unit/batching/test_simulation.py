@@ -80,12 +80,16 @@ class World:
 
     def arrive(self, number):
         caller = Caller(number, self.now_s, self.numbers)
+        deadline_s = caller.deadline_s
         self.queue.bind(caller, self.now_s)
         free_in_s = 0.0
         if self.busy == self.executors:
             free_in_s = max(0.0, min(self.ends_s) - self.now_s)
         finish_s = self.queue.finish_s(caller, self.now_s, free_in_s)
         assert finish_s >= self.now_s
+        if not caller.timeout_s:
+            soonest_s = self.queue.soonest_s(deadline_s, self.now_s, free_in_s)
+            assert soonest_s <= finish_s + 1e-9, "nobody is refused unread who would be taken"
         if finish_s > caller.deadline_s or not self.queue.add(caller, self.now_s):
             self.answers[number] += 1
             return

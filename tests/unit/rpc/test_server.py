@@ -28,6 +28,7 @@ def server(ingress):
         calls=CallRecorder(Metrics()),
         metrics=Metrics(),
         max_message_bytes=10_000,
+        max_concurrent_streams=100,
         with_reflection=False,
     )
 

@@ -157,24 +157,29 @@ class CompletionQueueIngress:
 class _CallTaker(Taker):
     """Asks C-core for calls of one method and begins each."""
 
-    __slots__ = ("_accept", "_ingress")
+    __slots__ = ("_accept", "_glance", "_ingress")
 
     def __init__(self, ingress: CompletionQueueIngress, method: HotMethod) -> None:
         super().__init__(ingress._state, method.path)
         self._ingress = ingress
         self._accept = method.accept
+        self._glance = method.glance
 
     def on_call(self, event: Any) -> Any:
         if not event.success:  # the server stops: outstanding requests come back
             return NO_STATE
         try:
             self.ask()
-            call = _Call(self._ingress, event, self._accept)
-            self._ingress._note(call)
-            if self._ingress._refusal is None:
+            ingress, glance = self._ingress, self._glance
+            call = _Call(ingress, event, self._accept)
+            refusal = ingress._refusal
+            if refusal is None and glance is not None:
+                refusal = glance(call)
+            if refusal is None:
+                ingress._note(call)
                 call.receive()
             else:
-                call.refuse(self._ingress._refusal)
+                call.refuse(refusal)
         except Exception:
             _LOG.exception("ingress_failed", where="on_call")
             cancel(event.call)

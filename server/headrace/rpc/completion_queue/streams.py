@@ -123,6 +123,7 @@ class _Stream:
         "_lock",
         "_progress_s",
         "_streams",
+        "_unanswered",
         "deadline_s",
         "gone",
     )
@@ -136,6 +137,7 @@ class _Stream:
         self.gone = False
         self._lock = threading.Lock()
         self._exchange = Exchange()
+        self._unanswered: set[StreamMessage] = set()
         self._last: Status | None = None  # with which it ends when everything is answered
         self._is_over = False  # its status is on its way, or nobody would hear it
         self._is_receiving = False
@@ -174,9 +176,8 @@ class _Stream:
 
     def answer(self, message: StreamMessage, answer: bytes) -> None:
         with self._lock:
-            if message.is_answered or self._is_over:
+            if not self._settle(message) or self._is_over:
                 return
-            message.is_answered = True
             self._exchange.answer(message.size, answer)
             going = self._exchange.take()
             if going is not None:
@@ -186,9 +187,8 @@ class _Stream:
 
     def refuse(self, message: StreamMessage, status: Status) -> None:
         with self._lock:
-            if message.is_answered:
+            if not self._settle(message):
                 return
-            message.is_answered = True
         self._end_early(status)
 
     def end(self, status: Status) -> None:
@@ -220,12 +220,18 @@ class _Stream:
         return NO_STATE
 
     def _take(self, message: bytes) -> None:
+        call = StreamMessage(self, len(message))
         with self._lock:
             if self._last is not None or self._is_over:
                 return  # it came too late; the status tells its sender
             self._exchange.accept(len(message))
-        self._accept(StreamMessage(self, len(message)), message)
+            self._unanswered.add(call)
+        self._accept(call, message)
         self._receive()
+
+    def _settle(self, message: StreamMessage) -> bool:
+        self._unanswered.discard(message)
+        return message.settle()
 
     def _receive(self) -> None:
         """Ask for the next message if there is room; on the loop thread only."""
@@ -277,7 +283,10 @@ class _Stream:
             with self._lock:
                 self._is_over = True
                 self._exchange.close()
+                left, self._unanswered = self._unanswered, set()
             self._streams.discard(self)
+            for message in left:
+                message.leave()
         except Exception:
             _LOG.exception("ingress_failed", where="on_stream_close")
         return NO_STATE
