@@ -1,8 +1,8 @@
 """A caller's rows on their way to a model, and the answered batch that they are cut from."""
 
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +14,22 @@ from headrace.telemetry.trace_context import Trace
 from headrace.tensors import CheckedInputs, Signature, TensorSpec, encode
 
 
-class Answering(Protocol):
-    """What a reply says of the model version that made it."""
+@dataclass(frozen=True, slots=True)
+class Answering:
+    """
+    What a reply says of the model version that made it.
+
+    Args:
+        name: The model's name.
+        version: As decimal text.
+        signature: What callers send and get.
+        edge_memo: What the edge serialized once for this version; bounded by the edge.
+    """
 
     name: str
     version: str
     signature: Signature
-    edge_memo: dict[Any, Any]
+    edge_memo: dict[Any, Any] = field(default_factory=dict)
 
 
 class Request(QueuedRequest):
