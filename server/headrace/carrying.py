@@ -91,6 +91,11 @@ class BatchCarrier:
             else:
                 self._find_culprits(blame)
 
+    def take_number(self) -> tuple[int, str]:
+        """Number a request that will come in parts; return its prediction id too."""
+        number = self._observer.take_numbers(1)
+        return number, f"{self._id_prefix}{number:010x}"
+
     def _find_culprits(self, blame: Blame[Request]) -> None:
         """Find the requests that are to blame; the others deserve their answer."""
         error = blame.error
@@ -131,7 +136,7 @@ class BatchCarrier:
                 request.fail(shown)
             except Exception:  # noqa: BLE001 the next one must hear of it all the same
                 _LOG.exception("reply_failed")
-        self._metrics.failed(len(requests))
+        self._metrics.failed(sum([request.ends_whole for request in requests]))
 
     def _attempt(self, batch: Sequence[Request]) -> Blame[Request] | None:
         """
@@ -218,14 +223,11 @@ class BatchCarrier:
                 kept.append(request)
                 continue
             features = [names[i] for i in np.flatnonzero(part.any(axis=1))[:16]]
-            rows = np.flatnonzero(part.any(axis=0))[:16].tolist()
-            request.fail(
-                MissingFeatures(
-                    f"model '{self._model.name}' needs every feature; "
-                    f"missing {features} in rows {rows}"
-                )
+            rows = (np.flatnonzero(part.any(axis=0))[:16] + request.first_row).tolist()
+            error = MissingFeatures(
+                f"model '{self._model.name}' needs every feature; missing {features} in rows {rows}"
             )
-            self._metrics.failed(1)
+            self._fail([request], error)
         return kept
 
     def _infer_and_reply(
@@ -277,6 +279,7 @@ class BatchCarrier:
             batch,
             Carried(
                 first_number=first_number,
+                numbers=self._numbers(batch, first_number),
                 rows=rows,
                 inputs=inputs,
                 entities=entities,
@@ -290,6 +293,17 @@ class BatchCarrier:
             ),
         )
         return None
+
+    def _numbers(self, batch: Sequence[Request], first_number: int) -> Sequence[int] | None:
+        """Return each request's number, in a batch with parts of requests."""
+        if self._signature.max_request_rows == self._signature.max_batch_size:
+            return None
+        if all(request.number is None for request in batch):
+            return None
+        return [
+            number if request.number is None else request.number
+            for number, request in enumerate(batch, first_number)
+        ]
 
     def _blocks(self, arrays: Sequence[NDArray[np.generic]], rows: int) -> tuple[OutputBlock, ...]:
         blocks = []

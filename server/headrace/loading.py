@@ -20,7 +20,7 @@ from headrace.monitoring.records import BatchRecord
 from headrace.predict import ServedModel
 from headrace.repository.completion import complete, with_batch_size
 from headrace.repository.config import ModelConfig, parse_config
-from headrace.repository.queueing import max_queue_size
+from headrace.repository.queueing import check_parts, max_queue_size
 from headrace.repository.scan import VersionFolder, read_config
 from headrace.repository.validate import check_golden
 from headrace.request import Request
@@ -90,6 +90,7 @@ class VersionLoader:
             raise ModelLoadError("model.onnx is missing")
         try:
             config = complete(config, backend.inputs, backend.outputs)
+            check_parts(config.max_request_rows, config.max_batch_size, self._queue_sizes(config))
             if config.without_effect:
                 _LOG.warning(
                     "config_without_effect", model=config.name, settings=config.without_effect
@@ -106,12 +107,15 @@ class VersionLoader:
                 replace(spec, is_text=spec.datatype == "BYTES" and not spec.element_bytes_max)
                 for spec in inputs
             )
+        signature = Signature(
+            *(config.name, inputs, config.outputs, config.max_batch_size, config.max_request_rows)
+        )
         metrics = self._metrics.model(config.name, str(version.number))
         batcher: Batcher[Request] = Batcher(
             BatchPolicy(
                 config.max_batch_size, config.max_queue_delay_s, config.preferred_batch_sizes
             ),
-            max_queue_size=max_queue_size(config.queue_levels) or self._settings.max_queue_size,
+            max_queue_size=self._queue_sizes(config)[0],
             max_queue_bytes=self._settings.max_queue_bytes,
             levels=[LevelPolicy(*level) for level in config.queue_levels],
             default_level=config.default_priority_level,
@@ -120,7 +124,7 @@ class VersionLoader:
         served = ServedModel(
             name=config.name,
             version=str(version.number),
-            signature=Signature(config.name, inputs, config.outputs, config.max_batch_size),
+            signature=signature,
             backend=backend,
             batcher=batcher,
             metrics=metrics,
@@ -147,6 +151,12 @@ class VersionLoader:
             return self._plans.compile(Selection(config.feature_service)).digest
         except ModelLoadError as error:
             return str(error)
+
+    def _queue_sizes(self, config: ModelConfig) -> list[int]:
+        """Return how many requests may wait: in all, then on each level that has a limit."""
+        levels = config.queue_levels
+        own = [level.max_queue_size for level in levels if level.max_queue_size]
+        return [max_queue_size(levels) or self._settings.max_queue_size, *own]
 
     def _join(self, config: ModelConfig) -> FeatureJoin | None:
         if config.feature_service is None:

@@ -14,17 +14,18 @@ from collections.abc import Callable
 from headrace.backends.base import Backend
 from headrace.batching.batcher import Batcher
 from headrace.carrying import BatchCarrier
-from headrace.errors import InvalidRequest
+from headrace.errors import InvalidRequest, ServingError
 from headrace.features.join import FeatureJoin
 from headrace.features.skew_log import SkewLog
 from headrace.features.store import OnlineStore
 from headrace.monitoring.records import BatchRecord
 from headrace.observation import BatchObserver
 from headrace.request import Answering, Request
+from headrace.split_request import SplitRequest
 from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.feature_metrics import ViewMetrics
 from headrace.telemetry.metrics import ModelMetrics
-from headrace.tensors import Signature
+from headrace.tensors import MAX_ELEMENTS, Signature
 
 
 class ServedModel:
@@ -87,6 +88,7 @@ class ServedModel:
         self._batcher = batcher
         self._latency_slo_s = latency_slo_s
         self._answering = Answering(name, version, signature)
+        self._batch_rows_max = signature.max_batch_size or MAX_ELEMENTS
         self._is_stopping = False
         id_prefix = secrets.token_hex(8)
         observer = BatchObserver(
@@ -176,12 +178,26 @@ class ServedModel:
             and not request.timeout_s
         ):
             request.deadline_s = time.time() + self._latency_slo_s
-        self._batcher.put(request)
+        if request.rows > self._batch_rows_max:
+            self._submit_split(request)
+        else:
+            self._batcher.put(request)
 
     @property
     def waiting(self) -> int:
         """Requests in the queue now."""
         return len(self._batcher)
+
+    def _submit_split(self, request: Request) -> None:
+        most = self._batch_rows_max
+        self._batcher.judge(request, -(-request.rows // most))
+        number, prediction_id = self._carrier.take_number()
+        split = SplitRequest(request, self.signature, self._batcher, number, prediction_id)
+        try:
+            self._batcher.put_all(split.parts)
+        except ServingError:
+            split.end()
+            raise
 
     def _execute(self) -> None:
         while (batch := self._batcher.take()) is not None:

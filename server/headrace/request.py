@@ -53,6 +53,15 @@ class Request(QueuedRequest):
     method = ""
     """As `package.Service/Method`."""
 
+    first_row = 0
+    """Of the caller's rows, the one with which it begins."""
+
+    ends_whole = True
+    """Whether its caller has been answered once it is; not so with most parts of a request."""
+
+    number: int | None = None
+    """Of a part, its request's number; others have that of their place in the batch."""
+
     def __init__(
         self, inputs: CheckedInputs, deadline_s: float, arrival_s: float, byte_count: int
     ) -> None:
@@ -64,6 +73,11 @@ class Request(QueuedRequest):
         """Who is to answer it."""
         self.trace: Trace | None = None
         """Set for a sampled call, before it is queued."""
+
+    @property
+    def caller_rows(self) -> int:
+        """How many rows the caller sent."""
+        return self.rows
 
     @abstractmethod
     def answer(self, batch: "AnsweredBatch", start: int, prediction_id: str) -> None:

@@ -36,6 +36,7 @@ MODEL_FILENAME = "model.onnx"
 MAX_QUEUE_DELAY_S = 60.0
 MAX_THREADS = 1024
 MAX_FEATURES = 10_000
+MAX_REQUEST_ROWS = 1 << 20
 
 _DATATYPES = {
     "TYPE_BOOL": "BOOL",
@@ -140,6 +141,8 @@ class ModelConfig:
         preferred_batch_sizes: Row counts worth waiting for, ascending.
         queue_levels: How requests of each priority level wait, of level 1 first.
         default_priority_level: Of a request that names none.
+        max_request_rows: Most rows in one request, which is split over several batches; 0 for no
+            more than one batch holds.
         instance_count: Executors that run the model side by side.
         version_policy: Which versions serve.
         remote: Where the model runs, when it is elsewhere.
@@ -171,6 +174,7 @@ class ModelConfig:
     preferred_batch_sizes: tuple[int, ...] = ()
     queue_levels: tuple[QueueLevel, ...] = (QueueLevel(),)
     default_priority_level: int = 1
+    max_request_rows: int = 0
     instance_count: int = 1
     version_policy: VersionPolicy = field(default_factory=VersionPolicy)
     remote: RemoteModel | None = None
@@ -235,6 +239,7 @@ def parse_config(text: str, model_name: str) -> ModelConfig:
         preferred_batch_sizes=_preferred_batch_sizes(message.dynamic_batching),
         queue_levels=queue_levels(message.dynamic_batching),
         default_priority_level=message.dynamic_batching.default_priority_level or 1,
+        max_request_rows=parameters.count("max_request_rows", 0, MAX_REQUEST_ROWS),
         instance_count=instance_count(message.instance_group),
         gpu_device=device,
         gpu_options=() if device is None else tuning,
@@ -444,8 +449,15 @@ def check_batching(config: ModelConfig) -> None:
     if config.max_batch_size == 0:
         if not config.inputs and not config.outputs:
             return  # `complete` will say
+        if config.max_request_rows:
+            raise wrong("parameter 'max_request_rows' needs a max_batch_size above 0")
         if config.message.HasField("dynamic_batching"):
             raise wrong("dynamic_batching needs a max_batch_size above 0")
+    elif 0 < config.max_request_rows <= config.max_batch_size:
+        raise wrong(
+            f"parameter 'max_request_rows' is {config.max_request_rows}; expected more than "
+            f"max_batch_size, {config.max_batch_size}, or 0: only a larger request is split"
+        )
     elif config.preferred_batch_sizes[-1:] > (config.max_batch_size,):
         raise wrong(
             f"preferred_batch_size has {config.preferred_batch_sizes[-1]}; "

@@ -64,6 +64,21 @@ def max_queue_size(levels: Sequence[QueueLevel]) -> int:
     return sum(sizes) if all(sizes) else 0
 
 
+def check_parts(max_request_rows: int, max_batch_size: int, queue_sizes: Sequence[int]) -> None:
+    """
+    Check that the parts of the largest request may wait together.
+
+    Raises:
+        ModelLoadError: they may not: such a request would be refused whenever it came.
+    """
+    parts = -(-max_request_rows // max(1, max_batch_size))
+    if parts > min(queue_sizes):
+        raise wrong(
+            f"parameter 'max_request_rows' is {max_request_rows}, which is {parts} batches; "
+            f"expected no more than may wait in the queue, {min(queue_sizes)}"
+        )
+
+
 def _policy(message: Any) -> QueueLevel:
     timeout_us = message.default_timeout_microseconds
     return QueueLevel(

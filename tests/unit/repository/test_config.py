@@ -7,7 +7,7 @@ from headrace.errors import ModelLoadError
 from headrace.repository.completion import AUTO_MAX_BATCH_SIZE, complete
 from headrace.repository.config import parse_config
 from headrace.repository.policy import VersionPolicy
-from headrace.repository.queueing import QueueLevel
+from headrace.repository.queueing import QueueLevel, check_parts
 from headrace.tensors import TensorSpec
 
 X = TensorSpec("x", "FP32", (-1, 4))
@@ -35,6 +35,7 @@ parameters { key: "feature_service" value { string_value: "homes" } }
 parameters { key: "feature_order" value { string_value: "[\\"a\\", \\"b\\"]" } }
 parameters { key: "missing_features" value { string_value: "reject" } }
 parameters { key: "max_feature_age_s" value { string_value: "3600" } }
+parameters { key: "max_request_rows" value { string_value: "1000" } }
 parameters { key: "latency_slo_ms" value { string_value: "2.5" } }
 parameters { key: "intra_op_thread_count" value { string_value: "0" } }
 parameters { key: "inter_op_thread_count" value { string_value: "3" } }
@@ -69,6 +70,7 @@ def test_every_setting_is_read():
     assert (config.feature_service, config.feature_order) == ("homes", ("a", "b"))
     assert (config.missing_features, config.max_feature_age_s) == ("reject", 3600.0)
     assert config.latency_slo_s == 0.0025
+    assert config.max_request_rows == 1000
     assert (config.intra_op_thread_count, config.inter_op_thread_count) == (0, 3)
     assert config.execution_mode == "parallel"
     assert not config.enable_mem_arena
@@ -244,6 +246,15 @@ UNSUPPORTED = "is not supported by this server"
             parameter("enable_mem_arena", "on"),
             "'enable_mem_arena' is 'on'; expected '0' or '1' or 'false' or 'true'",
         ),
+        (
+            "max_batch_size: 8 " + parameter("max_request_rows", "8"),
+            "parameter 'max_request_rows' is 8; expected more than max_batch_size, 8, or 0",
+        ),
+        (
+            IO + parameter("max_request_rows", "8"),
+            "parameter 'max_request_rows' needs a max_batch_size above 0",
+        ),
+        (parameter("max_request_rows", "1e3"), "expected a whole number from 0 to 1048576"),
         (parameter("latency_slo_ms", "0"), "'latency_slo_ms' is '0'; expected a number above 0"),
         (parameter("latency_slo_ms", "nan"), "expected a number above 0"),
         (parameter("latency_slo_ms", "inf"), "expected a number above 0"),
@@ -277,6 +288,17 @@ def test_what_cannot_be_done_is_refused_with_what_was_expected(text, fact):
     assert message.startswith("config.pbtxt: ")
     assert fact in message
     assert len(message) < 500
+
+
+def test_a_request_whose_parts_could_never_wait_together_is_refused_at_load():
+    check_parts(0, 0, [5])
+    check_parts(40, 8, [100, 5])
+
+    with pytest.raises(ModelLoadError) as refused:
+        check_parts(41, 8, [100, 5])
+    assert "'max_request_rows' is 41, which is 6 batches; expected no more than may" in str(
+        refused.value
+    )
 
 
 def test_a_missing_file_is_made_up_from_the_model():
