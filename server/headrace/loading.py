@@ -8,6 +8,7 @@ import structlog
 from headrace.backends.base import Backend
 from headrace.backends.oip import load_oip
 from headrace.backends.onnx_runtime import load_onnx
+from headrace.backends.padded import PaddedBackend
 from headrace.backends.warm_up import warm_up
 from headrace.batching.batcher import Batcher
 from headrace.batching.policy import BatchPolicy, LevelPolicy
@@ -88,6 +89,9 @@ class VersionLoader:
             backend = load_onnx(version.model_path, config)
         else:
             raise ModelLoadError("model.onnx is missing")
+        padded = None
+        if config.allowed_batch_sizes:
+            backend = padded = PaddedBackend(config.name, backend, config.allowed_batch_sizes)
         try:
             config = complete(config, backend.inputs, backend.outputs)
             check_parts(config.max_request_rows, config.max_batch_size, self._queue_sizes(config))
@@ -97,7 +101,12 @@ class VersionLoader:
                 )
             check_golden(version.path, backend, is_coarse=config.uses_tf32)
             join = self._join(config)
-            warm_up(backend, config.max_batch_size, config.preferred_batch_sizes)
+            warm_up(
+                backend,
+                config.max_batch_size,
+                config.preferred_batch_sizes,
+                config.allowed_batch_sizes,
+            )
         except BaseException:
             backend.close()
             raise
@@ -113,7 +122,10 @@ class VersionLoader:
         metrics = self._metrics.model(config.name, str(version.number))
         batcher: Batcher[Request] = Batcher(
             BatchPolicy(
-                config.max_batch_size, config.max_queue_delay_s, config.preferred_batch_sizes
+                config.max_batch_size,
+                config.max_queue_delay_s,
+                config.preferred_batch_sizes,
+                config.allowed_batch_sizes,
             ),
             max_queue_size=self._queue_sizes(config)[0],
             max_queue_bytes=self._settings.max_queue_bytes,
@@ -141,6 +153,7 @@ class VersionLoader:
             skew_log=self._skew_log,
         )
         metrics.queue = batcher
+        metrics.padding = padded
         return config, served
 
     def revision(self, config: ModelConfig) -> str:

@@ -1,4 +1,4 @@
-"""How requests and batches differ: large requests in parts, through whole gateways."""
+"""How requests and batches differ in size, and what becomes of it, through whole gateways."""
 
 import queue
 import threading
@@ -53,6 +53,19 @@ def write_models(root, model_files):
         *("INT64", 1, "FP32", 1, IN_PARTS),
         {"table": np.array([0.0, 10.0, 20.0], np.float32)},
     )
+    model_files.write_model(
+        root,
+        "static",  # exported with one batch size: anything else is an error of ONNX Runtime's
+        total,
+        [("x", "FP32", [4, 2])],
+        [("y", "FP32", [4, 1])],
+        config="max_batch_size: 4\n"
+        + parameter("allowed_batch_sizes", "[4]")
+        + parameter("max_request_rows", "40"),
+        constants=axis,
+    )
+    few_sizes = "max_batch_size: 8\n" + parameter("allowed_batch_sizes", "[2, 8]")
+    write("few_sizes", total, "FP32", 2, "FP32", 1, few_sizes, axis)
     write("drivers", same, "FP32", 2, "FP32", 2, JOINED_IN_PARTS)
     strict = JOINED_IN_PARTS + parameter("missing_features", "reject")
     write("strict_drivers", same, "FP32", 2, "FP32", 2, strict)
@@ -209,6 +222,33 @@ def test_a_caller_who_leaves_takes_his_parts_with_him(gateway, channel, held):
     held.go_on()
     until(lambda: gateway.grpc.ingress.open_calls == 0)
     assert ran == [4]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 23])
+def test_a_model_of_one_batch_size_answers_any_number_of_rows(client, rows):
+    result = client.infer("static", [tensor(NUMBERS[:rows])])
+
+    np.testing.assert_array_equal(result.as_numpy("y"), NUMBERS[:rows].sum(1, keepdims=True))
+
+
+def test_a_model_of_one_batch_size_is_described_as_any_other(client):
+    metadata = client.get_model_metadata("static")
+
+    assert [list(t.shape) for t in (*metadata.inputs, *metadata.outputs)] == [[-1, 2], [-1, 1]]
+
+
+def test_batches_are_filled_up_to_an_allowed_size_and_it_is_counted(client, gateway):
+    numbers = gateway.metrics.model("few_sizes", "1")
+    before = numbers.padding.rows_added
+
+    for rows in (1, 3, 2):
+        result = client.infer("few_sizes", [tensor(NUMBERS[:rows])])
+        np.testing.assert_array_equal(result.as_numpy("y"), NUMBERS[:rows].sum(1, keepdims=True))
+
+    assert numbers.padding.rows_added == before + 1 + 5
+    families = {family.name: family for family in gateway.metrics.collect()}
+    samples = families["headrace_padding_rows"].samples
+    assert {"model": "few_sizes", "version": "1"} in [sample.labels for sample in samples]
 
 
 def test_entities_of_a_large_request_keep_their_features_and_their_order(channel):

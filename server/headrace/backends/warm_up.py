@@ -18,9 +18,14 @@ MAX_WARM_UP_BYTES = 16 << 20
 """Larger batches are as warm: what is allocated and chosen first depends little on the rest."""
 
 
-def warm_up(backend: Backend, max_batch_size: int, preferred_batch_sizes: Sequence[int]) -> bool:
+def warm_up(
+    backend: Backend,
+    max_batch_size: int,
+    preferred_batch_sizes: Sequence[int],
+    allowed_batch_sizes: Sequence[int] = (),
+) -> bool:
     """
-    Run a model once for one row, each preferred batch and the largest.
+    Run a model once for one row, each preferred batch and the largest; or each allowed batch.
 
     Rows are zeros and empty texts, and variable dimensions 1. A model that cannot run these is as
     good as before: what it must be able to run is in its `golden.npz`.
@@ -29,6 +34,8 @@ def warm_up(backend: Backend, max_batch_size: int, preferred_batch_sizes: Sequen
         backend: The model.
         max_batch_size: As configured; 0 for a model without a batch dimension.
         preferred_batch_sizes: As configured.
+        allowed_batch_sizes: As configured. All of them are run, however large they are: a backend
+            that wants static shapes does its work on the first batch of each.
 
     Returns:
         Whether all of it ran.
@@ -36,7 +43,7 @@ def warm_up(backend: Backend, max_batch_size: int, preferred_batch_sizes: Sequen
     row_bytes = sum(_zeros(spec, 1).nbytes for spec in backend.inputs)
     most = max(1, min(MAX_WARM_UP_ROWS, MAX_WARM_UP_BYTES // max(1, row_bytes)))
     sizes = {min(size, most) for size in (1, *preferred_batch_sizes, max_batch_size)}
-    for rows in sorted(sizes - {0}):
+    for rows in allowed_batch_sizes or sorted(sizes - {0}):
         try:
             backend.infer({spec.name: _zeros(spec, rows) for spec in backend.inputs})
         except (BackendError, InvalidTensor) as error:

@@ -127,7 +127,9 @@ def _compare(
         if max_batch_size and model.shape[0] != -1:
             raise wrong(
                 f"max_batch_size is {max_batch_size}, but {kind} '{spec.name}' has the shape "
-                f"{_listed(model.shape)} in the model, without a variable first dimension"
+                f"{_listed(model.shape)} in the model, without a variable first dimension; for a "
+                "model of one size that is max_batch_size, and the parameter 'allowed_batch_sizes' "
+                "has it alone"
             )
         if len(spec.shape) != len(model.shape) or any(
             want not in (-1, got) for want, got in zip(model.shape, spec.shape, strict=True)

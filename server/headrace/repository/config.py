@@ -23,7 +23,7 @@ from headrace.repository.parameters import (
 )
 from headrace.repository.placement import gpu_device, gpu_options, instance_count
 from headrace.repository.policy import VersionPolicy
-from headrace.repository.queueing import QueueLevel, queue_levels
+from headrace.repository.queueing import QueueLevel, allowed_batch_sizes, queue_levels
 from headrace.tensors import TensorSpec
 
 PLATFORM = "onnxruntime_onnx"
@@ -139,6 +139,7 @@ class ModelConfig:
         outputs: What callers get, in reply order; a part of the ONNX model's outputs. As `inputs`.
         max_queue_delay_s: Longest wait for a better batch; 0 sends at once what waits.
         preferred_batch_sizes: Row counts worth waiting for, ascending.
+        allowed_batch_sizes: Row counts that the model is run with, ascending; empty for all.
         queue_levels: How requests of each priority level wait, of level 1 first.
         default_priority_level: Of a request that names none.
         max_request_rows: Most rows in one request, which is split over several batches; 0 for no
@@ -172,6 +173,7 @@ class ModelConfig:
     outputs: tuple[TensorSpec, ...] = ()
     max_queue_delay_s: float = 0.0
     preferred_batch_sizes: tuple[int, ...] = ()
+    allowed_batch_sizes: tuple[int, ...] = ()
     queue_levels: tuple[QueueLevel, ...] = (QueueLevel(),)
     default_priority_level: int = 1
     max_request_rows: int = 0
@@ -237,6 +239,7 @@ def parse_config(text: str, model_name: str) -> ModelConfig:
         outputs=_tensors("output", message.output, message.max_batch_size),
         max_queue_delay_s=_queue_delay_s(message.dynamic_batching),
         preferred_batch_sizes=_preferred_batch_sizes(message.dynamic_batching),
+        allowed_batch_sizes=allowed_batch_sizes(parameters.text("allowed_batch_sizes")),
         queue_levels=queue_levels(message.dynamic_batching),
         default_priority_level=message.dynamic_batching.default_priority_level or 1,
         max_request_rows=parameters.count("max_request_rows", 0, MAX_REQUEST_ROWS),
@@ -449,10 +452,17 @@ def check_batching(config: ModelConfig) -> None:
     if config.max_batch_size == 0:
         if not config.inputs and not config.outputs:
             return  # `complete` will say
+        if config.allowed_batch_sizes:
+            raise wrong("parameter 'allowed_batch_sizes' needs a max_batch_size above 0")
         if config.max_request_rows:
             raise wrong("parameter 'max_request_rows' needs a max_batch_size above 0")
         if config.message.HasField("dynamic_batching"):
             raise wrong("dynamic_batching needs a max_batch_size above 0")
+    elif config.allowed_batch_sizes[-1:] not in ((), (config.max_batch_size,)):
+        raise wrong(
+            f"parameter 'allowed_batch_sizes' ends with {config.allowed_batch_sizes[-1]}; "
+            f"expected max_batch_size, {config.max_batch_size}, as the last"
+        )
     elif 0 < config.max_request_rows <= config.max_batch_size:
         raise wrong(
             f"parameter 'max_request_rows' is {config.max_request_rows}; expected more than "

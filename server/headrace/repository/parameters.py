@@ -25,6 +25,7 @@ _KNOWN = {
     *REMOTE_PARAMETERS,
     "feature_service",
     "latency_slo_ms",
+    "allowed_batch_sizes",
     "max_request_rows",
     "intra_op_thread_count",
     "inter_op_thread_count",

@@ -1,17 +1,19 @@
-"""How requests wait, as a model's `dynamic_batching` has it: queue policies and priority levels.
+"""How requests wait and what batches they make, as a model's `config.pbtxt` has it.
 
 Source: Triton, `ModelDynamicBatching` and `ModelQueuePolicy` in `model_config.proto`.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from tritonclient.grpc import model_config_pb2
 
-from headrace.repository.parameters import wrong
+from headrace.repository.parameters import shown, wrong
 
 PRIORITY_LEVELS_MAX = 64
+ALLOWED_SIZES_MAX = 64
 
 
 class QueueLevel(NamedTuple):
@@ -56,6 +58,30 @@ def queue_levels(dynamic_batching: Any) -> tuple[QueueLevel, ...]:
             raise wrong(f"priority_queue_policy has level {level}; expected 1 to {levels}")
     default = dynamic_batching.default_queue_policy
     return tuple(_policy(policies.get(level, default)) for level in range(1, max(1, levels) + 1))
+
+
+def allowed_batch_sizes(text: str | None) -> tuple[int, ...]:
+    """
+    Read the parameter of that name.
+
+    Raises:
+        ModelLoadError: it is not a list of sizes.
+    """
+    if text is None:
+        return ()
+    expected = f"expected a JSON list of 1 to {ALLOWED_SIZES_MAX} row counts above 0, ascending"
+    try:
+        sizes = json.loads(text)
+    except (ValueError, RecursionError):
+        raise wrong(f"parameter 'allowed_batch_sizes' is not JSON; {expected}") from None
+    if (
+        not isinstance(sizes, list)
+        or not 0 < len(sizes) <= ALLOWED_SIZES_MAX
+        or not all(type(size) is int and size > 0 for size in sizes)
+        or sorted(set(sizes)) != sizes
+    ):
+        raise wrong(f"parameter 'allowed_batch_sizes' is {shown(text)}; {expected}")
+    return tuple(sizes)
 
 
 def max_queue_size(levels: Sequence[QueueLevel]) -> int:

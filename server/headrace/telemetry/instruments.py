@@ -11,6 +11,7 @@ METRICS: dict[str, str] = {
     "headrace_queue_seconds": "How long a request waited for its batch.",
     "headrace_batches_total": "Batches run.",
     "headrace_batch_rows": "Rows in a batch.",
+    "headrace_padding_rows_total": "Rows that batches were filled up with, to an allowed size.",
     "headrace_features_seconds": "Reading and joining a batch's features.",
     "headrace_infer_seconds": "Running the model on a batch.",
     "headrace_feature_values_total": "Feature values read, by status.",

@@ -35,6 +35,7 @@ parameters { key: "feature_service" value { string_value: "homes" } }
 parameters { key: "feature_order" value { string_value: "[\\"a\\", \\"b\\"]" } }
 parameters { key: "missing_features" value { string_value: "reject" } }
 parameters { key: "max_feature_age_s" value { string_value: "3600" } }
+parameters { key: "allowed_batch_sizes" value { string_value: "[1, 8, 64]" } }
 parameters { key: "max_request_rows" value { string_value: "1000" } }
 parameters { key: "latency_slo_ms" value { string_value: "2.5" } }
 parameters { key: "intra_op_thread_count" value { string_value: "0" } }
@@ -71,6 +72,7 @@ def test_every_setting_is_read():
     assert (config.missing_features, config.max_feature_age_s) == ("reject", 3600.0)
     assert config.latency_slo_s == 0.0025
     assert config.max_request_rows == 1000
+    assert config.allowed_batch_sizes == (1, 8, 64)
     assert (config.intra_op_thread_count, config.inter_op_thread_count) == (0, 3)
     assert config.execution_mode == "parallel"
     assert not config.enable_mem_arena
@@ -168,6 +170,7 @@ def test_settings_that_are_not_used_are_named():
     )
 
 
+SIZES_EXPECTED = "expected a JSON list of 1 to 64 row counts above 0, ascending"
 UNSUPPORTED = "is not supported by this server"
 
 
@@ -254,6 +257,19 @@ UNSUPPORTED = "is not supported by this server"
             IO + parameter("max_request_rows", "8"),
             "parameter 'max_request_rows' needs a max_batch_size above 0",
         ),
+        (
+            "max_batch_size: 8 " + parameter("allowed_batch_sizes", "[1, 4]"),
+            "parameter 'allowed_batch_sizes' ends with 4; expected max_batch_size, 8, as the last",
+        ),
+        (
+            IO + parameter("allowed_batch_sizes", "[1]"),
+            "parameter 'allowed_batch_sizes' needs a max_batch_size above 0",
+        ),
+        *(
+            (parameter("allowed_batch_sizes", value), f"is {value!r}; {SIZES_EXPECTED}")
+            for value in ("[]", "[4, 1]", "[1, 1]", "[0, 1]", "[true]", "[1.0]", "8", '["8"]')
+        ),
+        (parameter("allowed_batch_sizes", "1, 8"), f"is not JSON; {SIZES_EXPECTED}"),
         (parameter("max_request_rows", "1e3"), "expected a whole number from 0 to 1048576"),
         (parameter("latency_slo_ms", "0"), "'latency_slo_ms' is '0'; expected a number above 0"),
         (parameter("latency_slo_ms", "nan"), "expected a number above 0"),
