@@ -19,6 +19,7 @@ from headrace.features.skew_log import SkewLog
 from headrace.features.store import OnlineStore
 from headrace.monitoring.records import BatchRecord
 from headrace.predict import ServedModel
+from headrace.reply_order import ReplyOrder
 from headrace.repository.completion import complete, with_batch_size
 from headrace.repository.config import ModelConfig, parse_config
 from headrace.repository.queueing import check_parts, max_queue_size
@@ -133,6 +134,7 @@ class VersionLoader:
             default_level=config.default_priority_level,
             executors=executor_count(config),
         )
+        order = self._order(config, version.number)
         served = ServedModel(
             name=config.name,
             version=str(version.number),
@@ -142,6 +144,7 @@ class VersionLoader:
             metrics=metrics,
             join=join,
             store=self._store if join is not None else None,
+            order=order,
             executor_count=executor_count(config),
             latency_slo_s=config.latency_slo_s,
             feature_timeout_s=self._settings.feature_timeout_s,
@@ -154,6 +157,7 @@ class VersionLoader:
         )
         metrics.queue = batcher
         metrics.padding = padded
+        metrics.order = order
         return config, served
 
     def revision(self, config: ModelConfig) -> str:
@@ -170,6 +174,14 @@ class VersionLoader:
         levels = config.queue_levels
         own = [level.max_queue_size for level in levels if level.max_queue_size]
         return [max_queue_size(levels) or self._settings.max_queue_size, *own]
+
+    def _order(self, config: ModelConfig, version: int) -> ReplyOrder | None:
+        if not config.preserve_ordering:
+            return None
+        running = executor_count(config) * config.max_batch_size
+        return ReplyOrder(
+            f"replies-{config.name}-{version}", self._queue_sizes(config)[0] + running
+        )
 
     def _join(self, config: ModelConfig) -> FeatureJoin | None:
         if config.feature_service is None:

@@ -20,6 +20,7 @@ from headrace.features.skew_log import SkewLog
 from headrace.features.store import OnlineStore
 from headrace.monitoring.records import BatchRecord
 from headrace.observation import BatchObserver
+from headrace.reply_order import ReplyOrder
 from headrace.request import Answering, Request
 from headrace.split_request import SplitRequest
 from headrace.telemetry.calls import CallRecorder
@@ -45,6 +46,8 @@ class ServedModel:
         metrics: Counters, folded once per batch.
         join: How entities become model inputs; None when callers send the tensors themselves.
         store: Where `join`'s features are read; required with it.
+        order: Sends replies in the order of requests; None to send each when it is there. This
+            object starts and stops it.
         executor_count: Threads that carry batches, one per model instance.
         latency_slo_s: Time budget of a request whose caller sets no deadline.
         feature_timeout_s: Longest that one batch waits for its features.
@@ -67,6 +70,7 @@ class ServedModel:
         metrics: ModelMetrics,
         join: FeatureJoin | None = None,
         store: OnlineStore | None = None,
+        order: ReplyOrder | None = None,
         executor_count: int = 1,
         latency_slo_s: float | None = None,
         feature_timeout_s: float = 1.0,
@@ -86,6 +90,7 @@ class ServedModel:
         self.max_entities = max_entities
         self._backend = backend
         self._batcher = batcher
+        self._order = order
         self._latency_slo_s = latency_slo_s
         self._answering = Answering(name, version, signature)
         self._batch_rows_max = signature.max_batch_size or MAX_ELEMENTS
@@ -124,6 +129,8 @@ class ServedModel:
 
     def start(self) -> None:
         """Begin taking batches."""
+        if self._order is not None:
+            self._order.start()
         for thread in self._threads:
             thread.start()
 
@@ -140,7 +147,8 @@ class ServedModel:
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join(max(0.0, deadline_s - time.perf_counter()))
-        return not any(thread.is_alive() for thread in self._threads)
+        has_ended = self._order is None or self._order.stop(deadline_s)
+        return has_ended and not any(thread.is_alive() for thread in self._threads)
 
     def close(self) -> None:
         """Free the model; the executor threads have ended."""
@@ -148,8 +156,11 @@ class ServedModel:
 
     @property
     def is_alive(self) -> bool:
-        """Whether every executor thread runs, until `stop`. If not, what waits stays waiting."""
-        return self._is_stopping or all(thread.is_alive() for thread in self._threads)
+        """Whether every thread runs, until `stop`. If not, what waits stays waiting."""
+        if self._is_stopping:
+            return True
+        threads = all(thread.is_alive() for thread in self._threads)
+        return threads and (self._order is None or self._order.is_alive)
 
     def check_rows(self, rows: int) -> None:
         """
@@ -178,17 +189,31 @@ class ServedModel:
             and not request.timeout_s
         ):
             request.deadline_s = time.time() + self._latency_slo_s
-        if request.rows > self._batch_rows_max:
-            self._submit_split(request)
+        if self._order is not None:
+            self._submit_in_order(self._order, request)
         else:
-            self._batcher.put(request)
+            self._put(request)
 
     @property
     def waiting(self) -> int:
         """Requests in the queue now."""
         return len(self._batcher)
 
-    def _submit_split(self, request: Request) -> None:
+    def _submit_in_order(self, order: ReplyOrder, request: Request) -> None:
+        stand_in = order.enter(request)
+        try:
+            self._put(stand_in)
+        except Exception:
+            order.settle(stand_in.turn, None)
+            raise
+
+    def _put(self, request: Request) -> None:
+        if request.rows > self._batch_rows_max:
+            self._put_in_parts(request)
+        else:
+            self._batcher.put(request)
+
+    def _put_in_parts(self, request: Request) -> None:
         most = self._batch_rows_max
         self._batcher.judge(request, -(-request.rows // most))
         number, prediction_id = self._carrier.take_number()

@@ -64,6 +64,9 @@ def write_models(root, model_files):
         + parameter("max_request_rows", "40"),
         constants=axis,
     )
+    in_order = "max_batch_size: 1 instance_group { count: 2 } dynamic_batching {"
+    write("in_order", same, "FP32", 1, "FP32", 1, in_order + " preserve_ordering: true }")
+    write("as_it_comes", same, "FP32", 1, "FP32", 1, in_order + " }")
     few_sizes = "max_batch_size: 8\n" + parameter("allowed_batch_sizes", "[2, 8]")
     write("few_sizes", total, "FP32", 2, "FP32", 1, few_sizes, axis)
     write("drivers", same, "FP32", 2, "FP32", 2, JOINED_IN_PARTS)
@@ -249,6 +252,64 @@ def test_batches_are_filled_up_to_an_allowed_size_and_it_is_counted(client, gate
     families = {family.name: family for family in gateway.metrics.collect()}
     samples = families["headrace_padding_rows"].samples
     assert {"model": "few_sizes", "version": "1"} in [sample.labels for sample in samples]
+
+
+@pytest.mark.parametrize("model", ["in_order", "as_it_comes"])
+def test_replies_keep_the_order_of_requests_where_the_model_says_so(client, gateway, model):
+    backend = gateway.catalog.find(model, "")._backend
+    real, others_ran = backend.infer, threading.Semaphore(0)
+
+    def infer(inputs):
+        if inputs["x"][0, 0] == 0:  # on one instance, while the other runs the rest
+            for _ in range(3):
+                assert others_ran.acquire(timeout=WAIT_S)
+        else:
+            others_ran.release()
+        return real(inputs)
+
+    heard = queue.SimpleQueue()
+    backend.infer = infer
+    try:
+        client.start_stream(lambda result, error: heard.put((result, error)))
+        for i in range(4):
+            x = tensor(np.array([[i]], np.float32))
+            client.async_stream_infer(model, [x], request_id=f"r{i}")
+        answers = [heard.get(timeout=WAIT_S) for _ in range(4)]
+        client.stop_stream()
+    finally:
+        backend.infer = real
+
+    came = [result.as_numpy("y").item() for result, _ in answers]
+    assert sorted(came) == [0, 1, 2, 3]
+    assert (came == [0, 1, 2, 3]) == (model == "in_order")
+
+
+def test_replies_that_are_held_are_counted(client, gateway, channel):
+    model, numbers = gateway.catalog.find("in_order", ""), gateway.metrics.model("in_order", "1")
+    real, begun, go_on = model._backend.infer, threading.Event(), threading.Event()
+
+    def infer(inputs):
+        if inputs["x"][0, 0] == 0:
+            begun.set()
+            assert go_on.wait(WAIT_S)
+        return real(inputs)
+
+    model._backend.infer = infer
+    ask = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer
+    calls = []
+    try:
+        for i in range(4):
+            calls.append(ask.future(infer_request("in_order", np.array([[i]], np.float32))))
+            assert begun.wait(WAIT_S)
+            until(lambda i=i: numbers.order.held == i)
+        assert not any(call.done() for call in calls)
+    finally:
+        go_on.set()
+        model._backend.infer = real
+    assert [call.result().raw_output_contents[0] for call in calls] == [
+        np.float32(i).tobytes() for i in range(4)
+    ]
+    assert numbers.order.held == 0
 
 
 def test_entities_of_a_large_request_keep_their_features_and_their_order(channel):

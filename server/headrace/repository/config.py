@@ -23,7 +23,12 @@ from headrace.repository.parameters import (
 )
 from headrace.repository.placement import gpu_device, gpu_options, instance_count
 from headrace.repository.policy import VersionPolicy
-from headrace.repository.queueing import QueueLevel, allowed_batch_sizes, queue_levels
+from headrace.repository.queueing import (
+    QueueLevel,
+    allowed_batch_sizes,
+    preserve_ordering,
+    queue_levels,
+)
 from headrace.tensors import TensorSpec
 
 PLATFORM = "onnxruntime_onnx"
@@ -78,6 +83,7 @@ _READ = {
     "dynamic_batching.default_queue_policy",
     "dynamic_batching.priority_levels",
     "dynamic_batching.default_priority_level",
+    "dynamic_batching.preserve_ordering",
     "dynamic_batching.priority_queue_policy",
     "optimization.graph.level",
     "version_policy",
@@ -142,6 +148,7 @@ class ModelConfig:
         allowed_batch_sizes: Row counts that the model is run with, ascending; empty for all.
         queue_levels: How requests of each priority level wait, of level 1 first.
         default_priority_level: Of a request that names none.
+        preserve_ordering: Whether replies leave in the order in which requests came.
         max_request_rows: Most rows in one request, which is split over several batches; 0 for no
             more than one batch holds.
         instance_count: Executors that run the model side by side.
@@ -176,6 +183,7 @@ class ModelConfig:
     allowed_batch_sizes: tuple[int, ...] = ()
     queue_levels: tuple[QueueLevel, ...] = (QueueLevel(),)
     default_priority_level: int = 1
+    preserve_ordering: bool = False
     max_request_rows: int = 0
     instance_count: int = 1
     version_policy: VersionPolicy = field(default_factory=VersionPolicy)
@@ -242,6 +250,7 @@ def parse_config(text: str, model_name: str) -> ModelConfig:
         allowed_batch_sizes=allowed_batch_sizes(parameters.text("allowed_batch_sizes")),
         queue_levels=queue_levels(message.dynamic_batching),
         default_priority_level=message.dynamic_batching.default_priority_level or 1,
+        preserve_ordering=preserve_ordering(message.dynamic_batching),
         max_request_rows=parameters.count("max_request_rows", 0, MAX_REQUEST_ROWS),
         instance_count=instance_count(message.instance_group),
         gpu_device=device,

@@ -60,6 +60,26 @@ def queue_levels(dynamic_batching: Any) -> tuple[QueueLevel, ...]:
     return tuple(_policy(policies.get(level, default)) for level in range(1, max(1, levels) + 1))
 
 
+def preserve_ordering(dynamic_batching: Any) -> bool:
+    """
+    Say whether replies leave in the order in which requests came.
+
+    Raises:
+        ModelLoadError: requests are to overtake one another besides, as in Triton.
+    """
+    if not dynamic_batching.preserve_ordering:
+        return False
+    if dynamic_batching.priority_levels > 1:
+        raise wrong("preserve_ordering does not go with more than one of priority_levels")
+    policies = (
+        dynamic_batching.default_queue_policy,
+        *dynamic_batching.priority_queue_policy.values(),
+    )
+    if any(policy.timeout_action == model_config_pb2.ModelQueuePolicy.DELAY for policy in policies):
+        raise wrong("preserve_ordering does not go with timeout_action DELAY")
+    return True
+
+
 def allowed_batch_sizes(text: str | None) -> tuple[int, ...]:
     """
     Read the parameter of that name.

@@ -16,6 +16,8 @@ METRICS: dict[str, str] = {
     "headrace_infer_seconds": "Running the model on a batch.",
     "headrace_feature_values_total": "Feature values read, by status.",
     "headrace_queue_requests": "Requests waiting now.",
+    "headrace_replies_held": "Replies that are ready and wait for an earlier one, of models with "
+    "preserve_ordering.",
     "headrace_feature_requests_total": "Requests for features answered.",
     "headrace_feature_requests_failed_total": "Requests for features that reached a batch and "
     "were not answered.",

@@ -28,6 +28,7 @@ dynamic_batching {
   preferred_batch_size: [ 32, 8, 8 ]
   max_queue_delay_microseconds: 1500
   default_queue_policy { max_queue_size: 100 }
+  preserve_ordering: true
 }
 instance_group [ { kind: KIND_CPU count: 2 }, { kind: KIND_AUTO } ]
 optimization { graph { level: 1 } }
@@ -51,6 +52,10 @@ def parameter(key, value):
     return f"parameters {{ key: '{key}' value {{ string_value: '{value}' }} }}"
 
 
+def ordered(more):
+    return f"max_batch_size: 8 dynamic_batching {{ preserve_ordering: true {more} }}"
+
+
 def with_service(key, value):
     return parameter("feature_service", "homes") + parameter(key, value)
 
@@ -72,6 +77,7 @@ def test_every_setting_is_read():
     assert (config.missing_features, config.max_feature_age_s) == ("reject", 3600.0)
     assert config.latency_slo_s == 0.0025
     assert config.max_request_rows == 1000
+    assert config.preserve_ordering
     assert config.allowed_batch_sizes == (1, 8, 64)
     assert (config.intra_op_thread_count, config.inter_op_thread_count) == (0, 3)
     assert config.execution_mode == "parallel"
@@ -154,14 +160,12 @@ def test_settings_that_are_not_used_are_named():
         response_cache { enable: true }
         optimization { input_pinned_memory { enable: false } }
         dynamic_batching {
-          preserve_ordering: true
           default_queue_policy { default_timeout_microseconds: 5 }
         }
         output [ { name: "y" data_type: TYPE_FP32 dims: [ 1 ] label_filename: "labels.txt" } ]
         max_batch_size: 8
     """ + parameter("feature_servce", "homes")
     assert parse_config(text, "m").without_effect == (
-        "dynamic_batching.preserve_ordering",
         "metric_tags",
         "optimization.input_pinned_memory",
         "output.label_filename",
@@ -235,6 +239,14 @@ UNSUPPORTED = "is not supported by this server"
         (
             "max_batch_size: 8 dynamic_batching { preferred_batch_size: [ 9 ] }",
             "preferred_batch_size has 9; expected at most max_batch_size, 8",
+        ),
+        (
+            ordered("priority_levels: 2 default_priority_level: 1"),
+            "preserve_ordering does not go with more than one of priority_levels",
+        ),
+        (
+            ordered("default_queue_policy { timeout_action: DELAY }"),
+            "preserve_ordering does not go with timeout_action DELAY",
         ),
         (IO + "dynamic_batching { }", "dynamic_batching needs a max_batch_size above 0"),
         (
