@@ -25,6 +25,7 @@ from headrace.features.plan import FeatureStatus
 from headrace.features.store import FeatureRows, OnlineStore
 from headrace.observation import BatchObserver, Carried, traceparent_of
 from headrace.request import AnsweredBatch, Answering, OutputBlock, Request
+from headrace.shape_buckets import ShapeBuckets
 from headrace.telemetry.metrics import ModelMetrics
 from headrace.tensors import join
 
@@ -49,6 +50,7 @@ class BatchCarrier:
         store: Where `join`'s features are read; required with it.
         feature_timeout_s: Longest that one batch waits for its features.
         max_feature_age_s: Older values are missing.
+        buckets: Pads requests of different shapes to one; None to run them as they are.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class BatchCarrier:
         store: OnlineStore | None,
         feature_timeout_s: float,
         max_feature_age_s: float | None,
+        buckets: ShapeBuckets | None,
     ) -> None:
         self._model = model
         self._signature = model.signature
@@ -74,6 +77,7 @@ class BatchCarrier:
         self._store = store
         self._feature_timeout_s = feature_timeout_s
         self._max_feature_age_s = max_feature_age_s
+        self._buckets = buckets
         # The signature may name a part of what the model returns, in another order.
         positions = {spec.name: i for i, spec in enumerate(backend.outputs)}
         self._positions = tuple(positions[spec.name] for spec in model.signature.outputs)
@@ -172,6 +176,11 @@ class BatchCarrier:
         return self._infer_and_reply(batch, rows, inputs, entities, features, missing, timing)
 
     def _join_inputs(self, batch: Sequence[Request], rows: int) -> dict[str, NDArray[np.generic]]:
+        if self._buckets is not None:
+            return {
+                spec.name: self._buckets.join(i, spec, batch)
+                for i, spec in enumerate(self._signature.inputs)
+            }
         trailing = batch[0].batch_key
         columns = {}
         for i, spec in enumerate(self._signature.inputs):
@@ -250,6 +259,8 @@ class BatchCarrier:
                 arrays = self._backend.infer(inputs)
             inferred_s = time.perf_counter()
             outputs = self._blocks(arrays, rows)
+            if self._buckets is not None:
+                self._buckets.check(outputs, batch[0].batch_key)
         except (BackendError, InvalidTensor) as error:
             return Blame(batch, error)
         answered = AnsweredBatch(
@@ -271,7 +282,8 @@ class BatchCarrier:
         first_number = self._observer.take_numbers(len(batch))
         for number, request in enumerate(batch, first_number):
             try:
-                request.answer(answered, start, f"{prefix}{number:010x}")
+                own = answered if self._buckets is None else self._buckets.cut(answered, request)
+                request.answer(own, start, f"{prefix}{number:010x}")
             except Exception as error:  # noqa: BLE001 the others deserve their answer
                 self._fail([request], error)
             start += request.rows

@@ -27,6 +27,7 @@ from headrace.repository.scan import VersionFolder, read_config
 from headrace.repository.validate import check_golden
 from headrace.request import Request
 from headrace.settings import ServeSettings
+from headrace.shape_buckets import ShapeBuckets
 from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.feature_metrics import ViewMetrics
 from headrace.telemetry.metrics import Metrics
@@ -107,6 +108,7 @@ class VersionLoader:
                 config.max_batch_size,
                 config.preferred_batch_sizes,
                 config.allowed_batch_sizes,
+                () if config.shape_buckets is None else config.shape_buckets.shapes(),
             )
         except BaseException:
             backend.close()
@@ -144,6 +146,11 @@ class VersionLoader:
             metrics=metrics,
             join=join,
             store=self._store if join is not None else None,
+            buckets=(
+                None
+                if config.shape_buckets is None
+                else ShapeBuckets(config.shape_buckets, signature)
+            ),
             order=order,
             executor_count=executor_count(config),
             latency_slo_s=config.latency_slo_s,

@@ -22,6 +22,7 @@ from headrace.monitoring.records import BatchRecord
 from headrace.observation import BatchObserver
 from headrace.reply_order import ReplyOrder
 from headrace.request import Answering, Request
+from headrace.shape_buckets import ShapeBuckets
 from headrace.split_request import SplitRequest
 from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.feature_metrics import ViewMetrics
@@ -46,6 +47,7 @@ class ServedModel:
         metrics: Counters, folded once per batch.
         join: How entities become model inputs; None when callers send the tensors themselves.
         store: Where `join`'s features are read; required with it.
+        buckets: Pads requests of different shapes, so that they share batches.
         order: Sends replies in the order of requests; None to send each when it is there. This
             object starts and stops it.
         executor_count: Threads that carry batches, one per model instance.
@@ -70,6 +72,7 @@ class ServedModel:
         metrics: ModelMetrics,
         join: FeatureJoin | None = None,
         store: OnlineStore | None = None,
+        buckets: ShapeBuckets | None = None,
         order: ReplyOrder | None = None,
         executor_count: int = 1,
         latency_slo_s: float | None = None,
@@ -90,6 +93,7 @@ class ServedModel:
         self.max_entities = max_entities
         self._backend = backend
         self._batcher = batcher
+        self._buckets = buckets
         self._order = order
         self._latency_slo_s = latency_slo_s
         self._answering = Answering(name, version, signature)
@@ -119,6 +123,7 @@ class ServedModel:
             store=store,
             feature_timeout_s=feature_timeout_s,
             max_feature_age_s=max_feature_age_s,
+            buckets=buckets,
         )
         self._threads = [
             threading.Thread(
@@ -179,10 +184,13 @@ class ServedModel:
         Queue a checked request. Never blocks.
 
         Raises:
+            InvalidTensor: a dimension is larger than the model's buckets for it.
             Overloaded: too many wait, or the request could not be answered in time.
             Draining: the model is stopping.
         """
         request.served = self._answering
+        if self._buckets is not None:
+            request.batch_key = self._buckets.place(request.own_shapes)
         if (
             self._latency_slo_s is not None
             and request.deadline_s == math.inf

@@ -13,8 +13,7 @@ from queue import SimpleQueue
 import structlog
 
 from headrace.errors import BackendError, Overloaded, ServingError
-from headrace.request import AnsweredBatch, Request
-from headrace.tensors import CheckedInputs
+from headrace.request import AnsweredBatch, Request, StandIn
 
 _LOG = structlog.get_logger(__name__)
 
@@ -50,7 +49,7 @@ class Turn:
         return self.order.settle(self, None)
 
 
-class OrderedRequest(Request):
+class OrderedRequest(StandIn):
     """
     Waits and runs in place of a caller's request, whose reply it hands over to be sent in turn.
 
@@ -59,20 +58,10 @@ class OrderedRequest(Request):
         turn: When that is.
     """
 
-    __slots__ = ("method", "turn")
+    __slots__ = ("turn",)
 
     def __init__(self, request: Request, turn: Turn) -> None:
-        super().__init__(
-            CheckedInputs(request.rows, request.raws, request.batch_key),
-            request.deadline_s,
-            request.arrival_s,
-            request.byte_count,
-        )
-        self.priority = request.priority
-        self.timeout_s = request.timeout_s
-        self.served = request.served
-        self.trace = request.trace
-        self.method = request.method
+        super().__init__(request, request.rows, request.raws, request.byte_count)
         self.turn = turn
 
     def expired(self, now_s: float) -> bool:

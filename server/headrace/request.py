@@ -1,6 +1,7 @@
 """A caller's rows on their way to a model, and the answered batch that they are cut from."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,10 +44,13 @@ class Request(QueuedRequest):
         byte_count: Size of its message.
     """
 
-    __slots__ = ("raws", "served", "trace")
+    __slots__ = ("own_shapes", "raws", "served", "trace")
 
     batch_key: tuple[tuple[int, ...], ...]
-    """Of each input, its shape after the row."""
+    """Of each input, its shape after the row in the batch."""
+
+    own_shapes: tuple[tuple[int, ...], ...]
+    """As it came: smaller, where a model pads it."""
 
     PREDICTION_ID_LENGTH = 26
 
@@ -66,6 +70,7 @@ class Request(QueuedRequest):
         self, inputs: CheckedInputs, deadline_s: float, arrival_s: float, byte_count: int
     ) -> None:
         rows, self.raws, trailing = inputs
+        self.own_shapes = trailing
         super().__init__(
             rows, trailing, deadline_s=deadline_s, arrival_s=arrival_s, byte_count=byte_count
         )
@@ -84,24 +89,66 @@ class Request(QueuedRequest):
         """Reply with rows [start, start + self.rows) of the batch."""
 
 
+class StandIn(Request):
+    """
+    What waits in the queue in place of a caller's request, all of it or some rows.
+
+    Args:
+        request: The caller's.
+        rows: How many.
+        raws: Those rows of each input.
+        byte_count: Their size.
+    """
+
+    __slots__ = ("method",)
+
+    def __init__(
+        self, request: Request, rows: int, raws: tuple[bytes | memoryview, ...], byte_count: int
+    ) -> None:
+        super().__init__(
+            CheckedInputs(rows, raws, request.batch_key),
+            request.deadline_s,
+            request.arrival_s,
+            byte_count,
+        )
+        self.own_shapes = request.own_shapes
+        self.priority = request.priority
+        self.timeout_s = request.timeout_s
+        self.served = request.served
+        self.trace = request.trace
+        self.method = request.method
+
+
 class OutputBlock:
     """
     One output of a whole batch, ready to be cut per caller.
 
     Fixed-width outputs are turned into bytes once per batch: a caller's share is then one slice.
+
+    Args:
+        spec: Which output.
+        array: Its values, shape (rows, …).
+        is_shared: Whether several callers will cut it; otherwise nothing is done beforehand.
     """
 
     __slots__ = ("_raw", "_stride", "array", "spec", "trailing")
 
-    def __init__(self, spec: TensorSpec, array: NDArray[np.generic]) -> None:
+    def __init__(
+        self, spec: TensorSpec, array: NDArray[np.generic], *, is_shared: bool = True
+    ) -> None:
         self.spec = spec
         self.array = array
         self.trailing = array.shape[1:]
         self._raw: bytes | None = None
         self._stride = 0
-        if spec.datatype != "BYTES" and array.shape[0]:
+        if is_shared and spec.datatype != "BYTES" and array.shape[0]:
             self._raw = array.tobytes()
             self._stride = len(self._raw) // array.shape[0]
+
+    def cut(self, sizes: Mapping[int, int]) -> "OutputBlock":
+        """Return a block whose axes after the row have the given sizes, no larger than now."""
+        kept = tuple(slice(sizes.get(axis)) for axis in range(len(self.trailing)))
+        return OutputBlock(self.spec, self.array[(slice(None), *kept)], is_shared=False)
 
     def rows(self, start: int, stop: int) -> NDArray[np.generic]:
         """Return a view of the rows [start, stop)."""

@@ -12,11 +12,11 @@ import numpy as np
 from headrace.batching.batcher import Batcher
 from headrace.errors import BackendError, ServingError
 from headrace.features.store import FeatureRows
-from headrace.request import AnsweredBatch, OutputBlock, Request
-from headrace.tensors import CheckedInputs, Signature, cut
+from headrace.request import AnsweredBatch, OutputBlock, Request, StandIn
+from headrace.tensors import Signature, cut
 
 
-class RequestPart(Request):
+class RequestPart(StandIn):
     """
     Some rows of a request that was split. Nobody but its `SplitRequest` is told.
 
@@ -29,7 +29,7 @@ class RequestPart(Request):
         rows: How many.
     """
 
-    __slots__ = ("_index", "ends_whole", "first_row", "method", "number", "split")
+    __slots__ = ("_index", "ends_whole", "first_row", "number", "split")
 
     def __init__(
         self,
@@ -40,17 +40,7 @@ class RequestPart(Request):
         raws: tuple[memoryview, ...],
         rows: int,
     ) -> None:
-        super().__init__(
-            CheckedInputs(rows, raws, whole.batch_key),
-            whole.deadline_s,
-            whole.arrival_s,
-            sum([len(raw) for raw in raws]),
-        )
-        self.priority = whole.priority
-        self.timeout_s = whole.timeout_s
-        self.served = whole.served
-        self.trace = whole.trace
-        self.method = whole.method
+        super().__init__(whole, rows, raws, sum([len(raw) for raw in raws]))
         self.split = split
         self.number = split.number
         self.first_row = first_row

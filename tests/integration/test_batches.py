@@ -69,6 +69,24 @@ def write_models(root, model_files):
     write("as_it_comes", same, "FP32", 1, "FP32", 1, in_order + " }")
     few_sizes = "max_batch_size: 8\n" + parameter("allowed_batch_sizes", "[2, 8]")
     write("few_sizes", total, "FP32", 2, "FP32", 1, few_sizes, axis)
+    model_files.write_model(
+        root,
+        "tokens",
+        [
+            node("Add", ["ids", "ids"], ["twice"]),
+            node("ReduceSum", ["ids", "axis"], ["total"], keepdims=1),
+        ],
+        [("ids", "INT64", ["n", "m"])],
+        [("twice", "INT64", ["n", "m"]), ("total", "INT64", ["n", 1])],
+        config="max_batch_size: 8\n"
+        + parameter("max_request_rows", "40")
+        + parameter(
+            "shape_buckets",
+            '{"sizes": {"tokens": [4, 16]}, "inputs": {"ids": ["tokens"]},'
+            ' "outputs": {"twice": ["tokens"]}}',
+        ),
+        constants=axis,
+    )
     write("drivers", same, "FP32", 2, "FP32", 2, JOINED_IN_PARTS)
     strict = JOINED_IN_PARTS + parameter("missing_features", "reject")
     write("strict_drivers", same, "FP32", 2, "FP32", 2, strict)
@@ -310,6 +328,46 @@ def test_replies_that_are_held_are_counted(client, gateway, channel):
         np.float32(i).tobytes() for i in range(4)
     ]
     assert numbers.order.held == 0
+
+
+def test_requests_of_different_lengths_share_a_batch(client, gateway, channel, held):
+    ran = held("tokens")
+    model = gateway.catalog.find("tokens", "")
+    ask = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer
+    texts = [np.arange(length, dtype=np.int64).reshape(1, -1) + 1 for length in (2, 7, 5, 16, 9)]
+    calls = []
+    for ids in texts:
+        message = service_pb2.ModelInferRequest(model_name="tokens")
+        message.inputs.add(name="ids", datatype="INT64", shape=ids.shape)
+        message.raw_input_contents.append(ids.tobytes())
+        calls.append(ask.future(message, timeout=WAIT_S))
+        until(lambda: ran and model.waiting == len(calls) - 1)
+
+    held.go_on()
+
+    for ids, call in zip(texts, calls, strict=True):
+        answer = call.result()
+        assert [list(output.shape) for output in answer.outputs] == [list(ids.shape), [1, 1]]
+        twice, total = (np.frombuffer(raw, np.int64) for raw in answer.raw_output_contents)
+        assert twice.tolist() == (2 * ids[0]).tolist()
+        assert total.tolist() == [ids.sum()]
+    assert ran == [1, 4]
+
+
+def test_a_longer_request_than_there_are_buckets_for_is_refused(client):
+    for _ in range(4):  # and is so when the server knows its like
+        with pytest.raises(triton.InferenceServerException, match="at most 16") as refused:
+            client.infer("tokens", [tensor(np.zeros((1, 17), np.int64), "INT64", "ids")])
+        assert refused.value.status() == "StatusCode.INVALID_ARGUMENT"
+
+
+def test_a_request_may_be_padded_and_in_parts(client):
+    ids = np.arange(19 * 5).reshape(19, 5)
+
+    result = client.infer("tokens", [tensor(ids, "INT64", "ids")])
+
+    np.testing.assert_array_equal(result.as_numpy("twice"), 2 * ids)
+    np.testing.assert_array_equal(result.as_numpy("total"), ids.sum(1, keepdims=True))
 
 
 def test_entities_of_a_large_request_keep_their_features_and_their_order(channel):

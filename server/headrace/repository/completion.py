@@ -16,6 +16,7 @@ from headrace.repository.config import (
     check_batching,
 )
 from headrace.repository.parameters import wrong
+from headrace.repository.shapes import check_shape_buckets
 from headrace.tensors import TensorSpec
 
 AUTO_MAX_BATCH_SIZE = 256
@@ -54,6 +55,10 @@ def complete(
             raise wrong(f"the model needs input '{spec.name}', which config.pbtxt does not list")
     _compare("input", config.inputs, inputs, config.max_batch_size)
     _compare("output", config.outputs, outputs, config.max_batch_size)
+    if config.shape_buckets is not None:
+        check_shape_buckets(
+            config.shape_buckets, config.inputs, config.outputs, config.max_batch_size
+        )
     return config
 
 

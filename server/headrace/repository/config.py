@@ -26,9 +26,12 @@ from headrace.repository.policy import VersionPolicy
 from headrace.repository.queueing import (
     QueueLevel,
     allowed_batch_sizes,
+    preferred_batch_sizes,
     preserve_ordering,
+    queue_delay_s,
     queue_levels,
 )
+from headrace.repository.shapes import BucketRules, shape_buckets
 from headrace.tensors import TensorSpec
 
 PLATFORM = "onnxruntime_onnx"
@@ -38,7 +41,6 @@ REMOTE_BACKEND = "oip"
 
 MODEL_FILENAME = "model.onnx"
 
-MAX_QUEUE_DELAY_S = 60.0
 MAX_THREADS = 1024
 MAX_FEATURES = 10_000
 MAX_REQUEST_ROWS = 1 << 20
@@ -151,6 +153,7 @@ class ModelConfig:
         preserve_ordering: Whether replies leave in the order in which requests came.
         max_request_rows: Most rows in one request, which is split over several batches; 0 for no
             more than one batch holds.
+        shape_buckets: How requests of different shapes share a batch; None if they do not.
         instance_count: Executors that run the model side by side.
         version_policy: Which versions serve.
         remote: Where the model runs, when it is elsewhere.
@@ -185,6 +188,7 @@ class ModelConfig:
     default_priority_level: int = 1
     preserve_ordering: bool = False
     max_request_rows: int = 0
+    shape_buckets: BucketRules | None = None
     instance_count: int = 1
     version_policy: VersionPolicy = field(default_factory=VersionPolicy)
     remote: RemoteModel | None = None
@@ -237,6 +241,8 @@ def parse_config(text: str, model_name: str) -> ModelConfig:
         for key in FEATURE_PARAMETERS:
             if parameters.text(key) is not None:
                 raise wrong(f"parameter '{key}' needs the parameter 'feature_service'")
+    elif parameters.text("shape_buckets") is not None:
+        raise wrong("parameter 'shape_buckets' does not go with 'feature_service'")
     latency_slo_ms = parameters.positive("latency_slo_ms")
     device = gpu_device(message.instance_group)
     tuning = gpu_options(parameters)
@@ -245,13 +251,14 @@ def parse_config(text: str, model_name: str) -> ModelConfig:
         max_batch_size=message.max_batch_size,
         inputs=_tensors("input", message.input, message.max_batch_size),
         outputs=_tensors("output", message.output, message.max_batch_size),
-        max_queue_delay_s=_queue_delay_s(message.dynamic_batching),
-        preferred_batch_sizes=_preferred_batch_sizes(message.dynamic_batching),
+        max_queue_delay_s=queue_delay_s(message.dynamic_batching),
+        preferred_batch_sizes=preferred_batch_sizes(message.dynamic_batching),
         allowed_batch_sizes=allowed_batch_sizes(parameters.text("allowed_batch_sizes")),
         queue_levels=queue_levels(message.dynamic_batching),
         default_priority_level=message.dynamic_batching.default_priority_level or 1,
         preserve_ordering=preserve_ordering(message.dynamic_batching),
         max_request_rows=parameters.count("max_request_rows", 0, MAX_REQUEST_ROWS),
+        shape_buckets=shape_buckets(parameters.text("shape_buckets")),
         instance_count=instance_count(message.instance_group),
         gpu_device=device,
         gpu_options=() if device is None else tuning,
@@ -408,23 +415,6 @@ def _refuse_unsupported_tensor(kind: str, entry: Any) -> None:
     for key in ("is_shape_tensor", "allow_ragged_batch", "optional", "is_non_linear_format_io"):
         if getattr(entry, key, False):  # an output has a part of them
             raise wrong(f"{key} of {kind} '{entry.name}' is not supported by this server")
-
-
-def _queue_delay_s(dynamic_batching: Any) -> float:
-    delay_us = dynamic_batching.max_queue_delay_microseconds
-    if delay_us > MAX_QUEUE_DELAY_S * 1e6:
-        raise wrong(
-            f"max_queue_delay_microseconds is {delay_us}; "
-            f"expected at most {MAX_QUEUE_DELAY_S * 1e6:.0f}"
-        )
-    return float(delay_us / 1e6)
-
-
-def _preferred_batch_sizes(dynamic_batching: Any) -> tuple[int, ...]:
-    for size in dynamic_batching.preferred_batch_size:
-        if size < 1:
-            raise wrong(f"preferred_batch_size has {size}; expected sizes above 0")
-    return tuple(sorted(set(dynamic_batching.preferred_batch_size)))
 
 
 def _feature_order(text: str | None) -> tuple[str, ...] | None:

@@ -12,6 +12,7 @@ from tritonclient.grpc import model_config_pb2
 
 from headrace.repository.parameters import shown, wrong
 
+MAX_QUEUE_DELAY_S = 60.0
 PRIORITY_LEVELS_MAX = 64
 ALLOWED_SIZES_MAX = 64
 
@@ -58,6 +59,35 @@ def queue_levels(dynamic_batching: Any) -> tuple[QueueLevel, ...]:
             raise wrong(f"priority_queue_policy has level {level}; expected 1 to {levels}")
     default = dynamic_batching.default_queue_policy
     return tuple(_policy(policies.get(level, default)) for level in range(1, max(1, levels) + 1))
+
+
+def queue_delay_s(dynamic_batching: Any) -> float:
+    """
+    Return how long a request waits for a better batch, in seconds.
+
+    Raises:
+        ModelLoadError: too long.
+    """
+    delay_us = dynamic_batching.max_queue_delay_microseconds
+    if delay_us > MAX_QUEUE_DELAY_S * 1e6:
+        raise wrong(
+            f"max_queue_delay_microseconds is {delay_us}; "
+            f"expected at most {MAX_QUEUE_DELAY_S * 1e6:.0f}"
+        )
+    return float(delay_us / 1e6)
+
+
+def preferred_batch_sizes(dynamic_batching: Any) -> tuple[int, ...]:
+    """
+    Return the row counts that are worth waiting for, ascending.
+
+    Raises:
+        ModelLoadError: one is none.
+    """
+    for size in dynamic_batching.preferred_batch_size:
+        if size < 1:
+            raise wrong(f"preferred_batch_size has {size}; expected sizes above 0")
+    return tuple(sorted(set(dynamic_batching.preferred_batch_size)))
 
 
 def preserve_ordering(dynamic_batching: Any) -> bool:

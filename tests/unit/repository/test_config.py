@@ -282,6 +282,14 @@ UNSUPPORTED = "is not supported by this server"
             for value in ("[]", "[4, 1]", "[1, 1]", "[0, 1]", "[true]", "[1.0]", "8", '["8"]')
         ),
         (parameter("allowed_batch_sizes", "1, 8"), f"is not JSON; {SIZES_EXPECTED}"),
+        (
+            with_service("shape_buckets", "{}"),
+            "parameter 'shape_buckets' does not go with 'feature_service'",
+        ),
+        (
+            parameter("shape_buckets", "{}"),
+            "is '{}'; expected a JSON object with 'sizes' and 'inputs'",
+        ),
         (parameter("max_request_rows", "1e3"), "expected a whole number from 0 to 1048576"),
         (parameter("latency_slo_ms", "0"), "'latency_slo_ms' is '0'; expected a number above 0"),
         (parameter("latency_slo_ms", "nan"), "expected a number above 0"),
