@@ -60,7 +60,9 @@ class Caller(Request):
 class Served:
     """A model of batches of four that doubles, fails on a negative number, and can be held."""
 
-    def __init__(self, *, max_batch_size=4, max_queue_size=64, executors=1, function=None, **more):
+    def __init__(
+        self, *, max_batch_size=4, max_queue_size=64, executors=1, function=None, calls=None, **more
+    ):
         self.batches = []
         self.records = []
         self.gate = threading.Event()
@@ -79,6 +81,7 @@ class Served:
             metrics=self.metrics,
             executor_count=executors,
             record=self.records.append,
+            calls=calls,
         )
         self.model.start()
 
@@ -152,6 +155,28 @@ def test_each_of_its_rows_is_recorded_once_under_its_one_prediction_id():
     assert [ids[f"{large.prediction_id}/{i}"] for i in range(10)] == list(range(10))
     assert ids[f"{small.prediction_id}/0"] == 77
     assert len(ids) == 12  # the one that was held, too
+
+
+def test_a_sampled_request_is_told_of_once_with_all_of_its_rows():
+    class Calls:
+        def __init__(self):
+            self.told = []
+
+        def sample(self, metadata):
+            raise NotImplementedError("the edge samples")
+
+        def answered(self, batch):
+            self.told += batch.calls
+
+    calls = Calls()
+    with Served(calls=calls) as served:
+        large = Caller(*range(10))
+        large.trace = object()
+        served.model.submit(large)
+        large.outcome()
+
+    assert [(call.rows, call.prediction_id) for call in calls.told] == [(10, large.prediction_id)]
+    assert calls.told[0].trace is large.trace
 
 
 def test_one_part_that_fails_fails_the_whole_and_the_others_are_not_run():

@@ -39,6 +39,20 @@ def test_every_allowed_batch_is_run_and_no_other_however_large_it_is():
     assert seen == [4, 16, 1024]
 
 
+def test_every_given_shape_is_run_with_every_batch():
+    seen = []
+
+    def run(arrays):
+        seen.append((arrays["ids"].shape, arrays["free"].shape))
+        return [np.zeros((1, 1), np.float32)]
+
+    inputs = [TensorSpec("ids", "INT64", (-1, -1, 2)), TensorSpec("free", "FP32", (-1, -1))]
+    assert warm_up(
+        StubBackend("m", inputs, [Y], run), 8, [], [4, 8], [{"ids": [16]}, {"ids": [32]}]
+    )
+    assert seen == [((rows, size, 2), (rows, 1)) for size in (16, 32) for rows in (4, 8)]
+
+
 def test_a_model_without_a_batch_dimension_is_run_once():
     assert shapes_of([TensorSpec("x", "FP32", (2, -1))], 0) == [{"x": (2, 1)}]
 
