@@ -243,7 +243,7 @@ def test_a_caller_who_leaves_while_a_part_runs_is_told_once():
 def test_when_its_deadline_passes_in_the_queue_one_request_is_dropped():
     with Served() as served:
         served.hold()
-        large = Caller(*range(1, 31), deadline_s=time.time() + 0.2)
+        large = Caller(*range(1, 31), deadline_s=time.time() + 1.0)
         served.model.submit(large)
         while time.time() < large.deadline_s:
             time.sleep(0.01)
@@ -284,13 +284,13 @@ def test_it_is_judged_by_all_of_its_batches_before_it_is_cut():
         time.sleep(0.02)
         return [inputs["x"]]
 
-    with Served(function=sleep) as served:
+    with Served(function=sleep, max_queue_size=500) as served:
         for _ in range(5):  # the model's cost is learned
             known = Caller(1, 2, 3, 4)
             served.model.submit(known)
             known.outcome()
         served.hold()
-        large = Caller(*range(200), deadline_s=time.time() + 0.5)  # fifty batches, a second
+        large = Caller(*range(1_000), deadline_s=time.time() + 2.5)  # 250 batches, five seconds
 
         with pytest.raises(Overloaded):
             served.model.submit(large)
