@@ -106,19 +106,22 @@ class BatchCarrier:
         bisection = Bisection(blame.items)
         while part := bisection.next_part():
             now_s = time.time()
-            kept = [request for request in part if not request.expired(now_s)]
-            if len(kept) < len(part):
-                for request in part:
-                    if request.expired(now_s):
-                        request.drop()
+            kept = []
+            for request in part:
+                if request.expired(now_s):
+                    request.drop()
+                else:
+                    kept.append(request)
             if not kept:
                 continue
             try:
                 found = self._attempt(kept)
             except (FeatureStoreUnavailable, BackendUnavailable, Overloaded) as gone:
-                # The others would wait as long for as little.
-                self._fail([*kept, *bisection.rest()], gone)
-                return
+                self._fail(kept, gone)
+                if time.time() < max([request.deadline_s for request in kept]):
+                    # Not for want of their time: the others would wait as long for as little.
+                    self._fail(bisection.rest(), gone)
+                continue
             except Exception as unexpected:  # noqa: BLE001 the others must be tried
                 self._fail(kept, unexpected)
                 continue

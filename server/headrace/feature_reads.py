@@ -262,9 +262,12 @@ class FeatureReads:
                 continue
             try:
                 found = self._carry(plan, kept)
-            except FeatureStoreUnavailable as gone:  # the others would wait as long for as little
-                self._fail([*kept, *bisection.rest()], gone)
-                return
+            except FeatureStoreUnavailable as gone:
+                self._fail(kept, gone)
+                if time.time() < max([request.deadline_s for request in kept]):
+                    # Not for want of their time: the others would wait as long for as little.
+                    self._fail(bisection.rest(), gone)
+                continue
             except Exception as unexpected:  # noqa: BLE001 the others must be tried
                 self._fail(kept, _told(unexpected))
                 continue

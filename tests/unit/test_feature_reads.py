@@ -198,6 +198,27 @@ def test_a_store_that_goes_away_during_the_search_is_not_asked_for_everybody(rea
     assert store.reads == [8, 4]
 
 
+def test_one_who_is_in_a_hurry_does_not_end_the_search_for_the_others(reads, store):
+    def fail_then_hang(plan, entities, **how):
+        ids = entities["driver_id"].tolist()
+        store.reads.append(len(ids))
+        if len(ids) == 4:
+            raise ComputationFailed("somebody's values")
+        if 0 in ids:  # not in the time that its callers have
+            time.sleep(how["timeout_s"] + 0.01)
+            raise FeatureStoreUnavailable("not in time")
+        return MemoryStore.read(store, plan, entities, **how)
+
+    hurried = [Caller([i], deadline_s=time.time() + 0.5) for i in (0, 1)]
+    patient = [Caller([i]) for i in (2, 3)]
+    store.read = fail_then_hang
+
+    reads._serve(plan_of(1), [*hurried, *patient])
+
+    assert all(isinstance(caller.result(), FeatureStoreUnavailable) for caller in hurried)
+    assert [caller.result() for caller in patient] == [NOT_FOUND, NOT_FOUND]
+
+
 def test_a_caller_who_has_left_is_not_read_for_during_the_search(reads, store):
     callers = [Caller([-1]), Caller([5]), Caller([6])]
     real = store.read

@@ -271,6 +271,27 @@ def test_a_remote_model_that_goes_away_during_the_search_is_not_asked_for_everyb
     assert served.batches[1:] == [8, 4]
 
 
+def test_a_remote_model_that_has_no_time_for_some_is_asked_for_the_others(served):
+    def fail_then_hang(inputs, timeout_s=None):
+        numbers = inputs["x"].ravel().tolist()
+        if len(numbers) == 4:
+            raise BackendError("somebody's values")
+        if 1 in numbers:  # not in the time that its callers have
+            time.sleep(max(0.0, hurried[0].deadline_s + 0.01 - time.time()))
+            raise BackendUnavailable("not in time")
+        return [inputs["x"] * 2]
+
+    hurried = [Caller(i, deadline_s=time.time() + 1.0) for i in (1, 2)]
+    patient = [Caller(i) for i in (3, 4)]
+    served.hold(*hurried, *patient)
+    served.backend.infer = fail_then_hang
+
+    served.gate.set()
+
+    assert all(isinstance(told(caller), BackendUnavailable) for caller in hurried)
+    assert [told(caller) for caller in patient] == [[6], [8]]
+
+
 def test_a_caller_who_cannot_be_told_of_a_failure_keeps_nobody_else_from_it():
     class Deaf(Caller):
         def fail(self, error):
