@@ -32,8 +32,8 @@ WATCHED: dict[str, tuple[tuple[str, str], ...]] = {
     "parse and check": (("headrace.rpc.infer", "ModelInfer.accept"),),
     "queue: put": (("headrace.batching.batcher", "Batcher.put"),),
     "queue: take": (("headrace.batching.batcher", "Batcher.take"),),
-    "batch: assemble": (("headrace.predict", "ServedModel._carry"),),
-    "features: read": (("headrace.predict", "ServedModel._read"),),
+    "batch: assemble": (("headrace.carrying", "BatchCarrier._attempt"),),
+    "features: read": (("headrace.carrying", "BatchCarrier._read"),),
     "features: join": (
         ("headrace.features.join", "FeatureJoin.missing"),
         ("headrace.features.join", "FeatureJoin.assemble"),
@@ -41,7 +41,7 @@ WATCHED: dict[str, tuple[tuple[str, str], ...]] = {
     "infer": (("headrace.backends.onnx_runtime", "OnnxRuntimeBackend.infer"),),
     "reply: bytes": (
         ("headrace.rpc.infer", "InferRequest.answer"),
-        ("headrace.predict", "ServedModel._blocks"),
+        ("headrace.carrying", "BatchCarrier._blocks"),
     ),
     "reply: send": ((INGRESS, "_Call._send"),),
     "refusal": (("headrace.rpc.infer", "refuse"),),

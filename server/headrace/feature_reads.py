@@ -17,11 +17,13 @@ import structlog
 from numpy.typing import NDArray
 
 from headrace.batching.batcher import Batcher
+from headrace.batching.bisection import Bisection, Blame
 from headrace.batching.policy import BatchPolicy
 from headrace.batching.queued import QueuedRequest
 from headrace.errors import (
     BackendError,
     ComputationFailed,
+    FeatureStoreUnavailable,
     InvalidRequest,
     ServingError,
 )
@@ -240,23 +242,70 @@ class FeatureReads:
     def _serve(self, plan: FeaturePlan, batch: Sequence[FeatureRequest]) -> None:
         """See to it that every request of a batch is answered, whatever happens."""
         try:
-            self._carry(plan, batch)
+            blame = self._carry(plan, batch)
         except Exception as error:  # noqa: BLE001 the thread must go on
-            if isinstance(error, ComputationFailed) and len(batch) > 1:
-                # Somebody's values are to blame: only theirs shall fail.
-                for request in batch:
-                    self._serve(plan, [request])
+            self._fail(batch, _told(error))
+            return
+        if blame is not None:
+            if len(blame.items) == 1:
+                self._fail(blame.items, blame.error)
             else:
-                self._fail(batch, _told(error))
+                self._find_culprits(plan, blame)
 
-    def _carry(self, plan: FeaturePlan, batch: Sequence[FeatureRequest]) -> None:
+    def _find_culprits(self, plan: FeaturePlan, blame: Blame[FeatureRequest]) -> None:
+        """Find the requests whose values are to blame; the others deserve their answer."""
+        error = blame.error
+        bisection = Bisection(blame.items)
+        while part := bisection.next_part():
+            kept = self._without_expired(part)
+            if not kept:
+                continue
+            try:
+                found = self._carry(plan, kept)
+            except FeatureStoreUnavailable as gone:
+                self._fail(kept, gone)
+                if time.time() < max([request.deadline_s for request in kept]):
+                    # Not for want of their time: the others would wait as long for as little.
+                    self._fail(bisection.rest(), gone)
+                continue
+            except Exception as unexpected:  # noqa: BLE001 the others must be tried
+                self._fail(kept, _told(unexpected))
+                continue
+            if found is not None:
+                error = found.error
+                self._fail(bisection.failed(found.items), error)
+        self._fail(bisection.rest(), error)
+
+    def _without_expired(self, part: Sequence[FeatureRequest]) -> list[FeatureRequest]:
+        now_s = time.time()
+        kept = []
+        for request in part:
+            if request.expired(now_s):
+                request.drop()
+            else:
+                kept.append(request)
+        return kept
+
+    def _carry(
+        self, plan: FeaturePlan, batch: Sequence[FeatureRequest]
+    ) -> Blame[FeatureRequest] | None:
+        """
+        Carry a batch as far as it goes.
+
+        Returns:
+            None when everybody is answered; or those who are not, because somebody among them has
+            values that cannot be computed with.
+        """
         started_s = time.perf_counter()
         batch, entities = self._entities(plan, batch)
         if not batch:
-            return
+            return None
         now_s = time.time()
         timeout_s = min(self._timeout_s, _longest_wait_s(batch, now_s))
-        rows = self._store.read(plan, entities, now_s=now_s, timeout_s=timeout_s)
+        try:
+            rows = self._store.read(plan, entities, now_s=now_s, timeout_s=timeout_s)
+        except ComputationFailed as error:
+            return Blame(batch, error)
         read_s = time.perf_counter()
         counts = [request.rows for request in batch]
         starts = list(accumulate(counts, initial=0))
@@ -283,6 +332,7 @@ class FeatureReads:
             self._tell(self._calls, plan, batch, (started_s, read_s, replied_s))
         if self._skew_log is not None:
             self._skew_log.put(plan, entities, rows, time_s=now_s)
+        return None
 
     def _entities(
         self, plan: FeaturePlan, batch: Sequence[FeatureRequest]
@@ -308,7 +358,8 @@ class FeatureReads:
         }
 
     def _fail(self, batch: Sequence[FeatureRequest], error: ServingError) -> None:
-        self._metrics.failed(len(batch))
+        if batch:
+            self._metrics.failed(len(batch))
         for request in batch:
             try:
                 request.fail(error)

@@ -8,6 +8,7 @@ import structlog
 from headrace.backends.base import Backend
 from headrace.backends.oip import load_oip
 from headrace.backends.onnx_runtime import load_onnx
+from headrace.backends.padded import PaddedBackend
 from headrace.backends.warm_up import warm_up
 from headrace.batching.batcher import Batcher
 from headrace.batching.policy import BatchPolicy, LevelPolicy
@@ -18,13 +19,15 @@ from headrace.features.skew_log import SkewLog
 from headrace.features.store import OnlineStore
 from headrace.monitoring.records import BatchRecord
 from headrace.predict import ServedModel
+from headrace.reply_order import ReplyOrder
 from headrace.repository.completion import complete, with_batch_size
 from headrace.repository.config import ModelConfig, parse_config
-from headrace.repository.queueing import max_queue_size
+from headrace.repository.queueing import check_parts, max_queue_size
 from headrace.repository.scan import VersionFolder, read_config
 from headrace.repository.validate import check_golden
 from headrace.request import Request
 from headrace.settings import ServeSettings
+from headrace.shape_buckets import ShapeBuckets
 from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.feature_metrics import ViewMetrics
 from headrace.telemetry.metrics import Metrics
@@ -88,15 +91,25 @@ class VersionLoader:
             backend = load_onnx(version.model_path, config)
         else:
             raise ModelLoadError("model.onnx is missing")
+        padded = None
+        if config.allowed_batch_sizes:
+            backend = padded = PaddedBackend(config.name, backend, config.allowed_batch_sizes)
         try:
             config = complete(config, backend.inputs, backend.outputs)
+            check_parts(config.max_request_rows, config.max_batch_size, self._queue_sizes(config))
             if config.without_effect:
                 _LOG.warning(
                     "config_without_effect", model=config.name, settings=config.without_effect
                 )
             check_golden(version.path, backend, is_coarse=config.uses_tf32)
             join = self._join(config)
-            warm_up(backend, config.max_batch_size, config.preferred_batch_sizes)
+            warm_up(
+                backend,
+                config.max_batch_size,
+                config.preferred_batch_sizes,
+                config.allowed_batch_sizes,
+                () if config.shape_buckets is None else config.shape_buckets.shapes(),
+            )
         except BaseException:
             backend.close()
             raise
@@ -106,26 +119,39 @@ class VersionLoader:
                 replace(spec, is_text=spec.datatype == "BYTES" and not spec.element_bytes_max)
                 for spec in inputs
             )
+        signature = Signature(
+            *(config.name, inputs, config.outputs, config.max_batch_size, config.max_request_rows)
+        )
         metrics = self._metrics.model(config.name, str(version.number))
         batcher: Batcher[Request] = Batcher(
             BatchPolicy(
-                config.max_batch_size, config.max_queue_delay_s, config.preferred_batch_sizes
+                config.max_batch_size,
+                config.max_queue_delay_s,
+                config.preferred_batch_sizes,
+                config.allowed_batch_sizes,
             ),
-            max_queue_size=max_queue_size(config.queue_levels) or self._settings.max_queue_size,
+            max_queue_size=self._queue_sizes(config)[0],
             max_queue_bytes=self._settings.max_queue_bytes,
             levels=[LevelPolicy(*level) for level in config.queue_levels],
             default_level=config.default_priority_level,
             executors=executor_count(config),
         )
+        order = self._order(config, version.number)
         served = ServedModel(
             name=config.name,
             version=str(version.number),
-            signature=Signature(config.name, inputs, config.outputs, config.max_batch_size),
+            signature=signature,
             backend=backend,
             batcher=batcher,
             metrics=metrics,
             join=join,
             store=self._store if join is not None else None,
+            buckets=(
+                None
+                if config.shape_buckets is None
+                else ShapeBuckets(config.shape_buckets, signature)
+            ),
+            order=order,
             executor_count=executor_count(config),
             latency_slo_s=config.latency_slo_s,
             feature_timeout_s=self._settings.feature_timeout_s,
@@ -137,6 +163,8 @@ class VersionLoader:
             skew_log=self._skew_log,
         )
         metrics.queue = batcher
+        metrics.padding = padded
+        metrics.order = order
         return config, served
 
     def revision(self, config: ModelConfig) -> str:
@@ -147,6 +175,20 @@ class VersionLoader:
             return self._plans.compile(Selection(config.feature_service)).digest
         except ModelLoadError as error:
             return str(error)
+
+    def _queue_sizes(self, config: ModelConfig) -> list[int]:
+        """Return how many requests may wait: in all, then on each level that has a limit."""
+        levels = config.queue_levels
+        own = [level.max_queue_size for level in levels if level.max_queue_size]
+        return [max_queue_size(levels) or self._settings.max_queue_size, *own]
+
+    def _order(self, config: ModelConfig, version: int) -> ReplyOrder | None:
+        if not config.preserve_ordering:
+            return None
+        running = executor_count(config) * config.max_batch_size
+        return ReplyOrder(
+            f"replies-{config.name}-{version}", self._queue_sizes(config)[0] + running
+        )
 
     def _join(self, config: ModelConfig) -> FeatureJoin | None:
         if config.feature_service is None:

@@ -39,10 +39,16 @@ class ObservedRequest(Protocol):
     rows: int
     arrival_s: float
     trace: Trace | None
+    first_row: int
+    ends_whole: bool
 
     @property
     def method(self) -> str:
         """As `package.Service/Method`."""
+
+    @property
+    def caller_rows(self) -> int:
+        """How many rows its caller sent; more than `rows` of a part."""
 
 
 class Carried(NamedTuple):
@@ -51,6 +57,7 @@ class Carried(NamedTuple):
 
     Args:
         first_number: Of its first request.
+        numbers: Of each request, in a batch with parts of requests; otherwise they follow.
         rows: Of all requests.
         inputs: What the model saw.
         entities: Whose features were read, by join key; empty without a feature join.
@@ -64,6 +71,7 @@ class Carried(NamedTuple):
     """
 
     first_number: int
+    numbers: Sequence[int] | None
     rows: int
     inputs: dict[str, NDArray[np.generic]]
     entities: Mapping[str, NDArray[np.generic]]
@@ -141,8 +149,12 @@ class BatchObserver:
     def answered(self, batch: Sequence[ObservedRequest], carried: Carried) -> None:
         """Tell of an answered batch."""
         statuses = carried.features.statuses if carried.features else None
+        ended, parts = batch, None
+        if carried.numbers is not None:
+            ended = [request for request in batch if request.ends_whole]
+            parts = carried.numbers, [request.first_row for request in batch]
         self._metrics.answered(
-            arrivals_s=sorted([request.arrival_s for request in batch]),
+            arrivals_s=sorted([request.arrival_s for request in ended]),
             rows=carried.rows,
             started_s=carried.started_s,
             features_s=carried.joined_s - carried.started_s if carried.features else None,
@@ -173,6 +185,7 @@ class BatchObserver:
                     outputs=carried.arrays,
                     time_s=carried.now_s,
                     byte_count=_held_bytes(carried.inputs, carried.arrays),
+                    parts=parts,
                 )
             )
 
@@ -184,6 +197,7 @@ class BatchObserver:
                 first_number=carried.first_number,
                 request_rows=[request.rows for request in batch],
                 time_s=carried.now_s,
+                parts=parts,
             )
 
     def _traced(self, batch: Sequence[ObservedRequest], carried: Carried) -> TracedBatch | None:
@@ -192,11 +206,11 @@ class BatchObserver:
                 trace,
                 request.method,
                 request.arrival_s,
-                request.rows,
+                request.caller_rows,
                 f"{self._id_prefix}{number:010x}",
             )
-            for number, request in enumerate(batch, carried.first_number)
-            if (trace := request.trace) is not None
+            for number, request in zip(_numbers(batch, carried), batch, strict=True)
+            if (trace := request.trace) is not None and request.ends_whole
         ]
         if not calls:
             return None
@@ -213,6 +227,11 @@ class BatchObserver:
             is_remote=self._is_remote,
             calls=calls,
         )
+
+
+def _numbers(batch: Sequence[ObservedRequest], carried: Carried) -> Sequence[int]:
+    first = carried.first_number
+    return range(first, first + len(batch)) if carried.numbers is None else carried.numbers
 
 
 def traceparent_of(batch: Sequence[ObservedRequest], called_s: float) -> str | None:

@@ -1,8 +1,9 @@
 """A caller's rows on their way to a model, and the answered batch that they are cut from."""
 
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +15,22 @@ from headrace.telemetry.trace_context import Trace
 from headrace.tensors import CheckedInputs, Signature, TensorSpec, encode
 
 
-class Answering(Protocol):
-    """What a reply says of the model version that made it."""
+@dataclass(frozen=True, slots=True)
+class Answering:
+    """
+    What a reply says of the model version that made it.
+
+    Args:
+        name: The model's name.
+        version: As decimal text.
+        signature: What callers send and get.
+        edge_memo: What the edge serialized once for this version; bounded by the edge.
+    """
 
     name: str
     version: str
     signature: Signature
-    edge_memo: dict[Any, Any]
+    edge_memo: dict[Any, Any] = field(default_factory=dict)
 
 
 class Request(QueuedRequest):
@@ -34,20 +44,33 @@ class Request(QueuedRequest):
         byte_count: Size of its message.
     """
 
-    __slots__ = ("raws", "served", "trace")
+    __slots__ = ("own_shapes", "raws", "served", "trace")
 
     batch_key: tuple[tuple[int, ...], ...]
-    """Of each input, its shape after the row."""
+    """Of each input, its shape after the row in the batch."""
+
+    own_shapes: tuple[tuple[int, ...], ...]
+    """As it came: smaller, where a model pads it."""
 
     PREDICTION_ID_LENGTH = 26
 
     method = ""
     """As `package.Service/Method`."""
 
+    first_row = 0
+    """Of the caller's rows, the one with which it begins."""
+
+    ends_whole = True
+    """Whether its caller has been answered once it is; not so with most parts of a request."""
+
+    number: int | None = None
+    """Of a part, its request's number; others have that of their place in the batch."""
+
     def __init__(
         self, inputs: CheckedInputs, deadline_s: float, arrival_s: float, byte_count: int
     ) -> None:
         rows, self.raws, trailing = inputs
+        self.own_shapes = trailing
         super().__init__(
             rows, trailing, deadline_s=deadline_s, arrival_s=arrival_s, byte_count=byte_count
         )
@@ -56,9 +79,44 @@ class Request(QueuedRequest):
         self.trace: Trace | None = None
         """Set for a sampled call, before it is queued."""
 
+    @property
+    def caller_rows(self) -> int:
+        """How many rows the caller sent."""
+        return self.rows
+
     @abstractmethod
     def answer(self, batch: "AnsweredBatch", start: int, prediction_id: str) -> None:
         """Reply with rows [start, start + self.rows) of the batch."""
+
+
+class StandIn(Request):
+    """
+    What waits in the queue in place of a caller's request, all of it or some rows.
+
+    Args:
+        request: The caller's.
+        rows: How many.
+        raws: Those rows of each input.
+        byte_count: Their size.
+    """
+
+    __slots__ = ("method",)
+
+    def __init__(
+        self, request: Request, rows: int, raws: tuple[bytes | memoryview, ...], byte_count: int
+    ) -> None:
+        super().__init__(
+            CheckedInputs(rows, raws, request.batch_key),
+            request.deadline_s,
+            request.arrival_s,
+            byte_count,
+        )
+        self.own_shapes = request.own_shapes
+        self.priority = request.priority
+        self.timeout_s = request.timeout_s
+        self.served = request.served
+        self.trace = request.trace
+        self.method = request.method
 
 
 class OutputBlock:
@@ -66,19 +124,31 @@ class OutputBlock:
     One output of a whole batch, ready to be cut per caller.
 
     Fixed-width outputs are turned into bytes once per batch: a caller's share is then one slice.
+
+    Args:
+        spec: Which output.
+        array: Its values, shape (rows, …).
+        is_shared: Whether several callers will cut it; otherwise nothing is done beforehand.
     """
 
     __slots__ = ("_raw", "_stride", "array", "spec", "trailing")
 
-    def __init__(self, spec: TensorSpec, array: NDArray[np.generic]) -> None:
+    def __init__(
+        self, spec: TensorSpec, array: NDArray[np.generic], *, is_shared: bool = True
+    ) -> None:
         self.spec = spec
         self.array = array
         self.trailing = array.shape[1:]
         self._raw: bytes | None = None
         self._stride = 0
-        if spec.datatype != "BYTES" and array.shape[0]:
+        if is_shared and spec.datatype != "BYTES" and array.shape[0]:
             self._raw = array.tobytes()
             self._stride = len(self._raw) // array.shape[0]
+
+    def cut(self, sizes: Mapping[int, int]) -> "OutputBlock":
+        """Return a block whose axes after the row have the given sizes, no larger than now."""
+        kept = tuple(slice(sizes.get(axis)) for axis in range(len(self.trailing)))
+        return OutputBlock(self.spec, self.array[(slice(None), *kept)], is_shared=False)
 
     def rows(self, start: int, stop: int) -> NDArray[np.generic]:
         """Return a view of the rows [start, stop)."""

@@ -108,7 +108,7 @@ class CheckedInputs(NamedTuple):
     """
 
     rows: int
-    raws: tuple[bytes, ...]
+    raws: tuple[bytes | memoryview, ...]
     trailing: tuple[tuple[int, ...], ...]
 
 
@@ -126,8 +126,9 @@ class Signature:
         model: The name used in messages.
         inputs: In the order in which `CheckedInputs.raws` come.
         outputs: In reply order.
-        max_batch_size: Most rows in one request and one batch; 0 when the model has no batch
-            dimension.
+        max_batch_size: Most rows in one batch; 0 when the model has no batch dimension.
+        max_request_rows: Most rows in one request, which is split if need be; no more than in a
+            batch when that is more.
     """
 
     def __init__(
@@ -136,11 +137,13 @@ class Signature:
         inputs: Sequence[TensorSpec],
         outputs: Sequence[TensorSpec],
         max_batch_size: int,
+        max_request_rows: int = 0,
     ) -> None:
         self.model = model
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
         self.max_batch_size = max_batch_size
+        self.max_request_rows = max(max_batch_size, max_request_rows)
         self._index = {spec.name: i for i, spec in enumerate(self.inputs)}
         self._output_index = {spec.name: i for i, spec in enumerate(self.outputs)}
         self._all_outputs = tuple(range(len(self.outputs)))
@@ -292,10 +295,10 @@ class Signature:
             raise InvalidTensor(
                 f"input '{spec.name}' for model '{self.model}' has no rows; send at least one"
             )
-        if shape[0] > self.max_batch_size:
+        if shape[0] > self.max_request_rows:
             raise InvalidTensor(
-                f"inference request batch-size must be <= {self.max_batch_size} for '{self.model}'"
-                f"; input '{spec.name}' has {shape[0]} rows"
+                f"inference request batch-size must be <= {self.max_request_rows} for "
+                f"'{self.model}'; input '{spec.name}' has {shape[0]} rows"
             )
 
     def _missing(self, given: Sequence[GivenTensor]) -> InvalidTensor:
@@ -308,7 +311,9 @@ class Signature:
         )
 
 
-def join(spec: TensorSpec, raws: Iterable[bytes], shape: Sequence[int]) -> NDArray[np.generic]:
+def join(
+    spec: TensorSpec, raws: Iterable[bytes | memoryview], shape: Sequence[int]
+) -> NDArray[np.generic]:
     """
     Make one read-only array of several requests' raw bytes.
 
@@ -326,6 +331,26 @@ def join(spec: TensorSpec, raws: Iterable[bytes], shape: Sequence[int]) -> NDArr
     if spec.datatype == "BOOL":  # a model must not see a bool of 2
         whole = (np.frombuffer(whole, np.uint8) != 0).tobytes()
     return np.frombuffer(whole, spec.dtype).reshape(shape)
+
+
+def cut(spec: TensorSpec, raw: bytes | memoryview, rows: int, most: int) -> list[memoryview]:
+    """
+    Cut a checked raw tensor into parts of `most` rows each, the last one of what is left.
+
+    Nothing is copied. BYTES are walked, element by element.
+    """
+    view = memoryview(raw)
+    starts = range(0, rows, most)
+    if spec.datatype != "BYTES":
+        size = len(view) // rows
+        return [view[start * size : (start + most) * size] for start in starts]
+    ends = [0]
+    while ends[-1] < len(view):
+        ends.append(ends[-1] + _LENGTH.size + _LENGTH.unpack_from(view, ends[-1])[0])
+    per_row = (len(ends) - 1) // rows
+    return [
+        view[ends[start * per_row] : ends[min(start + most, rows) * per_row]] for start in starts
+    ]
 
 
 def encode(array: NDArray[np.generic]) -> bytes:

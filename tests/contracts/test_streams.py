@@ -271,9 +271,10 @@ def test_a_caller_who_leaves_is_seen_at_once_and_leaves_nothing_behind(port, tal
 
 
 def test_each_message_that_waits_is_told_once_when_its_stream_is_lost(port, talk):
-    told = []
+    came, told = [], []
 
     def accept(call, message):
+        came.append(message)
         call.on_gone = lambda: told.append(message)
         if message == b"answered":
             call.reply(b"done")
@@ -281,7 +282,7 @@ def test_each_message_that_waits_is_told_once_when_its_stream_is_lost(port, talk
     port.accept = accept
     talk.say(b"x", b"answered", b"y")
     assert talk.hear() == b"done"
-    until(lambda: port.ingress.open_calls == 2)
+    until(lambda: len(came) == 3 and port.ingress.open_calls == 2)
     assert told == []
 
     talk.call.cancel()

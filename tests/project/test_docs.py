@@ -14,6 +14,8 @@ import pytest
 from headrace import errors
 from headrace.__main__ import _parser
 from headrace.monitoring.metrics import METRICS as MONITOR_METRICS
+from headrace.repository.config import parse_config
+from headrace.repository.parameters import KNOWN_PARAMETERS
 from headrace.rpc.status import CODES
 from headrace.settings import CommandSettings, MonitorSettings, ServeSettings
 from headrace.telemetry.instruments import METRICS
@@ -63,6 +65,23 @@ def test_every_flag_of_the_other_commands_is_documented(command, flag, default):
 
     (row,) = [row for row in rows if f"`{command}`" in row[0].lstrip("| ").split(", ")]
     assert row[2] == ("required" if default is True else f"`{default}`")
+
+
+@pytest.mark.parametrize("key", sorted(KNOWN_PARAMETERS - {"share_session_between_instances"}))
+def test_every_parameter_of_a_models_config_is_documented(key):
+    page = (ROOT / "docs" / "operations.md").read_text()
+    cells = re.findall(r"^\| (`[^|]*`) \|", page, re.MULTILINE)
+
+    assert f"`{key}`" in ", ".join(cells).split(", ")
+
+
+def test_the_example_of_shape_buckets_is_read():
+    page = (ROOT / "docs" / "operations.md").read_text()
+    example = re.search(r'```\n(parameters { key: "shape_buckets".*?)```', page, re.DOTALL)[1]
+
+    rules = parse_config(example + "max_batch_size: 8", "m").shape_buckets
+    assert rules.sizes == {"tokens": (32, 128, 512)}
+    assert rules.pad == {"ids": 1}
 
 
 @pytest.mark.parametrize("name", sorted(METRICS))

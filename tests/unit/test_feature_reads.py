@@ -6,7 +6,13 @@ import time
 
 import pytest
 
-from headrace.errors import ComputationFailed, DeadlineExceeded, FeaturesNotFound, InvalidRequest
+from headrace.errors import (
+    ComputationFailed,
+    DeadlineExceeded,
+    FeaturesNotFound,
+    FeatureStoreUnavailable,
+    InvalidRequest,
+)
 from headrace.feature_reads import LONG_ROWS, VALUES_MAX, FeatureReads, FeatureRequest
 from headrace.features.memory_store import MemoryStore
 from headrace.features.plan import FeatureSource, FeatureStatus, ViewSource, compile_plan
@@ -126,6 +132,12 @@ def reads(store):
     assert reads.stop(TIMEOUT_S)
 
 
+def share_a_batch(reads, *callers):
+    for caller in callers:
+        reads.submit(caller)
+    reads.start()
+
+
 FOUND, NOT_FOUND = [FeatureStatus.PRESENT], [FeatureStatus.NOT_FOUND]
 
 
@@ -140,7 +152,88 @@ def test_one_request_that_cannot_be_computed_fails_alone(reads, store):
     assert callers[0].result() == FOUND
     assert isinstance(callers[1].result(), ComputationFailed)
     assert callers[2].result() == NOT_FOUND
-    assert store.reads == [3, 1, 1, 1]
+    assert store.reads == [3, 2, 1, 1, 1]
+
+
+def test_who_cannot_be_computed_is_found_in_few_reads(reads, store):
+    callers = [Caller([-1 if i == 21 else i]) for i in range(32)]
+
+    share_a_batch(reads, *callers)
+
+    assert isinstance(callers[21].result(), ComputationFailed)
+    for caller in callers[:21] + callers[22:]:
+        assert caller.result() == [FeatureStatus.NOT_FOUND]
+    assert store.reads.count(32) == 1
+    assert len(store.reads) <= 2 + 2 * 5
+
+
+def test_whoever_is_wrong_besides_is_told_once(reads, store):
+    class Wrong(Caller):
+        def column_values(self, column):
+            raise InvalidRequest("no number")
+
+    wrong, odd, right = Wrong([1]), Caller([-1]), Caller([2])
+
+    share_a_batch(reads, wrong, odd, right)
+
+    assert right.result() == [FeatureStatus.NOT_FOUND]
+    assert isinstance(odd.result(), ComputationFailed)
+    assert isinstance(wrong.result(), InvalidRequest)
+    assert reads._metrics._requests_failed == 2
+
+
+def test_a_store_that_goes_away_during_the_search_is_not_asked_for_everybody(reads, store):
+    def fail_then_go(plan, entities, **how):
+        store.reads.append(len(entities["driver_id"]))
+        if len(entities["driver_id"]) == 8:
+            raise ComputationFailed("somebody's values")
+        raise FeatureStoreUnavailable("gone")
+
+    callers = [Caller([i]) for i in range(8)]
+    store.read = fail_then_go
+
+    reads._serve(plan_of(1), callers)
+
+    assert all(isinstance(caller.result(), FeatureStoreUnavailable) for caller in callers)
+    assert store.reads == [8, 4]
+
+
+def test_one_who_is_in_a_hurry_does_not_end_the_search_for_the_others(reads, store):
+    def fail_then_hang(plan, entities, **how):
+        ids = entities["driver_id"].tolist()
+        store.reads.append(len(ids))
+        if len(ids) == 4:
+            raise ComputationFailed("somebody's values")
+        if 0 in ids:  # not in the time that its callers have
+            time.sleep(how["timeout_s"] + 0.01)
+            raise FeatureStoreUnavailable("not in time")
+        return MemoryStore.read(store, plan, entities, **how)
+
+    hurried = [Caller([i], deadline_s=time.time() + 0.5) for i in (0, 1)]
+    patient = [Caller([i]) for i in (2, 3)]
+    store.read = fail_then_hang
+
+    reads._serve(plan_of(1), [*hurried, *patient])
+
+    assert all(isinstance(caller.result(), FeatureStoreUnavailable) for caller in hurried)
+    assert [caller.result() for caller in patient] == [NOT_FOUND, NOT_FOUND]
+
+
+def test_a_caller_who_has_left_is_not_read_for_during_the_search(reads, store):
+    callers = [Caller([-1]), Caller([5]), Caller([6])]
+    real = store.read
+
+    def leave_then_read(plan, entities, **how):
+        callers[1].has_left = True
+        return real(plan, entities, **how)
+
+    store.read = leave_then_read
+
+    reads._serve(plan_of(1), callers)
+
+    assert isinstance(callers[1].result(), DeadlineExceeded)
+    assert callers[2].result() == [FeatureStatus.NOT_FOUND]
+    assert store.reads == [3, 1, 1]
 
 
 def test_whatever_happens_then_the_thread_goes_on(reads):

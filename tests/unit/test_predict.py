@@ -8,8 +8,9 @@ import pytest
 
 from headrace.backends.stub import StubBackend
 from headrace.batching.batcher import Batcher
+from headrace.batching.bisection import attempts_max
 from headrace.batching.policy import BatchPolicy
-from headrace.errors import BackendError, DeadlineExceeded, Draining
+from headrace.errors import BackendError, BackendUnavailable, DeadlineExceeded, Draining
 from headrace.predict import ServedModel
 from headrace.request import Request
 from headrace.telemetry.metrics import Metrics
@@ -203,7 +204,7 @@ def test_a_request_for_which_the_model_loses_rows_fails_alone():
     assert served.model.stop(5)
 
 
-def test_a_caller_who_leaves_while_others_are_tried_one_by_one_is_not_run(served):
+def test_a_caller_who_leaves_during_the_search_for_who_is_to_blame_is_not_run(served):
     callers = [Caller(-1), Caller(5), Caller(6)]
     real = served.backend._function
 
@@ -220,6 +221,75 @@ def test_a_caller_who_leaves_while_others_are_tried_one_by_one_is_not_run(served
     assert told(callers[2]) == [12]
     assert isinstance(told(callers[1]), DeadlineExceeded)
     assert [5] not in served.batches
+
+
+def test_who_is_to_blame_is_found_in_few_runs():
+    served = Served(max_batch_size=64)
+    served.model.start()
+    callers = [Caller(-1 if i == 37 else i) for i in range(64)]
+    served.hold(*callers)
+
+    served.gate.set()
+
+    for i, caller in enumerate(callers):
+        if i == 37:
+            assert isinstance(told(caller), BackendError)
+        else:
+            assert told(caller) == [2 * i]
+    assert len(served.batches) == 2 + 2 * 6  # the one held, the whole batch, the search
+    assert served.model.stop(5)
+
+
+def test_a_model_that_fails_on_everything_is_not_run_for_each_request():
+    served = Served(max_batch_size=64)
+    served.model.start()
+    callers = [Caller(-1) for _ in range(64)]
+    served.hold(*callers)
+
+    served.gate.set()
+
+    assert all(isinstance(told(caller), BackendError) for caller in callers)
+    assert served.model.stop(5)
+    assert len(served.batches) <= 2 + attempts_max(64)
+    assert served.metrics.model("m", "1").requests_failed == 64
+
+
+def test_a_remote_model_that_goes_away_during_the_search_is_not_asked_for_everybody(served):
+    def fail_then_go(inputs, timeout_s=None):
+        served.batches.append(len(inputs["x"]))
+        if len(inputs["x"]) == 8:
+            raise BackendError("somebody's values")
+        raise BackendUnavailable("gone")
+
+    callers = [Caller(i) for i in range(8)]
+    served.hold(*callers)
+    served.backend.infer = fail_then_go
+
+    served.gate.set()
+
+    assert all(isinstance(told(caller), BackendUnavailable) for caller in callers)
+    assert served.batches[1:] == [8, 4]
+
+
+def test_a_remote_model_that_has_no_time_for_some_is_asked_for_the_others(served):
+    def fail_then_hang(inputs, timeout_s=None):
+        numbers = inputs["x"].ravel().tolist()
+        if len(numbers) == 4:
+            raise BackendError("somebody's values")
+        if 1 in numbers:  # not in the time that its callers have
+            time.sleep(max(0.0, hurried[0].deadline_s + 0.01 - time.time()))
+            raise BackendUnavailable("not in time")
+        return [inputs["x"] * 2]
+
+    hurried = [Caller(i, deadline_s=time.time() + 1.0) for i in (1, 2)]
+    patient = [Caller(i) for i in (3, 4)]
+    served.hold(*hurried, *patient)
+    served.backend.infer = fail_then_hang
+
+    served.gate.set()
+
+    assert all(isinstance(told(caller), BackendUnavailable) for caller in hurried)
+    assert [told(caller) for caller in patient] == [[6], [8]]
 
 
 def test_a_caller_who_cannot_be_told_of_a_failure_keeps_nobody_else_from_it():

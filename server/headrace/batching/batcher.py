@@ -181,7 +181,8 @@ class Batcher(Generic[RequestT]):
                     math.inf if self._closed or not self._has_delay else time.perf_counter()
                 )
                 batch, dropped, wait_s = self._queue.take(time.time(), arrived_before_s)
-                self.dropped += len(dropped)
+                if dropped:
+                    self.dropped += _callers(dropped)
                 if batch:
                     self._note_running(thread, sum([request.rows for request in batch]))
                     if self.pressure:
@@ -201,6 +202,69 @@ class Batcher(Generic[RequestT]):
                 return batch
             if not dropped:
                 self._wait(wait_s)
+
+    def judge(self, request: RequestT, parts: int) -> None:
+        """
+        Judge beforehand whether a request may be put in parts, by `put_all`.
+
+        Args:
+            request: The whole of it. What it says of its own timeout becomes part of its deadline.
+            parts: Into how many it will be split.
+
+        Raises:
+            Overloaded, DeadlineExceeded, Draining: as `put`.
+        """
+        expired: list[RequestT] = []
+        try:
+            with self._lock:
+                if self._closed:
+                    raise Draining("this server is stopping")
+                queue, now_s = self._queue, time.time()
+                if self._is_full(request.byte_count, parts):
+                    self._refuse_unless_some_left(request, now_s, expired, parts)
+                if request.timeout_s:
+                    self._names_timeouts = True
+                    queue.bind(request, now_s)
+                if request.deadline_s != math.inf:
+                    self._refuse_if_late(request, now_s)
+        finally:
+            _drop_all(expired)
+
+    def put_all(self, requests: Sequence[RequestT]) -> None:
+        """
+        Queue what was judged: all of it, or nothing.
+
+        Raises:
+            Overloaded: too many of this priority wait.
+            Draining: the batcher is closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise Draining("this server is stopping")
+            now_s = time.time()
+            for request in requests:
+                if not self._queue.add(request, now_s):
+                    for added in requests:
+                        self._queue.remove(added)
+                    self.refused_full += 1
+                    raise Overloaded("too many requests of this priority are already waiting")
+                request.waits_in = self
+            wake = min(self._idle, len(requests))
+            self._idle -= wake
+        for _ in range(wake):
+            self._tokens.put(None)
+
+    def withdraw(self, requests: Iterable[RequestT], *, counts_as_dropped: bool) -> None:
+        """
+        Let go of those that still wait, of the parts of one request. Nobody is told.
+
+        Args:
+            requests: Some may be in a batch, or never have been put.
+            counts_as_dropped: Whether one dropped request is counted, if any of them waited.
+        """
+        with self._lock:
+            waited = sum([self._queue.remove(request) for request in requests])
+            self.dropped += counts_as_dropped and waited > 0
 
     def leave(self, request: RequestT) -> bool:
         """
@@ -262,9 +326,9 @@ class Batcher(Generic[RequestT]):
         soonest_s = min([free_s for _, _, free_s in self._running.values()])
         return max(0.0, soonest_s - time.perf_counter())
 
-    def _is_full(self, byte_count: int) -> bool:
+    def _is_full(self, byte_count: int, places: int = 1) -> bool:
         queue = self._queue
-        return queue.count >= self._max_queue_size or (
+        return queue.count + places > self._max_queue_size or (
             queue.byte_count + byte_count > self._max_queue_bytes
         )
 
@@ -279,7 +343,7 @@ class Batcher(Generic[RequestT]):
             self._tokens.get()  # already on its way: whoever un-counted this thread sent it
 
     def _refuse_unless_some_left(
-        self, request: RequestT, now_s: float, expired: list[RequestT]
+        self, request: RequestT, now_s: float, expired: list[RequestT], places: int = 1
     ) -> None:
         """Make room of callers who have left. Swept rarely: it walks the whole queue."""
         queue = self._queue
@@ -288,8 +352,8 @@ class Batcher(Generic[RequestT]):
         if is_due:
             self._refused_since_sweep = 1
             expired += queue.sweep(now_s)
-            self.dropped += len(expired)
-        if self._is_full(request.byte_count):
+            self.dropped += _callers(expired)
+        if self._is_full(request.byte_count, places):
             self.refused_full += 1
             self.pressure = 2
             raise Overloaded(f"{queue.count} requests are already waiting")
@@ -298,6 +362,11 @@ class Batcher(Generic[RequestT]):
     def _sweeps_next(self) -> bool:
         count = self._refused_since_sweep + 1
         return count == 1 or count * 16 >= self._max_queue_size
+
+
+def _callers(requests: Iterable[Waiting]) -> int:
+    """Count those who wait for an answer: parts of one request are one caller's."""
+    return len({id(getattr(request, "split", request)) for request in requests})
 
 
 def _drop_all(dropped: Iterable[Waiting]) -> None:

@@ -9,6 +9,7 @@ simulation on one executor.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -62,11 +63,22 @@ class BatchPolicy:
             0 never waits.
         preferred_batch_sizes: Row counts worth waiting for, ascending. With a delay, a batch
             leaves early only at one of these (or full); without preferences, only when full.
+        allowed_batch_sizes: Row counts that are run, ascending, to which others are filled up;
+            empty for all. What fills one of them exactly leaves without the rest when filling up
+            would take more rows than the rest has.
+
+    Source of the last one: TensorFlow Serving, `allowed_batch_sizes`.
     """
 
     max_batch_size: int
     max_queue_delay_s: float = 0.0
     preferred_batch_sizes: tuple[int, ...] = ()
+    allowed_batch_sizes: tuple[int, ...] = ()
+
+    @property
+    def takes_everything(self) -> bool:
+        """Whether what waits and fits into one batch leaves at once, without asking `decide`."""
+        return not self.max_queue_delay_s and not self.allowed_batch_sizes
 
     @property
     def most_requests(self) -> int:
@@ -92,7 +104,8 @@ class BatchPolicy:
             return Dispatch(1)
         preferred_sizes = self.preferred_batch_sizes
         most = min(self.max_batch_size, most_rows)
-        total = fitting = preferred = 0
+        allowed_sizes = self.allowed_batch_sizes
+        total = fitting = preferred = exact = exact_rows = 0
         is_full = False
         for request_rows in rows:
             if fitting and total + request_rows > most:
@@ -102,6 +115,8 @@ class BatchPolicy:
             fitting += 1
             if preferred_sizes and total in preferred_sizes:
                 preferred = fitting
+            if allowed_sizes and total in allowed_sizes:
+                exact, exact_rows = fitting, total
             if total >= most:
                 is_full = True
                 break
@@ -109,5 +124,11 @@ class BatchPolicy:
             return Dispatch(preferred)
         remaining_s = self.max_queue_delay_s - oldest_wait_s
         if is_full or remaining_s <= 0:
+            if exact and self._padding(total) > total - exact_rows:
+                return Dispatch(exact)
             return Dispatch(fitting)
         return Dispatch(0, remaining_s)
+
+    def _padding(self, rows: int) -> int:
+        """Return by how many rows a batch is filled up."""
+        return self.allowed_batch_sizes[bisect_left(self.allowed_batch_sizes, rows)] - rows

@@ -143,6 +143,7 @@ class RequestQueue(Generic[RequestT]):
         self._heads: list[tuple[int, float, int, Hashable]] = []
         self._numbers = itertools.count()
         self._last_rows = 0
+        self._takes_everything = policy.takes_everything
         self._is_plain = len(levels) == 1 and levels[0] == LevelPolicy()
 
     def level_of(self, request: RequestT) -> int:
@@ -270,7 +271,7 @@ class RequestQueue(Generic[RequestT]):
                 del self._lanes[lane.key]
                 continue
             count = len(lane.entries)
-            if self.rows > most or self._policy.max_queue_delay_s:  # else everything goes
+            if self.rows > most or not self._takes_everything:
                 decision = self._policy.decide(
                     [entry[_REQUEST].rows for entry in lane.entries[: self._policy.most_requests]],
                     self._oldest_wait_s(lane, now_s, arrived_before_s),

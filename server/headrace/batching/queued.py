@@ -2,12 +2,16 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from headrace.errors import DeadlineExceeded, ServingError
 
-if TYPE_CHECKING:
-    from headrace.batching.batcher import Batcher
+
+class WaitingPlace(Protocol):
+    """Where a request waits."""
+
+    def leave(self, request: Any, /) -> bool:
+        """Let go of it; say whether it still waited, so that whoever calls answers it."""
 
 
 class QueuedRequest(ABC):
@@ -57,8 +61,8 @@ class QueuedRequest(ABC):
         """Longest wait for a batch that the caller asks for; 0 when he does not."""
         self.place: Any = None
         """The queue's own."""
-        self.waits_in: Batcher[Any] | None = None
-        """The batcher that took it, which sets this."""
+        self.waits_in: WaitingPlace | None = None
+        """The batcher, or whatever else took it, which sets this."""
 
     @abstractmethod
     def expired(self, now_s: float) -> bool:

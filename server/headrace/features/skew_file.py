@@ -224,9 +224,13 @@ def _prediction_ids(records: Sequence[SkewRecord]) -> list[str | None]:
         ends = np.cumsum(record.request_rows)
         requests = np.searchsorted(ends, record.places, side="right")
         rows = record.places - (ends - record.request_rows)[requests]
+        numbers = first + requests
+        if record.parts is not None:
+            numbers = np.array(record.parts[0])[requests]
+            rows += np.array(record.parts[1])[requests]
         ids += [
-            f"{prefix}{first + request:010x}/{row}"
-            for request, row in zip(requests.tolist(), rows.tolist(), strict=True)
+            f"{prefix}{number:010x}/{row}"
+            for number, row in zip(numbers.tolist(), rows.tolist(), strict=True)
         ]
     return ids
 

@@ -112,6 +112,7 @@ class SkewLog:
         first_number: int,
         request_rows: Sequence[int],
         time_s: float,
+        parts: tuple[Sequence[int], Sequence[int]] | None = None,
     ) -> None:
         """
         Queue a batch's sampled rows, or drop them. Any thread may call it.
@@ -125,6 +126,7 @@ class SkewLog:
             first_number: Of the batch's first request.
             request_rows: Rows of each request; n together. Of no use without prediction ids.
             time_s: When the features were read, Unix seconds.
+            parts: See `SkewRecord`.
         """
         record = sampled_record(
             source,
@@ -134,6 +136,7 @@ class SkewLog:
             first_number=first_number,
             request_rows=request_rows,
             time_s=time_s,
+            parts=parts,
         )
         if record is None:
             return

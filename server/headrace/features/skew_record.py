@@ -60,6 +60,8 @@ class SkewRecord(NamedTuple):
         request_rows: Rows of each request; none where each has one.
         time_s: When the features were read, Unix seconds.
         byte_count: What it holds in memory, about.
+        parts: In a batch with parts of requests, each one's request number, and the row of its
+            request with which it begins.
     """
 
     source: SkewSource
@@ -72,6 +74,7 @@ class SkewRecord(NamedTuple):
     request_rows: Sequence[int]
     time_s: float
     byte_count: int
+    parts: tuple[Sequence[int], Sequence[int]] | None = None
 
 
 def sampled_record(
@@ -83,6 +86,7 @@ def sampled_record(
     first_number: int,
     request_rows: Sequence[int],
     time_s: float,
+    parts: tuple[Sequence[int], Sequence[int]] | None = None,
 ) -> SkewRecord | None:
     """
     Copy the sampled rows of a batch.
@@ -97,6 +101,7 @@ def sampled_record(
         first_number: Of the batch's first request.
         request_rows: Rows of each request; n together. Not to be changed any more.
         time_s: When the features were read, Unix seconds.
+        parts: See `SkewRecord`.
 
     Returns:
         None when no row is sampled.
@@ -118,7 +123,7 @@ def sampled_record(
     statuses = features.statuses[:, places]
     event_times_s = features.event_times_s[:, places]
     held += sum([_held_bytes(key) for key in own.values()])
-    if len(request_rows) == features.statuses.shape[1]:
+    if parts is None and len(request_rows) == features.statuses.shape[1]:
         request_rows = ()
     held += statuses.nbytes + event_times_s.nbytes + places.nbytes + 8 * len(request_rows)
     return SkewRecord(
@@ -132,6 +137,7 @@ def sampled_record(
         request_rows=request_rows,
         time_s=time_s,
         byte_count=held + _RECORD_BYTES,
+        parts=parts,
     )
 
 

@@ -71,6 +71,8 @@ class Outcomes:
             keep &= (_scatter(rows.request_numbers) < self._share)[requests]
         places = self._with_room(np.flatnonzero(keep))
         numbers = rows.request_numbers[requests[places]].tolist()
+        if rows.first_rows is not None:
+            starts -= rows.first_rows
         within = (places - starts[requests[places]]).tolist()
         found = zip(numbers, within, values[places].tolist(), strict=True)
         try:

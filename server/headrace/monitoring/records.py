@@ -80,6 +80,8 @@ class BatchRecord(NamedTuple):
         outputs: In signature order, shape (rows, …).
         time_s: When it was answered, Unix seconds.
         byte_count: What it holds in memory, about.
+        parts: In a batch with parts of requests, each one's request number, and the row of its
+            request with which it begins.
     """
 
     schema: RecordSchema
@@ -91,6 +93,7 @@ class BatchRecord(NamedTuple):
     outputs: Sequence[NDArray[Any]]
     time_s: float
     byte_count: int
+    parts: tuple[Sequence[int], Sequence[int]] | None = None
 
 
 class Column(NamedTuple):
@@ -120,6 +123,8 @@ class PredictionRows(NamedTuple):
         rows: Their sum, n.
         features: By column.
         predictions: By output column.
+        first_rows: The row of each request with which these begin, shape (requests,); None when
+            they all begin with row 0.
     """
 
     model: str
@@ -131,6 +136,7 @@ class PredictionRows(NamedTuple):
     rows: int
     features: dict[str, Column]
     predictions: dict[str, Column]
+    first_rows: NDArray[np.int64] | None = None
 
 
 def column_names(tensor: str, trailing: Sequence[int]) -> tuple[str, ...] | None:
@@ -192,6 +198,9 @@ def from_wire(batch: pb.PredictionBatch) -> PredictionRows:
     rows = int(request_rows.sum())
     if len(numbers) != len(request_rows):
         raise ValueError(f"{len(numbers)} request numbers and {len(request_rows)} request rows")
+    first_rows = np.array(batch.first_rows, np.int64)
+    if len(first_rows) not in (0, len(numbers)):
+        raise ValueError(f"{len(numbers)} request numbers and {len(first_rows)} first rows")
     if len(numbers) and int(numbers.max()) >= 1 << 40:
         raise ValueError("a request number does not fit ten hexadecimal digits")
     if not 0 < rows <= ROWS_MAX:
@@ -208,6 +217,7 @@ def from_wire(batch: pb.PredictionBatch) -> PredictionRows:
         rows=rows,
         features=_columns(batch.inputs, rows),
         predictions=_columns(batch.outputs, rows),
+        first_rows=first_rows if len(first_rows) else None,
     )
 
 
@@ -226,7 +236,7 @@ def parse_prediction_id(text: str) -> tuple[str, int, int] | None:
 
 def _group_to_wire(group: Sequence[BatchRecord]) -> pb.PredictionBatch:
     schema = group[0].schema
-    numbers = [record.first_number + i for record in group for i in range(len(record.request_rows))]
+    numbers = [number for record in group for number in _numbers(record)]
     batch = pb.PredictionBatch(
         model_name=schema.model,
         model_version=schema.version,
@@ -234,6 +244,11 @@ def _group_to_wire(group: Sequence[BatchRecord]) -> pb.PredictionBatch:
         request_numbers=numbers,
         request_rows=[rows for record in group for rows in record.request_rows],
     )
+    if any(record.parts for record in group):
+        for record in group:
+            batch.first_rows.extend(
+                record.parts[1] if record.parts else [0] * len(record.request_rows)
+            )
     batch.answer_time.FromNanoseconds(int(group[0].time_s * 1e9))
     for block in schema.inputs:
         arrays = [record.inputs[block.tensor] for record in group]
@@ -244,6 +259,12 @@ def _group_to_wire(group: Sequence[BatchRecord]) -> pb.PredictionBatch:
             arrays = [record.outputs[i] for record in group]
             batch.outputs.append(_block_to_wire(output, arrays, b""))
     return batch
+
+
+def _numbers(record: BatchRecord) -> Sequence[int]:
+    if record.parts is not None:
+        return record.parts[0]
+    return range(record.first_number, record.first_number + len(record.request_rows))
 
 
 def _block_to_wire(block: Block, arrays: Sequence[NDArray[Any]], statuses: bytes) -> pb.ValueBlock:

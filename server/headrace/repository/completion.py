@@ -16,6 +16,7 @@ from headrace.repository.config import (
     check_batching,
 )
 from headrace.repository.parameters import wrong
+from headrace.repository.shapes import check_shape_buckets
 from headrace.tensors import TensorSpec
 
 AUTO_MAX_BATCH_SIZE = 256
@@ -54,6 +55,10 @@ def complete(
             raise wrong(f"the model needs input '{spec.name}', which config.pbtxt does not list")
     _compare("input", config.inputs, inputs, config.max_batch_size)
     _compare("output", config.outputs, outputs, config.max_batch_size)
+    if config.shape_buckets is not None:
+        check_shape_buckets(
+            config.shape_buckets, config.inputs, config.outputs, config.max_batch_size
+        )
     return config
 
 
@@ -127,7 +132,9 @@ def _compare(
         if max_batch_size and model.shape[0] != -1:
             raise wrong(
                 f"max_batch_size is {max_batch_size}, but {kind} '{spec.name}' has the shape "
-                f"{_listed(model.shape)} in the model, without a variable first dimension"
+                f"{_listed(model.shape)} in the model, without a variable first dimension; for a "
+                "model of one size that is max_batch_size, and the parameter 'allowed_batch_sizes' "
+                "has it alone"
             )
         if len(spec.shape) != len(model.shape) or any(
             want not in (-1, got) for want, got in zip(model.shape, spec.shape, strict=True)

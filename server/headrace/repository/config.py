@@ -23,7 +23,15 @@ from headrace.repository.parameters import (
 )
 from headrace.repository.placement import gpu_device, gpu_options, instance_count
 from headrace.repository.policy import VersionPolicy
-from headrace.repository.queueing import QueueLevel, queue_levels
+from headrace.repository.queueing import (
+    QueueLevel,
+    allowed_batch_sizes,
+    preferred_batch_sizes,
+    preserve_ordering,
+    queue_delay_s,
+    queue_levels,
+)
+from headrace.repository.shapes import BucketRules, shape_buckets
 from headrace.tensors import TensorSpec
 
 PLATFORM = "onnxruntime_onnx"
@@ -33,9 +41,9 @@ REMOTE_BACKEND = "oip"
 
 MODEL_FILENAME = "model.onnx"
 
-MAX_QUEUE_DELAY_S = 60.0
 MAX_THREADS = 1024
 MAX_FEATURES = 10_000
+MAX_REQUEST_ROWS = 1 << 20
 
 _DATATYPES = {
     "TYPE_BOOL": "BOOL",
@@ -77,6 +85,7 @@ _READ = {
     "dynamic_batching.default_queue_policy",
     "dynamic_batching.priority_levels",
     "dynamic_batching.default_priority_level",
+    "dynamic_batching.preserve_ordering",
     "dynamic_batching.priority_queue_policy",
     "optimization.graph.level",
     "version_policy",
@@ -138,8 +147,13 @@ class ModelConfig:
         outputs: What callers get, in reply order; a part of the ONNX model's outputs. As `inputs`.
         max_queue_delay_s: Longest wait for a better batch; 0 sends at once what waits.
         preferred_batch_sizes: Row counts worth waiting for, ascending.
+        allowed_batch_sizes: Row counts that the model is run with, ascending; empty for all.
         queue_levels: How requests of each priority level wait, of level 1 first.
         default_priority_level: Of a request that names none.
+        preserve_ordering: Whether replies leave in the order in which requests came.
+        max_request_rows: Most rows in one request, which is split over several batches; 0 for no
+            more than one batch holds.
+        shape_buckets: How requests of different shapes share a batch; None if they do not.
         instance_count: Executors that run the model side by side.
         version_policy: Which versions serve.
         remote: Where the model runs, when it is elsewhere.
@@ -169,8 +183,12 @@ class ModelConfig:
     outputs: tuple[TensorSpec, ...] = ()
     max_queue_delay_s: float = 0.0
     preferred_batch_sizes: tuple[int, ...] = ()
+    allowed_batch_sizes: tuple[int, ...] = ()
     queue_levels: tuple[QueueLevel, ...] = (QueueLevel(),)
     default_priority_level: int = 1
+    preserve_ordering: bool = False
+    max_request_rows: int = 0
+    shape_buckets: BucketRules | None = None
     instance_count: int = 1
     version_policy: VersionPolicy = field(default_factory=VersionPolicy)
     remote: RemoteModel | None = None
@@ -223,6 +241,8 @@ def parse_config(text: str, model_name: str) -> ModelConfig:
         for key in FEATURE_PARAMETERS:
             if parameters.text(key) is not None:
                 raise wrong(f"parameter '{key}' needs the parameter 'feature_service'")
+    elif parameters.text("shape_buckets") is not None:
+        raise wrong("parameter 'shape_buckets' does not go with 'feature_service'")
     latency_slo_ms = parameters.positive("latency_slo_ms")
     device = gpu_device(message.instance_group)
     tuning = gpu_options(parameters)
@@ -231,10 +251,14 @@ def parse_config(text: str, model_name: str) -> ModelConfig:
         max_batch_size=message.max_batch_size,
         inputs=_tensors("input", message.input, message.max_batch_size),
         outputs=_tensors("output", message.output, message.max_batch_size),
-        max_queue_delay_s=_queue_delay_s(message.dynamic_batching),
-        preferred_batch_sizes=_preferred_batch_sizes(message.dynamic_batching),
+        max_queue_delay_s=queue_delay_s(message.dynamic_batching),
+        preferred_batch_sizes=preferred_batch_sizes(message.dynamic_batching),
+        allowed_batch_sizes=allowed_batch_sizes(parameters.text("allowed_batch_sizes")),
         queue_levels=queue_levels(message.dynamic_batching),
         default_priority_level=message.dynamic_batching.default_priority_level or 1,
+        preserve_ordering=preserve_ordering(message.dynamic_batching),
+        max_request_rows=parameters.count("max_request_rows", 0, MAX_REQUEST_ROWS),
+        shape_buckets=shape_buckets(parameters.text("shape_buckets")),
         instance_count=instance_count(message.instance_group),
         gpu_device=device,
         gpu_options=() if device is None else tuning,
@@ -393,23 +417,6 @@ def _refuse_unsupported_tensor(kind: str, entry: Any) -> None:
             raise wrong(f"{key} of {kind} '{entry.name}' is not supported by this server")
 
 
-def _queue_delay_s(dynamic_batching: Any) -> float:
-    delay_us = dynamic_batching.max_queue_delay_microseconds
-    if delay_us > MAX_QUEUE_DELAY_S * 1e6:
-        raise wrong(
-            f"max_queue_delay_microseconds is {delay_us}; "
-            f"expected at most {MAX_QUEUE_DELAY_S * 1e6:.0f}"
-        )
-    return float(delay_us / 1e6)
-
-
-def _preferred_batch_sizes(dynamic_batching: Any) -> tuple[int, ...]:
-    for size in dynamic_batching.preferred_batch_size:
-        if size < 1:
-            raise wrong(f"preferred_batch_size has {size}; expected sizes above 0")
-    return tuple(sorted(set(dynamic_batching.preferred_batch_size)))
-
-
 def _feature_order(text: str | None) -> tuple[str, ...] | None:
     if text is None:
         return None
@@ -444,8 +451,22 @@ def check_batching(config: ModelConfig) -> None:
     if config.max_batch_size == 0:
         if not config.inputs and not config.outputs:
             return  # `complete` will say
+        if config.allowed_batch_sizes:
+            raise wrong("parameter 'allowed_batch_sizes' needs a max_batch_size above 0")
+        if config.max_request_rows:
+            raise wrong("parameter 'max_request_rows' needs a max_batch_size above 0")
         if config.message.HasField("dynamic_batching"):
             raise wrong("dynamic_batching needs a max_batch_size above 0")
+    elif config.allowed_batch_sizes[-1:] not in ((), (config.max_batch_size,)):
+        raise wrong(
+            f"parameter 'allowed_batch_sizes' ends with {config.allowed_batch_sizes[-1]}; "
+            f"expected max_batch_size, {config.max_batch_size}, as the last"
+        )
+    elif 0 < config.max_request_rows <= config.max_batch_size:
+        raise wrong(
+            f"parameter 'max_request_rows' is {config.max_request_rows}; expected more than "
+            f"max_batch_size, {config.max_batch_size}, or 0: only a larger request is split"
+        )
     elif config.preferred_batch_sizes[-1:] > (config.max_batch_size,):
         raise wrong(
             f"preferred_batch_size has {config.preferred_batch_sizes[-1]}; "

@@ -20,11 +20,14 @@ REMOTE_PARAMETERS = (
 )
 """Those that mean something only for a model on another server."""
 
-_KNOWN = {
+KNOWN_PARAMETERS = {
     *FEATURE_PARAMETERS,
     *REMOTE_PARAMETERS,
     "feature_service",
     "latency_slo_ms",
+    "allowed_batch_sizes",
+    "max_request_rows",
+    "shape_buckets",
     "intra_op_thread_count",
     "inter_op_thread_count",
     "execution_mode",
@@ -36,6 +39,7 @@ _KNOWN = {
     "use_tf32",
     "share_session_between_instances",  # it is, always
 }
+"""What is read; all else has no effect."""
 
 _Choice = TypeVar("_Choice")
 
@@ -55,7 +59,7 @@ class Parameters:
 
     def unknown(self) -> Iterator[str]:
         """Yield `parameters.<key>` for each key that nothing here reads."""
-        return (f"parameters.{key}" for key in self._values if key not in _KNOWN)
+        return (f"parameters.{key}" for key in self._values if key not in KNOWN_PARAMETERS)
 
     def text(self, key: str) -> str | None:
         """Return the text, not empty; None when there is no such parameter."""

@@ -1,17 +1,20 @@
-"""How requests wait, as a model's `dynamic_batching` has it: queue policies and priority levels.
+"""How requests wait and what batches they make, as a model's `config.pbtxt` has it.
 
 Source: Triton, `ModelDynamicBatching` and `ModelQueuePolicy` in `model_config.proto`.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from tritonclient.grpc import model_config_pb2
 
-from headrace.repository.parameters import wrong
+from headrace.repository.parameters import shown, wrong
 
+MAX_QUEUE_DELAY_S = 60.0
 PRIORITY_LEVELS_MAX = 64
+ALLOWED_SIZES_MAX = 64
 
 
 class QueueLevel(NamedTuple):
@@ -58,10 +61,98 @@ def queue_levels(dynamic_batching: Any) -> tuple[QueueLevel, ...]:
     return tuple(_policy(policies.get(level, default)) for level in range(1, max(1, levels) + 1))
 
 
+def queue_delay_s(dynamic_batching: Any) -> float:
+    """
+    Return how long a request waits for a better batch, in seconds.
+
+    Raises:
+        ModelLoadError: too long.
+    """
+    delay_us = dynamic_batching.max_queue_delay_microseconds
+    if delay_us > MAX_QUEUE_DELAY_S * 1e6:
+        raise wrong(
+            f"max_queue_delay_microseconds is {delay_us}; "
+            f"expected at most {MAX_QUEUE_DELAY_S * 1e6:.0f}"
+        )
+    return float(delay_us / 1e6)
+
+
+def preferred_batch_sizes(dynamic_batching: Any) -> tuple[int, ...]:
+    """
+    Return the row counts that are worth waiting for, ascending.
+
+    Raises:
+        ModelLoadError: one is none.
+    """
+    for size in dynamic_batching.preferred_batch_size:
+        if size < 1:
+            raise wrong(f"preferred_batch_size has {size}; expected sizes above 0")
+    return tuple(sorted(set(dynamic_batching.preferred_batch_size)))
+
+
+def preserve_ordering(dynamic_batching: Any) -> bool:
+    """
+    Say whether replies leave in the order in which requests came.
+
+    Raises:
+        ModelLoadError: requests are to overtake one another besides, as in Triton.
+    """
+    if not dynamic_batching.preserve_ordering:
+        return False
+    if dynamic_batching.priority_levels > 1:
+        raise wrong("preserve_ordering does not go with more than one of priority_levels")
+    policies = (
+        dynamic_batching.default_queue_policy,
+        *dynamic_batching.priority_queue_policy.values(),
+    )
+    if any(policy.timeout_action == model_config_pb2.ModelQueuePolicy.DELAY for policy in policies):
+        raise wrong("preserve_ordering does not go with timeout_action DELAY")
+    return True
+
+
+def allowed_batch_sizes(text: str | None) -> tuple[int, ...]:
+    """
+    Read the parameter of that name.
+
+    Raises:
+        ModelLoadError: it is not a list of sizes.
+    """
+    if text is None:
+        return ()
+    expected = f"expected a JSON list of 1 to {ALLOWED_SIZES_MAX} row counts above 0, ascending"
+    try:
+        sizes = json.loads(text)
+    except (ValueError, RecursionError):
+        raise wrong(f"parameter 'allowed_batch_sizes' is not JSON; {expected}") from None
+    if (
+        not isinstance(sizes, list)
+        or not 0 < len(sizes) <= ALLOWED_SIZES_MAX
+        or not all(type(size) is int and size > 0 for size in sizes)
+        or sorted(set(sizes)) != sizes
+    ):
+        raise wrong(f"parameter 'allowed_batch_sizes' is {shown(text)}; {expected}")
+    return tuple(sizes)
+
+
 def max_queue_size(levels: Sequence[QueueLevel]) -> int:
     """Return how many requests may wait in all; 0 where a level has no limit of its own."""
     sizes = [level.max_queue_size for level in levels]
     return sum(sizes) if all(sizes) else 0
+
+
+def check_parts(max_request_rows: int, max_batch_size: int, queue_sizes: Sequence[int]) -> None:
+    """
+    Check that the parts of the largest request may wait together.
+
+    Raises:
+        ModelLoadError: they may not: such a request would be refused whenever it came.
+    """
+    parts = -(-max_request_rows // max(1, max_batch_size))
+    if parts > min(queue_sizes):
+        raise wrong(
+            f"parameter 'max_request_rows' is {max_request_rows}, which is {parts} batches; "
+            f"expected no more than may wait in the queue, {min(queue_sizes)}"
+        )
 
 
 def _policy(message: Any) -> QueueLevel:

@@ -11,10 +11,13 @@ METRICS: dict[str, str] = {
     "headrace_queue_seconds": "How long a request waited for its batch.",
     "headrace_batches_total": "Batches run.",
     "headrace_batch_rows": "Rows in a batch.",
+    "headrace_padding_rows_total": "Rows that batches were filled up with, to an allowed size.",
     "headrace_features_seconds": "Reading and joining a batch's features.",
     "headrace_infer_seconds": "Running the model on a batch.",
     "headrace_feature_values_total": "Feature values read, by status.",
     "headrace_queue_requests": "Requests waiting now.",
+    "headrace_replies_held": "Replies that are ready and wait for an earlier one, of models with "
+    "preserve_ordering.",
     "headrace_feature_requests_total": "Requests for features answered.",
     "headrace_feature_requests_failed_total": "Requests for features that reached a batch and "
     "were not answered.",

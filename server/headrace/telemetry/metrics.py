@@ -77,12 +77,26 @@ class QueueNumbers(Protocol):
         """Return how many requests wait."""
 
 
+class PaddingNumbers(Protocol):
+    """What a backend that fills batches up says of itself."""
+
+    rows_added: int
+
+
+class OrderNumbers(Protocol):
+    """What keeps replies in order says of itself."""
+
+    held: int
+
+
 class ModelMetrics:
     """Numbers of one model version. Any thread may fold into it."""
 
     def __init__(self, model: str, version: str) -> None:
         self.labels = [model, version]
         self.queue: QueueNumbers | None = None
+        self.padding: PaddingNumbers | None = None
+        self.order: OrderNumbers | None = None
         self._lock = threading.Lock()
         self.requests = self.requests_failed = self.batches = 0
         self.request_s = Histogram(SECONDS_BOUNDS)
@@ -301,8 +315,16 @@ def _model_counters(models: Sequence[ModelMetrics]) -> Iterable[Metric]:
     )
     refused = _counter("headrace_requests_refused_total", [*_LABELS, "reason"])
     dropped = _counter("headrace_requests_dropped_total")
+    padding = _counter("headrace_padding_rows_total")
+    held = GaugeMetricFamily(
+        "headrace_replies_held", METRICS["headrace_replies_held"], labels=_LABELS
+    )
     for model in models:
         requests.add_metric(model.labels, model.requests)
+        if model.order is not None:
+            held.add_metric(model.labels, model.order.held)
+        if model.padding is not None:
+            padding.add_metric(model.labels, model.padding.rows_added)
         failed.add_metric(model.labels, model.requests_failed)
         batches.add_metric(model.labels, model.batches)
         if model.queue is not None:
@@ -312,7 +334,7 @@ def _model_counters(models: Sequence[ModelMetrics]) -> Iterable[Metric]:
             dropped.add_metric(model.labels, model.queue.dropped)
         for status, count in zip(FEATURE_STATUSES[1:], model.statuses[1:].tolist(), strict=True):
             values.add_metric([*model.labels, status], count)
-    return [requests, failed, refused, dropped, batches, values, queue]
+    return [requests, failed, refused, dropped, batches, padding, values, queue, held]
 
 
 def _model_histograms(models: Sequence[ModelMetrics]) -> Iterable[Metric]:

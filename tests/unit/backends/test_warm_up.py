@@ -27,6 +27,32 @@ def test_one_row_each_preferred_batch_and_the_largest_are_run():
     assert shapes_of(inputs, 32, (8,)) == [{"x": (rows, 3), "s": (rows, 1)} for rows in (1, 8, 32)]
 
 
+def test_every_allowed_batch_is_run_and_no_other_however_large_it_is():
+    seen = []
+
+    def run(arrays):
+        seen.append(len(arrays["x"]))
+        return [np.zeros((1, 1), np.float32)]
+
+    backend = StubBackend("m", [TensorSpec("x", "FP32", (-1, 1))], [Y], run)
+    assert warm_up(backend, 1024, [8], [4, 16, 1024])
+    assert seen == [4, 16, 1024]
+
+
+def test_every_given_shape_is_run_with_every_batch():
+    seen = []
+
+    def run(arrays):
+        seen.append((arrays["ids"].shape, arrays["free"].shape))
+        return [np.zeros((1, 1), np.float32)]
+
+    inputs = [TensorSpec("ids", "INT64", (-1, -1, 2)), TensorSpec("free", "FP32", (-1, -1))]
+    assert warm_up(
+        StubBackend("m", inputs, [Y], run), 8, [], [4, 8], [{"ids": [16]}, {"ids": [32]}]
+    )
+    assert seen == [((rows, size, 2), (rows, 1)) for size in (16, 32) for rows in (4, 8)]
+
+
 def test_a_model_without_a_batch_dimension_is_run_once():
     assert shapes_of([TensorSpec("x", "FP32", (2, -1))], 0) == [{"x": (2, 1)}]
 

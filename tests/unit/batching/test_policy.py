@@ -9,6 +9,7 @@ from headrace.batching.policy import BatchPolicy, Dispatch
 EAGER = BatchPolicy(max_batch_size=8)
 PATIENT = BatchPolicy(max_batch_size=8, max_queue_delay_s=0.005)
 CHOOSY = BatchPolicy(max_batch_size=8, max_queue_delay_s=0.005, preferred_batch_sizes=(4, 6))
+STATIC = BatchPolicy(max_batch_size=8, allowed_batch_sizes=(2, 4, 8))
 SINGLE = BatchPolicy(max_batch_size=0, max_queue_delay_s=0.005)
 
 
@@ -29,6 +30,11 @@ SINGLE = BatchPolicy(max_batch_size=0, max_queue_delay_s=0.005)
         pytest.param(CHOOSY, [4, 2, 1], 0, Dispatch(2), id="the largest preferred size wins"),
         pytest.param(CHOOSY, [3, 2], 0, Dispatch(0, 0.005), id="another size waits"),
         pytest.param(CHOOSY, [3, 2], 0.005, Dispatch(2), id="but not beyond the delay"),
+        pytest.param(STATIC, [1, 1, 1, 1, 1], 0, Dispatch(4), id="what fits a size goes alone"),
+        pytest.param(STATIC, [3, 1, 3], 0, Dispatch(3), id="unless the rest is worth filling up"),
+        pytest.param(STATIC, [3, 2], 0, Dispatch(2), id="what fits no size is filled up"),
+        pytest.param(STATIC, [1], 0, Dispatch(1), id="be it alone"),
+        pytest.param(STATIC, [4, 1, 4], 0, Dispatch(1), id="the next one would not fit"),
         pytest.param(SINGLE, [1, 1], 0, Dispatch(1), id="a model without batches runs one by one"),
     ],
 )
@@ -53,6 +59,25 @@ def test_a_batch_is_never_empty_for_ever_nor_over_its_maximum(rows, delay_s, pre
     assert sum(rows[: decision.count]) <= 8
     assert decision.count >= 1 or 0 < decision.wait_s <= delay_s
     assert policy.decide(rows, delay_s).count >= 1
+
+
+@given(
+    rows=st.lists(st.integers(1, 16), min_size=1, max_size=20),
+    sizes=st.sets(st.integers(1, 15), max_size=4),
+)
+def test_with_allowed_sizes_no_more_rows_are_run_than_if_everything_went(rows, sizes):
+    allowed = (*sorted(sizes), 16)
+    policy = BatchPolicy(16, allowed_batch_sizes=allowed)
+
+    def run_for(rows):
+        return min(size for size in allowed if size >= rows)
+
+    count = policy.decide(rows, 0).count
+    everything = BatchPolicy(16).decide(rows, 0).count
+
+    left = sum(rows[count:everything])
+    assert count >= 1
+    assert run_for(sum(rows[:count])) + left <= run_for(sum(rows[:everything]))
 
 
 def test_a_long_queue_is_read_only_as_far_as_one_batch_reaches():

@@ -76,7 +76,7 @@ def source_of(plan, model="m"):
     return SkewSource(model, "3", "f00d", plan)
 
 
-def put(log, source, entities, store=None, first_number=0, request_rows=None):
+def put(log, source, entities, store=None, first_number=0, request_rows=None, **more):
     columns = {name: column(values) for name, values in entities.items()}
     rows = (store or MemoryStore()).read(source.plan, columns, now_s=NOW_S, timeout_s=1)
     count = rows.statuses.shape[1]
@@ -87,6 +87,7 @@ def put(log, source, entities, store=None, first_number=0, request_rows=None):
         first_number=first_number,
         request_rows=request_rows or [1] * count,
         time_s=NOW_S,
+        **more,
     )
 
 
@@ -146,6 +147,17 @@ def test_every_type_of_value_comes_back_as_it_was_served(tmp_path):
     }
     assert present["event_time.stats"].timestamp() == NOW_S - 60
     assert absent["event_time.stats"] is None
+
+
+def test_a_row_of_a_part_has_its_place_in_the_whole_request(tmp_path):
+    log = log_to(tmp_path)
+
+    keys = {"driver_id": [5, 6, 7]}
+    put(log, source_of(FLOATS), keys, first_number=31, request_rows=[1, 2], parts=([32, 9], [0, 8]))
+    flushed(log)
+
+    ids = [row["prediction_id"] for row in written(tmp_path)]
+    assert ids == ["f00d0000000020/0", "f00d0000000009/8", "f00d0000000009/9"]
 
 
 def test_a_row_says_who_served_it_to_whom_and_when(tmp_path):

@@ -112,6 +112,17 @@ def test_a_window_is_judged_once_however_its_outcomes_trickle_in(monitor, told):
     assert told == []
 
 
+def test_outcomes_find_rows_of_a_request_that_was_answered_in_parts(monitor):
+    first, second = rows(0), rows(0)
+    of_one = {"request_numbers": np.array([7]), "request_rows": np.array([ROWS])}
+    monitor.fold(first._replace(**of_one), 0.0)
+    monitor.fold(second._replace(**of_one, first_rows=np.array([ROWS])), 0.0)
+
+    found = monitor.join([("p", 7, row, 10.5) for row in (0, ROWS - 1, ROWS, 2 * ROWS - 1)])
+
+    assert found.joined == 4
+
+
 def test_outcomes_of_an_open_window_wait_for_its_end(monitor):
     monitor.fold(rows(0), 0.0)
     monitor.join(outcomes([0], value=20.0))

@@ -71,6 +71,19 @@ def test_what_is_read_is_what_was_sent(batches):
     assert list(rows.predictions) == ["price"]
 
 
+def test_rows_of_a_part_keep_their_place_in_their_request():
+    rng = np.random.default_rng(0)
+    whole = record(7, [1, 1], rng)
+    in_part = record(9, [2, 1], rng)._replace(parts=([3, 10], [8, 0]))
+
+    (message,) = to_wire([whole, in_part])
+    rows = from_wire(pb.PredictionBatch.FromString(message.SerializeToString()))
+
+    assert rows.request_numbers.tolist() == [7, 8, 3, 10]
+    assert rows.first_rows.tolist() == [0, 0, 8, 0]
+    assert from_wire(to_wire([whole])[0]).first_rows is None
+
+
 def test_batches_of_different_versions_travel_apart():
     rng = np.random.default_rng(0)
     other = SCHEMA._replace(version=4)
@@ -110,6 +123,7 @@ def valid():
     ("spoil", "complaint"),
     [
         (lambda b: b.request_rows.append(1), "request numbers"),
+        (lambda b: b.first_rows.append(1), "first rows"),
         (lambda b: b.request_numbers.__setitem__(0, 1 << 50), "hexadecimal"),
         (lambda b: b.request_rows.__setitem__(0, 1 << 30), "rows"),
         (lambda b: b.ClearField("request_rows"), "request"),

@@ -7,7 +7,7 @@ from headrace.errors import ModelLoadError
 from headrace.repository.completion import AUTO_MAX_BATCH_SIZE, complete
 from headrace.repository.config import parse_config
 from headrace.repository.policy import VersionPolicy
-from headrace.repository.queueing import QueueLevel
+from headrace.repository.queueing import QueueLevel, check_parts
 from headrace.tensors import TensorSpec
 
 X = TensorSpec("x", "FP32", (-1, 4))
@@ -28,6 +28,7 @@ dynamic_batching {
   preferred_batch_size: [ 32, 8, 8 ]
   max_queue_delay_microseconds: 1500
   default_queue_policy { max_queue_size: 100 }
+  preserve_ordering: true
 }
 instance_group [ { kind: KIND_CPU count: 2 }, { kind: KIND_AUTO } ]
 optimization { graph { level: 1 } }
@@ -35,6 +36,8 @@ parameters { key: "feature_service" value { string_value: "homes" } }
 parameters { key: "feature_order" value { string_value: "[\\"a\\", \\"b\\"]" } }
 parameters { key: "missing_features" value { string_value: "reject" } }
 parameters { key: "max_feature_age_s" value { string_value: "3600" } }
+parameters { key: "allowed_batch_sizes" value { string_value: "[1, 8, 64]" } }
+parameters { key: "max_request_rows" value { string_value: "1000" } }
 parameters { key: "latency_slo_ms" value { string_value: "2.5" } }
 parameters { key: "intra_op_thread_count" value { string_value: "0" } }
 parameters { key: "inter_op_thread_count" value { string_value: "3" } }
@@ -47,6 +50,10 @@ parameters { key: "enable_mem_pattern" value { string_value: "false" } }
 
 def parameter(key, value):
     return f"parameters {{ key: '{key}' value {{ string_value: '{value}' }} }}"
+
+
+def ordered(more):
+    return f"max_batch_size: 8 dynamic_batching {{ preserve_ordering: true {more} }}"
 
 
 def with_service(key, value):
@@ -69,6 +76,9 @@ def test_every_setting_is_read():
     assert (config.feature_service, config.feature_order) == ("homes", ("a", "b"))
     assert (config.missing_features, config.max_feature_age_s) == ("reject", 3600.0)
     assert config.latency_slo_s == 0.0025
+    assert config.max_request_rows == 1000
+    assert config.preserve_ordering
+    assert config.allowed_batch_sizes == (1, 8, 64)
     assert (config.intra_op_thread_count, config.inter_op_thread_count) == (0, 3)
     assert config.execution_mode == "parallel"
     assert not config.enable_mem_arena
@@ -150,14 +160,12 @@ def test_settings_that_are_not_used_are_named():
         response_cache { enable: true }
         optimization { input_pinned_memory { enable: false } }
         dynamic_batching {
-          preserve_ordering: true
           default_queue_policy { default_timeout_microseconds: 5 }
         }
         output [ { name: "y" data_type: TYPE_FP32 dims: [ 1 ] label_filename: "labels.txt" } ]
         max_batch_size: 8
     """ + parameter("feature_servce", "homes")
     assert parse_config(text, "m").without_effect == (
-        "dynamic_batching.preserve_ordering",
         "metric_tags",
         "optimization.input_pinned_memory",
         "output.label_filename",
@@ -166,6 +174,7 @@ def test_settings_that_are_not_used_are_named():
     )
 
 
+SIZES_EXPECTED = "expected a JSON list of 1 to 64 row counts above 0, ascending"
 UNSUPPORTED = "is not supported by this server"
 
 
@@ -231,6 +240,14 @@ UNSUPPORTED = "is not supported by this server"
             "max_batch_size: 8 dynamic_batching { preferred_batch_size: [ 9 ] }",
             "preferred_batch_size has 9; expected at most max_batch_size, 8",
         ),
+        (
+            ordered("priority_levels: 2 default_priority_level: 1"),
+            "preserve_ordering does not go with more than one of priority_levels",
+        ),
+        (
+            ordered("default_queue_policy { timeout_action: DELAY }"),
+            "preserve_ordering does not go with timeout_action DELAY",
+        ),
         (IO + "dynamic_batching { }", "dynamic_batching needs a max_batch_size above 0"),
         (
             parameter("intra_op_thread_count", "two"),
@@ -244,6 +261,36 @@ UNSUPPORTED = "is not supported by this server"
             parameter("enable_mem_arena", "on"),
             "'enable_mem_arena' is 'on'; expected '0' or '1' or 'false' or 'true'",
         ),
+        (
+            "max_batch_size: 8 " + parameter("max_request_rows", "8"),
+            "parameter 'max_request_rows' is 8; expected more than max_batch_size, 8, or 0",
+        ),
+        (
+            IO + parameter("max_request_rows", "8"),
+            "parameter 'max_request_rows' needs a max_batch_size above 0",
+        ),
+        (
+            "max_batch_size: 8 " + parameter("allowed_batch_sizes", "[1, 4]"),
+            "parameter 'allowed_batch_sizes' ends with 4; expected max_batch_size, 8, as the last",
+        ),
+        (
+            IO + parameter("allowed_batch_sizes", "[1]"),
+            "parameter 'allowed_batch_sizes' needs a max_batch_size above 0",
+        ),
+        *(
+            (parameter("allowed_batch_sizes", value), f"is {value!r}; {SIZES_EXPECTED}")
+            for value in ("[]", "[4, 1]", "[1, 1]", "[0, 1]", "[true]", "[1.0]", "8", '["8"]')
+        ),
+        (parameter("allowed_batch_sizes", "1, 8"), f"is not JSON; {SIZES_EXPECTED}"),
+        (
+            with_service("shape_buckets", "{}"),
+            "parameter 'shape_buckets' does not go with 'feature_service'",
+        ),
+        (
+            parameter("shape_buckets", "{}"),
+            "is '{}'; expected a JSON object with 'sizes' and 'inputs'",
+        ),
+        (parameter("max_request_rows", "1e3"), "expected a whole number from 0 to 1048576"),
         (parameter("latency_slo_ms", "0"), "'latency_slo_ms' is '0'; expected a number above 0"),
         (parameter("latency_slo_ms", "nan"), "expected a number above 0"),
         (parameter("latency_slo_ms", "inf"), "expected a number above 0"),
@@ -277,6 +324,17 @@ def test_what_cannot_be_done_is_refused_with_what_was_expected(text, fact):
     assert message.startswith("config.pbtxt: ")
     assert fact in message
     assert len(message) < 500
+
+
+def test_a_request_whose_parts_could_never_wait_together_is_refused_at_load():
+    check_parts(0, 0, [5])
+    check_parts(40, 8, [100, 5])
+
+    with pytest.raises(ModelLoadError) as refused:
+        check_parts(41, 8, [100, 5])
+    assert "'max_request_rows' is 41, which is 6 batches; expected no more than may" in str(
+        refused.value
+    )
 
 
 def test_a_missing_file_is_made_up_from_the_model():

@@ -1,0 +1,205 @@
+"""Replies of a model leave in the order in which its requests came, whoever is done first.
+
+Executors hand replies over and go on; a thread sends them, each when all earlier ones have been.
+Source: Triton, `preserve_ordering` of `ModelDynamicBatching`.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from queue import SimpleQueue
+
+import structlog
+
+from headrace.errors import BackendError, Overloaded, ServingError
+from headrace.request import AnsweredBatch, Request, StandIn
+
+_LOG = structlog.get_logger(__name__)
+
+_Reply = tuple[Callable[[Request], None], Request]
+"""How a request is replied to, and the request."""
+
+
+class Turn:
+    """
+    A request's place in the order. Its request waits here, as far as its caller can see.
+
+    Args:
+        request: The caller's.
+        order: Whose place it is.
+    """
+
+    __slots__ = ("is_settled", "order", "reply", "request", "stand_in")
+
+    def __init__(self, request: Request, order: "ReplyOrder") -> None:
+        self.order = order
+        self.request: Request | None = request
+        """None once it is settled."""
+        self.stand_in: OrderedRequest | None = None
+        """What waits in the queue; None likewise."""
+        self.reply: _Reply | None = None
+        self.is_settled = False
+
+    def leave(self, _request: Request) -> bool:
+        """Let go of the request, whose caller has left; say whether it is still to be answered."""
+        stand_in = self.stand_in
+        if stand_in is None or stand_in.waits_in is None or not stand_in.waits_in.leave(stand_in):
+            return False
+        return self.order.settle(self, None)
+
+
+class OrderedRequest(StandIn):
+    """
+    Waits and runs in place of a caller's request, whose reply it hands over to be sent in turn.
+
+    Args:
+        request: The caller's.
+        turn: When that is.
+    """
+
+    __slots__ = ("turn",)
+
+    def __init__(self, request: Request, turn: Turn) -> None:
+        super().__init__(request, request.rows, request.raws, request.byte_count)
+        self.turn = turn
+
+    def expired(self, now_s: float) -> bool:
+        request = self.turn.request
+        return request is None or self.deadline_s <= now_s or request.expired(now_s)
+
+    def answer(self, batch: AnsweredBatch, start: int, prediction_id: str) -> None:
+        turn = self.turn
+        turn.order.settle(turn, lambda request: request.answer(batch, start, prediction_id))
+
+    def fail(self, error: ServingError) -> None:
+        turn = self.turn
+        turn.order.settle(turn, lambda request: request.fail(error))
+
+    def drop(self) -> None:
+        turn = self.turn
+        turn.order.settle(turn, lambda request: request.drop())
+
+
+class ReplyOrder:
+    """
+    Sends the replies of one model version in the order of its requests.
+
+    `start`, then `stop` when no executor works any more. Any thread may call the rest.
+
+    Args:
+        name: Of the thread that sends.
+        most: Requests that may wait, run, or wait for their turn to be answered; one more is
+            refused, so that one slow batch cannot make the others pile up replies without end.
+
+    Attributes:
+        held: Replies that are ready and wait for an earlier one.
+    """
+
+    def __init__(self, name: str, most: int) -> None:
+        self.held = 0
+        self._most = most
+        self._lock = threading.Lock()
+        self._turns: deque[Turn] = deque()
+        self._ready: SimpleQueue[list[_Reply] | None] = SimpleQueue()
+        self._has_ended = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Begin to send."""
+        self._thread.start()
+
+    def stop(self, deadline_s: float) -> bool:
+        """
+        Send what is ready, whatever comes before it, and end the thread.
+
+        Args:
+            deadline_s: Until when to wait for it, on `time.perf_counter`'s clock.
+
+        Returns:
+            Whether it ended in time.
+        """
+        with self._lock:
+            self._has_ended = True
+            turns, self._turns = self._turns, deque()
+            self.held = 0
+            self._ready.put([turn.reply for turn in turns if turn.reply is not None])
+            self._ready.put(None)
+        if self._thread.ident is not None:
+            self._thread.join(max(0.0, deadline_s - time.perf_counter()))
+        return not self._thread.is_alive()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def enter(self, request: Request) -> OrderedRequest:
+        """
+        Give a request its place in the order, and return what shall wait for it.
+
+        Raises:
+            Overloaded: too many are on their way.
+        """
+        turn = Turn(request, self)
+        stand_in = turn.stand_in = OrderedRequest(request, turn)
+        with self._lock:
+            if len(self._turns) >= self._most:
+                raise Overloaded("too many replies of this model wait for an earlier one")
+            self._turns.append(turn)
+        request.waits_in = turn
+        return stand_in
+
+    def settle(self, turn: Turn, how: Callable[[Request], None] | None) -> bool:
+        """
+        Settle how a request is replied to; with None it is not, and whoever calls does it.
+
+        Returns:
+            Whether that had not been settled before. Otherwise nothing happens.
+        """
+        with self._lock:
+            request = turn.request
+            if request is None:
+                return False
+            # They lead to one another: references alone would free none of them.
+            request.waits_in = turn.request = turn.stand_in = None
+            turn.is_settled = True
+            if how is not None:
+                turn.reply = how, request
+            if not self._has_ended:
+                self.held += how is not None
+                self._advance()
+                return True
+        if how is not None:
+            _send(how, request)
+        return True
+
+    def _advance(self) -> None:
+        """Hand over every reply that nobody is before. Under the lock, so that they stay so."""
+        turns = self._turns
+        ready = []
+        while turns and turns[0].is_settled:
+            turn = turns.popleft()
+            # An error leads back, by way of its traceback and the batch in it.
+            reply, turn.reply = turn.reply, None
+            if reply is not None:
+                ready.append(reply)
+        if ready:
+            self.held -= len(ready)
+            self._ready.put(ready)
+
+    def _run(self) -> None:
+        while (ready := self._ready.get()) is not None:
+            while ready:  # nothing that was sent is kept while there is nothing to do
+                _send(*ready.pop(0))
+
+
+def _send(how: Callable[[Request], None], request: Request) -> None:
+    try:
+        how(request)
+    except Exception:  # noqa: BLE001 the next one has its turn all the same
+        _LOG.exception("reply_failed")
+        try:
+            request.fail(BackendError("internal error"))
+        except Exception:  # noqa: BLE001 likewise
+            _LOG.exception("reply_failed")
