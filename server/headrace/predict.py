@@ -244,8 +244,8 @@ class ServedModel:
             _fail_all(batch, error)
             self._metrics.failed(len(batch))
             return False
-        missing = self.join.missing(features)
-        if self.join.rejects_missing and missing.any():
+        missing = None if features.is_complete else self.join.missing(features)
+        if self.join.rejects_missing and missing is not None and missing.any():
             kept = self._reject_incomplete(self.join, batch, missing)
             if len(kept) < len(batch):
                 # The survivors go round again, alone: rare, and simpler than cutting every array.
@@ -347,13 +347,14 @@ class ServedModel:
             _fail_all(batch, error)
             self._metrics.failed(len(batch))
             return
+        missing_per_row, stale_per_row = _per_row(features, missing, rows)
         answered = AnsweredBatch(
             model=self,
             outputs=outputs,
             join=self.join,
             features=features,
-            missing_per_row=None if missing is None else missing.sum(axis=0).tolist(),
-            stale_per_row=_stale_per_row(features, missing),
+            missing_per_row=missing_per_row,
+            stale_per_row=stale_per_row,
             output_shapes=tuple([block.trailing for block in outputs]),
             started_s=started_s,
             features_s=joined_s - started_s,
@@ -429,11 +430,13 @@ def _fail_all(batch: Sequence[Request], error: ServingError) -> None:
             _LOG.exception("reply_failed")
 
 
-def _stale_per_row(
-    features: FeatureRows | None, missing: NDArray[np.bool_] | None
-) -> list[int] | None:
-    if features is None or missing is None:
-        return None
+def _per_row(
+    features: FeatureRows | None, missing: NDArray[np.bool_] | None, rows: int
+) -> tuple[list[int] | None, list[int] | None]:
+    """Count the missing values of each row, and those of them that were too old."""
+    if features is None:
+        return None, None
+    if missing is None:
+        return [0] * rows, [0] * rows
     stale = (features.statuses == FeatureStatus.OUTSIDE_MAX_AGE) & missing
-    counts: list[int] = stale.sum(axis=0).tolist()
-    return counts
+    return missing.sum(axis=0).tolist(), stale.sum(axis=0).tolist()

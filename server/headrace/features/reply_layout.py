@@ -121,7 +121,7 @@ class ReplyLayout:
         step = len(self._mask)
         for first in range(0, len(received), step):
             part = received[first : first + step]
-            if not self._rows.startswith(part & self._mask[: len(part)]):
+            if not self._rows.startswith((part & self._mask[: len(part)]).data):
                 return False
         return True
 
