@@ -6,7 +6,7 @@ HGETALL 2.6 us; of 96 fields 43 and 11 us. In a larger hash (a table) a field co
 is not wanted costs as much as what is.
 
 Source: `schedstat` of Valkey 9.1 answering pipelines of 200 commands on hashes of 4 to 96 fields of
-Feast's, from which `_fields_us` and `_whole_us` were fitted (within a tenth); redis.conf,
+Feast's, from which `_fields_us` and `_whole_us` were fitted by hand (within 11 %); redis.conf,
 `hash-max-listpack-entries` (128 or 512 by default) and `hash-max-listpack-value` (64).
 """
 
