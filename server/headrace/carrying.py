@@ -168,8 +168,8 @@ class BatchCarrier:
             features = self._read(self._join, entities, now_s, _longest_wait_s(batch, now_s))
         except ComputationFailed as error:
             return Blame(batch, error)
-        missing = self._join.missing(features)
-        if self._join.rejects_missing and missing.any():
+        missing = None if features.is_complete else self._join.missing(features)
+        if self._join.rejects_missing and missing is not None and missing.any():
             kept = self._reject_incomplete(self._join, batch, missing)
             if len(kept) < len(batch):
                 # The survivors go round again, alone: rare, and simpler than cutting every array.
@@ -266,13 +266,14 @@ class BatchCarrier:
                 self._buckets.check(outputs, batch[0].batch_key)
         except (BackendError, InvalidTensor) as error:
             return Blame(batch, error)
+        missing_per_row, stale_per_row = _per_row(features, missing, rows)
         answered = AnsweredBatch(
             model=self._model,
             outputs=outputs,
             join=self._join,
             features=features,
-            missing_per_row=None if missing is None else missing.sum(axis=0).tolist(),
-            stale_per_row=_stale_per_row(features, missing),
+            missing_per_row=missing_per_row,
+            stale_per_row=stale_per_row,
             output_shapes=tuple([block.trailing for block in outputs]),
             started_s=started_s,
             features_s=joined_s - started_s,
@@ -338,11 +339,13 @@ def _longest_wait_s(batch: Sequence[Request], now_s: float) -> float | None:
     return None if deadline_s == math.inf else max(0.001, deadline_s - now_s)
 
 
-def _stale_per_row(
-    features: FeatureRows | None, missing: NDArray[np.bool_] | None
-) -> list[int] | None:
-    if features is None or missing is None:
-        return None
+def _per_row(
+    features: FeatureRows | None, missing: NDArray[np.bool_] | None, rows: int
+) -> tuple[list[int] | None, list[int] | None]:
+    """Count the missing values of each row, and those of them that were too old."""
+    if features is None:
+        return None, None
+    if missing is None:
+        return [0] * rows, [0] * rows
     stale = (features.statuses == FeatureStatus.OUTSIDE_MAX_AGE) & missing
-    counts: list[int] = stale.sum(axis=0).tolist()
-    return counts
+    return missing.sum(axis=0).tolist(), stale.sum(axis=0).tolist()

@@ -326,7 +326,10 @@ class FeatureReads:
             finished_s=replied_s,
         )
         self._view_metrics.read(
-            plan.view_names, plan.view_of_feature, rows.statuses, now_s - rows.event_times_s
+            plan.view_names,
+            plan.view_of_feature,
+            None if rows.is_complete else rows.statuses,
+            now_s - rows.event_times_s,
         )
         if self._calls is not None:
             self._tell(self._calls, plan, batch, (started_s, read_s, replied_s))

@@ -160,13 +160,13 @@ class BatchObserver:
             features_s=carried.joined_s - carried.started_s if carried.features else None,
             infer_s=carried.inferred_s - carried.joined_s,
             finished_s=carried.replied_s,
-            statuses=statuses,
+            statuses=carried.features.count_statuses() if carried.features else None,
         )
         if carried.features and self._plan is not None and self._view_metrics is not None:
             self._view_metrics.read(
                 self._plan.view_names,
                 self._plan.view_of_feature,
-                carried.features.statuses,
+                None if carried.features.is_complete else carried.features.statuses,
                 carried.now_s - carried.features.event_times_s,
             )
         if self._calls is not None:

@@ -226,11 +226,12 @@ def _features(pieces: Sequence[tuple[AnsweredBatch, int, int]], now_s: float) ->
     if len(found) < len(pieces):
         return None
     return FeatureRows(
-        blocks={},
-        values=tuple(
-            np.concatenate([rows.values[i][start:stop] for rows, _, start, stop in found])
-            for i in range(len(found[0][0].values))
-        ),
+        blocks={
+            dtype: np.concatenate(
+                [rows.blocks[dtype][start:stop] for rows, _, start, stop in found]
+            )
+            for dtype in found[0][0].blocks
+        },
         statuses=np.concatenate(
             [rows.statuses[:, start:stop] for rows, _, start, stop in found], axis=1
         ),
@@ -243,4 +244,5 @@ def _features(pieces: Sequence[tuple[AnsweredBatch, int, int]], now_s: float) ->
             axis=1,
         ),
         matrix=None,
+        block_columns=found[0][0].block_columns,
     )

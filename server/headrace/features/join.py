@@ -269,11 +269,12 @@ class _ModelInput:
     def assemble(
         self, rows: FeatureRows, request_columns: Mapping[str, NDArray[Any]]
     ) -> NDArray[Any]:
+        if self._takes_plan_matrix and rows.is_complete:
+            assert rows.matrix is not None
+            return rows.matrix
         missing = (rows.statuses[self._places] != FeatureStatus.PRESENT).T
         if self._takes_plan_matrix:
             assert rows.matrix is not None
-            if not missing.any():
-                return rows.matrix
             return np.where(missing, self._fillers, rows.matrix)
         tensor = np.empty((rows.statuses.shape[1], len(self.sources)), self.spec.dtype)
         with np.errstate(over="ignore"):  # what is too large for a narrower float is infinite

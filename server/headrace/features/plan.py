@@ -196,6 +196,7 @@ class FeaturePlan:
         view_names: Under which the store holds `views`.
         view_of_feature: Each feature's place in `views`.
         ttls_s: Of each view; infinite for ever.
+        has_ttl: Whether any view has one.
         block_widths: How many features there are of each dtype.
         block_columns: Each feature's dtype, and its place among those of that dtype.
         is_float32: Whether the whole result is one float32 matrix.
@@ -218,6 +219,7 @@ class FeaturePlan:
     view_names: tuple[str, ...] = field(init=False, repr=False)
     view_of_feature: np.ndarray[Any, np.dtype[np.intp]] = field(init=False, repr=False)
     ttls_s: np.ndarray[Any, np.dtype[np.float64]] = field(init=False, repr=False)
+    has_ttl: bool = field(init=False)
     block_widths: Mapping[np.dtype[Any], int] = field(init=False, repr=False)
     block_columns: tuple[tuple[np.dtype[Any], int], ...] = field(init=False, repr=False)
     is_float32: bool = field(init=False)
@@ -245,6 +247,7 @@ class FeaturePlan:
         object.__setattr__(self, "view_names", tuple(view.name for view in self.views))
         object.__setattr__(self, "view_of_feature", np.array(indices, np.intp))
         object.__setattr__(self, "ttls_s", np.array(ttls, np.float64))
+        object.__setattr__(self, "has_ttl", min(ttls, default=np.inf) < np.inf)
         object.__setattr__(self, "block_widths", widths)
         object.__setattr__(self, "block_columns", tuple(columns))
         object.__setattr__(self, "is_float32", list(widths) == [np.dtype(np.float32)])

@@ -120,7 +120,11 @@ class RedisConnection:
             self._send_some()
         if not self._receive_some(min(max_bytes, MAX_REPLY_BYTES)):
             return None
-        pieces = bytes(memoryview(self._buffer)[: self._filled]).split(self._end)
+        with memoryview(self._buffer) as view:
+            if self._groups == 1:  # the end was found already: no need to search for it
+                pieces = [bytes(view[: self._filled - len(self._end)]), b""]
+            else:
+                pieces = bytes(view[: self._filled]).split(self._end)
         if len(self._buffer) > _KEPT_BUFFER_BYTES:  # one wide read is no reason to keep it
             self._buffer = bytearray(_FIRST_BUFFER_BYTES)
         if self._unsent or len(pieces) != self._groups + 1 or pieces.pop():

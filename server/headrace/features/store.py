@@ -1,7 +1,7 @@
 """What every online store promises, and the rows that it returns."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,20 +19,45 @@ class FeatureRows:
         blocks: The values by dtype, shape (n, features of that dtype), C order; which column is
             whose, `plan.block_columns` says. A value is given where its status is PRESENT or
             OUTSIDE_MAX_AGE; elsewhere it is NaN, 0, False or None.
-        values: The same, one per `plan.features`, shape (n,).
         statuses: `FeatureStatus`, shape (features, n).
         event_times_s: Unix seconds, shape (views, n); NaN where unknown.
         matrix: When every feature is float32: shape (n, features), C order, and `values` are its
             columns. Otherwise None.
+        block_columns: The plan's.
         stored: What was read, with the plan's `stored`, where features were computed from it.
+
+    Attributes:
+        is_complete: Whether every status is PRESENT: then nobody need look at them.
     """
 
     blocks: Mapping[np.dtype[Any], NDArray[Any]]
-    values: tuple[NDArray[Any], ...]
     statuses: NDArray[np.uint8]
     event_times_s: NDArray[np.float64]
     matrix: NDArray[np.float32] | None
+    block_columns: Sequence[tuple[np.dtype[Any], int]]
     stored: "FeatureRows | None" = None
+    is_complete: bool = field(init=False)
+    _values: tuple[NDArray[Any], ...] | None = field(init=False, default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_complete", bool((self.statuses == _PRESENT).all()))
+
+    @property
+    def values(self) -> tuple[NDArray[Any], ...]:
+        """The columns of `blocks`, one per `plan.features`, shape (n,)."""
+        if self._values is None:  # a model that takes the whole matrix never asks
+            columns = [self.blocks[dtype][:, column] for dtype, column in self.block_columns]
+            object.__setattr__(self, "_values", tuple(columns))
+        assert self._values is not None
+        return self._values
+
+    def count_statuses(self) -> NDArray[np.int64]:
+        """Return how many values there are of each status, by its number."""
+        if self.is_complete:
+            counts = np.zeros(_STATUS_COUNT, np.int64)
+            counts[_PRESENT] = self.statuses.size
+            return counts
+        return np.bincount(self.statuses.ravel(), minlength=_STATUS_COUNT)
 
 
 class OnlineStore(Protocol):
@@ -152,10 +177,10 @@ class RowBlocks:
         plan = self.plan
         return FeatureRows(
             blocks=self.blocks,
-            values=tuple([self.blocks[dtype][:, column] for dtype, column in plan.block_columns]),
             statuses=self.statuses,
             event_times_s=self.event_times_s,
             matrix=next(iter(self.blocks.values())) if plan.is_float32 else None,
+            block_columns=plan.block_columns,
             stored=stored,
         )
 
@@ -173,6 +198,8 @@ def mark_outside_max_age(
     The limit is the view's TTL or `max_age_s`, whichever is smaller. A value exactly that old is
     not too old; one whose event time is unknown is, where there is a limit.
     """
+    if max_age_s is None and not plan.has_ttl:
+        return
     limits_s = plan.ttls_s if max_age_s is None else np.minimum(plan.ttls_s, max_age_s)
     limited = limits_s < np.inf
     if not limited.any():
@@ -200,4 +227,6 @@ def row_count(plan: FeaturePlan, entities: Mapping[str, NDArray[Any]]) -> int:
     return counts.pop()
 
 
+_PRESENT = np.uint8(FeatureStatus.PRESENT)  # numpy converts a member of an enum each time
+_STATUS_COUNT = max(FeatureStatus) + 1
 _FILLERS: dict[str, Any] = {"f": np.nan, "i": 0, "b": False, "O": None}

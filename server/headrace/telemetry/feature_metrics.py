@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,12 @@ AGE_BOUNDS_S = (
 )
 COMBINATIONS_MAX = 1_024
 """Of views that are read together, until they are added up."""
+
+HELD_MAX = 4_096
+"""Ages and statuses that wait to be counted, of each combination of views."""
+
+HELD_BATCHES_MAX = 32
+"""Batches of them: counting one costs as much as counting many."""
 
 _STATUS_COUNT = len(FEATURE_STATUSES)
 _AGE_COUNT = len(AGE_BOUNDS_S) + 1
@@ -168,11 +174,83 @@ class RegistryMetrics(Collector):
 
 
 class _Counts(NamedTuple):
-    """Of some views: by status, by age, and the ages' sums."""
+    """Of one view: by status, by age, and the ages' sum."""
 
     statuses: NDArray[np.int64]
     ages: NDArray[np.int64]
-    age_sums_s: NDArray[np.float64]
+    age_sum_s: float
+
+
+class _Tally:
+    """
+    What was read of some views together. Batches are kept and counted some at a time.
+
+    Args:
+        views: How many views there are.
+    """
+
+    def __init__(self, views: int) -> None:
+        self._views = views
+        self._present: list[tuple[NDArray[np.intp], int]] = []  # each feature's view, and rows
+        self._others: list[tuple[NDArray[np.intp], NDArray[np.uint8]]] = []
+        self._ages_s: list[NDArray[np.float64]] = []
+        self._held = 0
+        self._statuses = np.zeros((views, _STATUS_COUNT), np.int64)
+        self._ages = np.zeros((views, _AGE_COUNT), np.int64)
+        self._age_sums_s = np.zeros(views)
+
+    def add(
+        self,
+        view_of_feature: NDArray[np.intp],
+        statuses: NDArray[np.uint8] | None,
+        ages_s: NDArray[np.float64],
+    ) -> None:
+        """Fold in a batch, as `ViewMetrics.read` takes it."""
+        self._ages_s.append(ages_s)
+        self._held += ages_s.size
+        if statuses is not None:
+            self._others.append((view_of_feature, statuses))
+            self._held += statuses.size
+        else:
+            rows = ages_s.shape[1]
+            if self._present and self._present[-1][0] is view_of_feature:
+                rows += self._present.pop()[1]
+            self._present.append((view_of_feature, rows))
+        if self._held >= HELD_MAX or len(self._ages_s) >= HELD_BATCHES_MAX:
+            self._count()
+
+    def counts(self) -> Iterable[_Counts]:
+        """Return what was counted of each view."""
+        self._count()
+        sums_s = self._age_sums_s.tolist()
+        return [_Counts(*of) for of in zip(self._statuses, self._ages, sums_s, strict=True)]
+
+    def _count(self) -> None:
+        for view_of_feature, rows in self._present:
+            features = np.bincount(view_of_feature, minlength=self._views)
+            self._statuses[:, _PRESENT] += features * rows
+        for view_of_feature, statuses in self._others:
+            self._statuses += _by_view(statuses, view_of_feature, self._views, _STATUS_COUNT)
+        if self._ages_s:
+            ages_s = np.concatenate(self._ages_s, 1)
+            is_unknown = np.isnan(ages_s)
+            buckets = np.searchsorted(_AGE_BOUNDS, ages_s)
+            buckets += is_unknown  # they are in the last one, and go to the one after it
+            each = np.arange(self._views)
+            self._ages += _by_view(buckets, each, self._views, _AGE_COUNT + 1)[:, :-1]
+            self._age_sums_s += np.where(is_unknown, 0.0, ages_s).sum(1)
+        self._present.clear()
+        self._others.clear()
+        self._ages_s.clear()
+        self._held = 0
+
+
+def _by_view(
+    numbers: NDArray[Any], view_of_row: NDArray[np.intp], views: int, count: int
+) -> NDArray[np.int64]:
+    """Count small numbers, a row of them for something of a view: shape (views, count)."""
+    places = numbers + (view_of_row * count)[:, None]
+    return np.bincount(places.ravel(), minlength=views * count).reshape(views, count)
 
 
 class ViewMetrics(Collector):
@@ -180,50 +258,33 @@ class ViewMetrics(Collector):
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # By the views that are read together, so that a batch is a few additions of arrays.
-        self._counts: dict[tuple[str, ...], _Counts] = {}
+        # By the views that are read together, so that a batch is a few entries of lists.
+        self._tallies: dict[tuple[str, ...], _Tally] = {}
         self._totals: dict[str, _Counts] = {}
 
     def read(
         self,
         views: tuple[str, ...],
         view_of_feature: NDArray[np.intp],
-        statuses: NDArray[np.uint8],
+        statuses: NDArray[np.uint8] | None,
         ages_s: NDArray[np.float64],
     ) -> None:
         """
-        Fold in what a batch read.
+        Fold in what a batch read. The arrays may be kept for some batches.
 
         Args:
             views: The names under which the store holds them.
             view_of_feature: Each feature's place in `views`.
-            statuses: Feast's status numbers, shape (features, n).
+            statuses: Feast's status numbers, shape (features, n); None when all are PRESENT.
             ages_s: Shape (views, n); NaN where nothing was found.
         """
-        places = statuses + (view_of_feature * _STATUS_COUNT)[:, None]
-        by_status = np.bincount(places.ravel(), minlength=len(views) * _STATUS_COUNT)
-        buckets = np.searchsorted(_AGE_BOUNDS, ages_s)
-        buckets += (np.arange(len(views)) * (_AGE_COUNT + 1))[:, None]
-        is_unknown = np.isnan(ages_s)
-        if is_unknown.any():
-            buckets += is_unknown  # they are in the last bucket; the one after it is nobody's
-            sums_s = np.where(is_unknown, 0.0, ages_s).sum(1)
-        else:
-            sums_s = ages_s.sum(1)
-        by_age = np.bincount(buckets.ravel(), minlength=len(views) * (_AGE_COUNT + 1))
         with self._lock:
-            counts = self._counts.get(views)
-            if counts is None:
-                if len(self._counts) >= COMBINATIONS_MAX:  # callers may select as they like
+            tally = self._tallies.get(views)
+            if tally is None:
+                if len(self._tallies) >= COMBINATIONS_MAX:  # callers may select as they like
                     self._add_up()
-                counts = self._counts[views] = _Counts(
-                    np.zeros(len(views) * _STATUS_COUNT, np.int64),
-                    np.zeros(len(views) * (_AGE_COUNT + 1), np.int64),
-                    np.zeros(len(views)),
-                )
-            counts.statuses[:] += by_status
-            counts.ages[:] += by_age
-            counts.age_sums_s[:] += sums_s
+                tally = self._tallies[views] = _Tally(len(views))
+            tally.add(view_of_feature, statuses, ages_s)
 
     def collect(self) -> Iterable[Metric]:
         """Make Prometheus' numbers of it."""
@@ -243,28 +304,27 @@ class ViewMetrics(Collector):
                 values.add_metric([view, status], count)
             ages.add_metric(
                 [view],
-                list(zip(_EDGES, accumulate(counts.ages[:-1].tolist()), strict=True)),
-                float(counts.age_sums_s[0]),
+                list(zip(_EDGES, accumulate(counts.ages.tolist()), strict=True)),
+                counts.age_sum_s,
             )
         return [values, ages]
 
     def _add_up(self) -> None:
         """Add up what was read of each view, whatever it was read together with."""
-        for views, counts in self._counts.items():
-            parts = zip(
-                views,
-                counts.statuses.reshape(len(views), -1),
-                counts.ages.reshape(len(views), -1),
-                counts.age_sums_s[:, None],
-                strict=True,
-            )
-            for view, *own in parts:
-                before = self._totals.get(view, (0, 0, 0.0))
+        for views, tally in self._tallies.items():
+            for view, own in zip(views, tally.counts(), strict=True):
+                before = self._totals.get(view)
+                if before is None:
+                    self._totals[view] = own
+                    continue
                 self._totals[view] = _Counts(
-                    *(old + new for old, new in zip(before, own, strict=True))
+                    before.statuses + own.statuses,
+                    before.ages + own.ages,
+                    before.age_sum_s + own.age_sum_s,
                 )
-        self._counts.clear()
+        self._tallies.clear()
 
 
+_PRESENT = FEATURE_STATUSES.index("PRESENT")
 _AGE_BOUNDS = np.array(AGE_BOUNDS_S)
 _EDGES = [*(str(bound) for bound in AGE_BOUNDS_S), "+Inf"]

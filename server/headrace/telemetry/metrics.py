@@ -115,7 +115,7 @@ class ModelMetrics:
         features_s: float | None,
         infer_s: float,
         finished_s: float,
-        statuses: NDArray[np.uint8] | None,
+        statuses: NDArray[np.int64] | None,
     ) -> None:
         """
         Fold in one answered batch.
@@ -127,7 +127,7 @@ class ModelMetrics:
             features_s: How long its features took; None for a model without features.
             infer_s: How long the model took.
             finished_s: When the last reply was sent, on that clock.
-            statuses: Feast's status numbers, of any shape.
+            statuses: How many values there were of each of Feast's status numbers.
         """
         with self._lock:
             self.requests += len(arrivals_s)
@@ -139,7 +139,7 @@ class ModelMetrics:
             if features_s is not None:
                 self.features_s.observe(features_s)
             if statuses is not None:
-                self.statuses += np.bincount(statuses.ravel(), minlength=len(FEATURE_STATUSES))
+                self.statuses += statuses
 
     def failed(self, requests: int) -> None:
         """Count requests that reached a batch and got an error."""

@@ -1,5 +1,6 @@
 """The numbers add up, and Prometheus can read them."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,13 +16,14 @@ from headrace.garbage.pauses import Pauses
 from headrace.monitoring.stream import PredictionStream
 from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.feature_metrics import (
+    AGE_BOUNDS_S,
     FeatureReadMetrics,
     RegistryMetrics,
     StoreMetrics,
     ViewMetrics,
 )
 from headrace.telemetry.instruments import METRICS
-from headrace.telemetry.metrics import SECONDS_BOUNDS, Histogram, Metrics
+from headrace.telemetry.metrics import FEATURE_STATUSES, SECONDS_BOUNDS, Histogram, Metrics
 from headrace.workers.numbers import supervisor_families
 
 
@@ -81,7 +83,7 @@ def answered(metrics, **changes):
         "features_s": 0.25,
         "infer_s": 0.003,
         "finished_s": 3.0,
-        "statuses": np.array([[1, 1, 3], [2, 4, 1]], np.uint8),
+        "statuses": np.array([0, 3, 1, 1, 1]),
     }
     metrics.model("m", "1").answered(**{**batch, **changes})
 
@@ -185,6 +187,46 @@ def test_views_are_counted_by_status_and_age_whatever_they_are_read_with(
         "a": 0.5,
         "b": 55.5,
     }
+
+
+@st.composite
+def view_batches(draw):
+    """What a batch read of the views "a" and "b": each feature's view, statuses, and ages."""
+    view_of_feature = np.array(draw(st.lists(st.integers(0, 1), min_size=1, max_size=4)))
+    rows = draw(st.integers(1, 3))
+    number = st.integers(1, len(FEATURE_STATUSES) - 1)
+    column = st.lists(number, min_size=rows, max_size=rows)
+    features = len(view_of_feature)
+    statuses = draw(st.none() | st.lists(column, min_size=features, max_size=features))
+    age = st.sampled_from([-1.0, 0.5, *AGE_BOUNDS_S, 1e9, np.nan])
+    ages = draw(st.lists(st.lists(age, min_size=rows, max_size=rows), min_size=2, max_size=2))
+    return view_of_feature, statuses and np.array(statuses, np.uint8), np.array(ages)
+
+
+@given(st.lists(view_batches(), max_size=8), st.integers(1, 20), st.integers(1, 4))
+def test_views_are_counted_whenever_batches_are(batches, held_max, held_batches_max):
+    views = ViewMetrics()
+    statuses_of, ages_of = Counter(), {"a": [], "b": []}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("headrace.telemetry.feature_metrics.HELD_MAX", held_max)
+        patch.setattr("headrace.telemetry.feature_metrics.HELD_BATCHES_MAX", held_batches_max)
+        for view_of_feature, statuses, ages_s in batches:
+            views.read(("a", "b"), view_of_feature, statuses, ages_s)
+            for feature, place in enumerate(view_of_feature.tolist()):
+                row = [1] * ages_s.shape[1] if statuses is None else statuses[feature].tolist()
+                statuses_of.update(("ab"[place], FEATURE_STATUSES[status]) for status in row)
+            for place, view in enumerate("ab"):
+                ages_of[view] += [age for age in ages_s[place].tolist() if age == age]  # not NaN
+
+    values, ages = views.collect()
+
+    assert {tuple(s.labels.values()): s.value for s in values.samples if s.value} == statuses_of
+    for sample in ages.samples:
+        own = ages_of[sample.labels["view"]]
+        if "le" in sample.labels:
+            assert sample.value == sum(age <= float(sample.labels["le"]) for age in own)
+        elif sample.name.endswith("_sum"):
+            assert sample.value == pytest.approx(sum(own))
 
 
 def test_the_skew_log_says_what_became_of_its_rows(tmp_path):
