@@ -23,7 +23,12 @@ from headrace.repository.parameters import (
 )
 from headrace.repository.placement import gpu_device, gpu_options, instance_count
 from headrace.repository.policy import VersionPolicy
-from headrace.repository.queueing import QueueLevel, queue_levels
+from headrace.repository.queueing import (
+    QueueControl,
+    QueueLevel,
+    queue_control,
+    queue_levels,
+)
 from headrace.tensors import TensorSpec
 
 PLATFORM = "onnxruntime_onnx"
@@ -140,6 +145,7 @@ class ModelConfig:
         preferred_batch_sizes: Row counts worth waiting for, ascending.
         queue_levels: How requests of each priority level wait, of level 1 first.
         default_priority_level: Of a request that names none.
+        queue_control: What is done about a queue that stands; None for nothing.
         instance_count: Executors that run the model side by side.
         version_policy: Which versions serve.
         remote: Where the model runs, when it is elsewhere.
@@ -171,6 +177,7 @@ class ModelConfig:
     preferred_batch_sizes: tuple[int, ...] = ()
     queue_levels: tuple[QueueLevel, ...] = (QueueLevel(),)
     default_priority_level: int = 1
+    queue_control: QueueControl | None = None
     instance_count: int = 1
     version_policy: VersionPolicy = field(default_factory=VersionPolicy)
     remote: RemoteModel | None = None
@@ -235,6 +242,7 @@ def parse_config(text: str, model_name: str) -> ModelConfig:
         preferred_batch_sizes=_preferred_batch_sizes(message.dynamic_batching),
         queue_levels=queue_levels(message.dynamic_batching),
         default_priority_level=message.dynamic_batching.default_priority_level or 1,
+        queue_control=queue_control(parameters),
         instance_count=instance_count(message.instance_group),
         gpu_device=device,
         gpu_options=() if device is None else tuning,

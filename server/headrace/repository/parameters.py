@@ -25,6 +25,8 @@ _KNOWN = {
     *REMOTE_PARAMETERS,
     "feature_service",
     "latency_slo_ms",
+    "codel_target_ms",
+    "codel_interval_ms",
     "intra_op_thread_count",
     "inter_op_thread_count",
     "execution_mode",
