@@ -125,8 +125,8 @@ class FairQueue(RequestQueue[RequestT]):
         if share is not None and share.count:
             own = share.rows
             if key in self._line_ups:
-                place = level, min(request.deadline_s, now_s + PATIENCE_S)
-                behind = self._line_ups[key].behind(rank, caller, place)
+                due_s = min(request.deadline_s, now_s + PATIENCE_S)
+                behind = self._line_ups[key].behind(rank, caller, level, due_s)
                 own -= own * behind // share.count  # as if all had as many rows
         return ahead + own + shares.rows_before(caller, own + request.rows)
 
@@ -211,7 +211,8 @@ class FairQueue(RequestQueue[RequestT]):
                     hopeful.append(entry)
             if len(hopeful) == len(entries):
                 break
-            entries[:] = hopeful
+            self._line_ups[lane.key].settle((), hopeful)  # to draw anew as if they never were
+            entries.clear()
         if not entries or lane.rows > limit:
             return limit
         head = min(entries)

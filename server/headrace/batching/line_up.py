@@ -87,10 +87,12 @@ class LineUp(Generic[RequestT]):
             del self._lines[key]
         return True
 
-    def behind(self, rank: int, caller: Caller, place: tuple[int, float]) -> int:
-        """Return how many of a caller's own go after one of that level and due time."""
+    def behind(self, rank: int, caller: Caller, level: int, due_s: float) -> int:
+        """Return how many of a caller's own go after one that comes now and is due then."""
         line = self._lines.get((rank, caller))
-        return 0 if line is None else len(line.entries) - bisect_left(line.entries, place)
+        if line is None:
+            return 0
+        return len(line.entries) - bisect_left(line.entries, (level, due_s, math.inf))
 
     def front(self) -> Front | None:
         """Say whose turn it is; None when nobody is left."""

@@ -11,8 +11,8 @@ from collections import Counter
 
 import pytest
 
-from headrace.batching.cost import BatchCost
 from headrace.batching.codel import Codel
+from headrace.batching.cost import BatchCost
 from headrace.batching.fair_queue import FairQueue
 from headrace.batching.policy import BatchPolicy, LevelPolicy
 from headrace.batching.queue import RequestQueue
@@ -92,6 +92,12 @@ class World:
         assert self.answers == Counter(range(arrivals)), "each caller gets exactly one answer"
         assert not self.waiting
         assert self.queue.count == self.queue.rows == self.queue.byte_count == 0
+        assert not self.queue._lanes
+        assert not any(self.queue._counts)
+        if isinstance(self.queue, FairQueue):
+            assert not self.queue._line_ups
+            assert not self.queue._held
+            assert not any(map(len, self.queue._shares.values()))
 
     def arrive(self, number):
         caller = Caller(number, self.now_s, self.numbers)
