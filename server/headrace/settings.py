@@ -413,6 +413,9 @@ def load(kind: type[SettingsT], flags: Mapping[str, Any], config: Path | None = 
         faults = []
         for fault in error.errors():
             name = ".".join(map(str, fault["loc"]))
+            if not name:  # about several of them together, which it names
+                faults.append(fault["msg"])
+                continue
             variable = f"{kind.model_config['env_prefix']}{name.upper()}"
             faults.append(f"--{name.replace('_', '-')} (or {variable}): {fault['msg']}")
         raise StartupError("; ".join(faults)) from None
