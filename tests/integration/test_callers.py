@@ -299,12 +299,17 @@ def waiting(gateway, model="plain"):
     return gateway.catalog.find(model, "").waiting
 
 
+def arrived(gateway, model="plain"):
+    """Return how many calls wait or have been in a batch, since `ask`."""
+    return waiting(gateway, model) + sum(map(len, gateway.ran))
+
+
 def test_who_asks_for_little_is_in_the_batch_after_a_flood_has_come(slow, ask):
     slow.gate.clear()
     flood = [ask("flood", 1.0) for _ in range(60)]
-    until(lambda: waiting(slow) >= 60 - BATCH)
+    until(lambda: arrived(slow) == 60)
     light = [ask(f"light {number}", 2.0) for number in range(3)]
-    until(lambda: waiting(slow) >= 60 - BATCH + 3)
+    until(lambda: arrived(slow) == 60 + 3)
 
     under_way = len(slow.ran)
     slow.gate.set()
@@ -317,7 +322,7 @@ def test_who_asks_for_little_is_in_the_batch_after_a_flood_has_come(slow, ask):
 def test_a_flood_fills_its_own_part_of_the_queue_and_costs_nobody_else_a_refusal(slow, ask):
     slow.gate.clear()
     flood = [ask("flood") for _ in range(150)]
-    until(lambda: sum(f.done() for f in flood) + waiting(slow) + sum(map(len, slow.ran)) == 150)
+    until(lambda: sum(call.done() for call in flood) + arrived(slow) == 150)
     refusals = [call for call in flood if call.done()]
     light = [ask(f"light {number}") for number in range(10)]
     until(lambda: waiting(slow) == 80 + 10)
@@ -331,7 +336,7 @@ def test_a_flood_fills_its_own_part_of_the_queue_and_costs_nobody_else_a_refusal
 def test_in_a_queue_that_stands_callers_are_told_to_slow_down_and_the_rest_is_served(slow, ask):
     slow.gate.clear()
     calls = [ask(f"caller {number % 8}", model="controlled") for number in range(60)]
-    until(lambda: waiting(slow, "controlled") >= 60 - 2 * BATCH)
+    until(lambda: arrived(slow, "controlled") == 60)
     slow.gate.set()
 
     outcomes = Counter(map(code, calls))
