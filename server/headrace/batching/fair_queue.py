@@ -143,10 +143,11 @@ class FairQueue(RequestQueue[RequestT]):
         shares = self._shares.get(rank)
         if shares is None:
             shares = self._shares[rank] = Shares()
-        line_up.add(entry, shares, shares.came(request.caller, request.rows))
+        is_head = line_up.add(entry, shares, shares.came(request.caller, request.rows))
         requests, byte_count = self._held.get(request.caller, (0, 0))
         self._held[request.caller] = requests + 1, byte_count + request.byte_count
-        self._file(lane)
+        if is_head:
+            self._file(lane)
 
     def _left(self, lane: Lane[RequestT], entries: Sequence[Entry[RequestT]]) -> None:
         super()._left(lane, entries)

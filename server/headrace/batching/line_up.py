@@ -58,8 +58,13 @@ class LineUp(Generic[RequestT]):
         self._heap: list[tuple[int, int, int, int, _Line[RequestT]]] = []
         self._drawn: list[tuple[_Line[RequestT], tuple[int, int, int, int]]] = []
 
-    def add(self, entry: Entry[RequestT], shares: Shares, share: Share) -> None:
-        """Put a request in its caller's line; its share counts it already."""
+    def add(self, entry: Entry[RequestT], shares: Shares, share: Share) -> bool:
+        """
+        Put a request in its caller's line; its share counts it already.
+
+        Returns:
+            Whether it is the line's head, so that the front may be another one now.
+        """
         rank = rank_of(entry)
         key = rank, share.caller
         line = self._lines.get(key)
@@ -72,6 +77,7 @@ class LineUp(Generic[RequestT]):
             insort(entries, entry)
         if line.turn < line.filed:
             self._push(line)
+        return entries[0] is entry
 
     def remove(self, entry: Entry[RequestT]) -> bool:
         """Take a request out; say whether it was there."""
