@@ -191,6 +191,7 @@ def test_the_same_holds_where_each_caller_may_take_up_only_a_part_of_the_queue()
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @CODEL
 @QUEUES
 def test_the_same_holds_over_a_hundred_thousand_interleavings(kind, has_codel):
