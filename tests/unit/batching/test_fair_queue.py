@@ -238,6 +238,15 @@ def test_shedding_always_leaves_a_batch():
     assert waiting.count == 0
 
 
+def test_a_burst_is_taken_up_by_a_queue_that_was_emptied_before_it():
+    waiting = queue(Request("a"), size=4, codel=Codel(0.05, 0.1))
+    waiting.take(0.06)  # it waited long, and nobody is left
+    for request in some("a", 30):
+        waiting.add(request, 0.1)
+
+    assert waiting.take(0.17).dropped == []
+
+
 def test_who_has_left_the_queue_is_not_kept_in_memory_by_it():
     taken, leaving = Request("a", due=1), Request("a", due=2)
     waiting = queue(taken, leaving, size=1, codel=Codel(1.0))
