@@ -12,6 +12,9 @@ for each caller, the time when his bucket will be full, which moves only when he
 from headrace.batching.callers import Caller
 from headrace.batching.eviction import CALLERS_MAX, idlest
 
+ROUNDING_S = 1e-6
+"""What sums of times may be off by: nobody is refused for less."""
+
 
 class Quotas:
     """
@@ -36,7 +39,8 @@ class Quotas:
 
     def wait_s(self, caller: Caller, now_s: float) -> float:
         """Return in how many seconds the caller's next request would be let in; 0 for now."""
-        return max(0.0, self._full_at_s.get(caller, now_s) - now_s - self._slack_s)
+        wait_s = self._full_at_s.get(caller, now_s) - now_s - self._slack_s
+        return wait_s if wait_s > ROUNDING_S else 0.0
 
     def charge(self, caller: Caller, rows: int, now_s: float) -> None:
         """Take rows out of a caller's bucket, whatever is in it."""

@@ -51,7 +51,7 @@ def take(accounts, rows, metadata=A):
 def test_who_has_used_up_his_quota_is_told_when_to_come_again(accounts, clock):
     take(accounts, 7)
 
-    with pytest.raises(QuotaExceeded, match=r"10 rows per second; try again in 0\.300 s") as error:
+    with pytest.raises(QuotaExceeded, match="10 rows per second") as error:
         accounts.enter(A)
     assert error.value.retry_after_s == pytest.approx(0.3)
     clock.now_s += 0.3001
