@@ -203,10 +203,10 @@ class RequestQueue(Generic[RequestT]):
 
         Returns:
             At most what `finish_s` says of any that has this deadline and names no timeout; `now_s`
-            where priorities or different shapes leave it open.
+            where priorities, different shapes or whose it is leave it open.
         """
         lanes = self._lanes.values()
-        if len(self._levels) > 1 or len(lanes) > 1:
+        if len(self._levels) > 1 or len(lanes) > 1 or not self.is_impartial:
             return now_s
         cost, most = self._cost, self._policy.max_batch_size
         ahead, last = 0, 1

@@ -44,8 +44,8 @@ METRICS: dict[str, str] = {
     "headrace_registry_reads_total": "Looks at the feature registry that found a new state, or "
     "failed, by result.",
     "headrace_model_loads_total": "Attempts to load a model version, by result.",
-    "headrace_calls_refused_total": "Hot calls, and messages of streams, refused before they were "
-    "read, by reason.",
+    "headrace_calls_refused_total": "Hot calls, and messages of streams, refused before it was "
+    "looked at which model they are for, by reason.",
     "headrace_rpc_errors_total": "Hot calls, and messages of streams, refused or failed, by gRPC "
     "code.",
     "headrace_rpc_open_calls": "Hot calls, and messages of streams, received and not yet finished.",
