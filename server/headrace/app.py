@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import structlog
 
 from headrace.backends.cuda import refuse_two_builds
+from headrace.batching.accounts import CallerAccounts
+from headrace.batching.quotas import Quotas
 from headrace.catalog import Catalog, ModelEntry
 from headrace.errors import FeatureStoreUnavailable, StartupError
 from headrace.feature_reads import FeatureReads
@@ -132,6 +134,7 @@ class Gateway:
             self.metrics.stream = self._stream
         record = None if self._stream is None else self._stream.put
         self.calls = _call_recorder(self.metrics, None if place is None else place.number)
+        self._accounts = self.metrics.accounts = _caller_accounts(settings)
         self._skew_log = _skew_log(settings)
         self.metrics.skew_log = self._skew_log
         self._plans: FeaturePlans | None = None
@@ -156,6 +159,8 @@ class Gateway:
                 max_queue_bytes=settings.max_queue_bytes,
                 timeout_s=settings.feature_timeout_s,
                 skew_log=self._skew_log,
+                is_fair=self._accounts is not None,
+                codel_s=_feature_codel_s(settings),
             )
         loader = VersionLoader(
             settings,
@@ -190,6 +195,7 @@ class Gateway:
             repository=self.repository if place is None else place.shared(self.repository.mode),
             is_ready=self.is_ready,
             features=self._feature_services(),
+            accounts=self._accounts,
             metrics=self.metrics,
             calls=self.calls,
             max_message_bytes=settings.max_message_bytes,
@@ -377,6 +383,7 @@ class Gateway:
             as_feast=self._settings.feast_compat,
             is_ready=lambda: self._features_readable and not self._stopping.is_set(),
             writes=self._writes,
+            accounts=self._accounts,
         )
 
     def _look_at_features(self) -> None:
@@ -426,6 +433,21 @@ def _call_recorder(metrics: Metrics, worker: int | None) -> CallRecorder:
         calls = CallRecorder(metrics, Sampler(rule), SpanExporter(worker))
     metrics.calls = calls
     return calls
+
+
+def _caller_accounts(settings: ServeSettings) -> CallerAccounts | None:
+    if settings.caller_header is None:
+        return None
+    rate_per_s = settings.caller_rate_per_s
+    if rate_per_s is None:
+        return CallerAccounts(settings.caller_header)
+    burst = max(1.0, rate_per_s) if settings.caller_burst is None else settings.caller_burst
+    return CallerAccounts(settings.caller_header, Quotas(rate_per_s, burst))
+
+
+def _feature_codel_s(settings: ServeSettings) -> tuple[float, float] | None:
+    target_s = settings.feature_codel_target_s
+    return None if target_s is None else (target_s, settings.feature_codel_interval_s)
 
 
 def _skew_log(settings: ServeSettings) -> SkewLog | None:

@@ -18,6 +18,7 @@
     │   ├── ModelUnavailable          the newest version failed and there is no older one
     │   └── Draining                  this server is stopping
     ├── Overloaded                too much work here: slow down
+    │   └── QuotaExceeded             too much work of this caller's
     ├── DeadlineExceeded          ran out of the caller's time before it cost anything
     ├── DependencyUnavailable     something behind this server does not answer
     │   ├── FeatureStoreUnavailable
@@ -95,6 +96,20 @@ class Draining(NotReady):
 
 class Overloaded(ServingError):
     """The queue is full. Slow down; the same call may work later."""
+
+
+class QuotaExceeded(Overloaded):
+    """
+    This caller has asked for as much as it may.
+
+    Args:
+        message: For people.
+        retry_after_s: In how many seconds it may ask again.
+    """
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class DeadlineExceeded(ServingError):

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from headrace.batching.batcher import Batcher
 from headrace.batching.bisection import Bisection, Blame
+from headrace.batching.codel import Codel
 from headrace.batching.policy import BatchPolicy
 from headrace.batching.queued import QueuedRequest
 from headrace.errors import (
@@ -140,6 +141,8 @@ class FeatureReads:
         max_queue_bytes: Bytes of them, likewise.
         timeout_s: Longest that one batch waits for the store; less when nobody waits so long.
         skew_log: Keeps what was read of sampled keys.
+        is_fair: Whether callers have fair shares.
+        codel_s: Target and interval for queues that stand, in seconds; None for no control.
     """
 
     def __init__(
@@ -155,6 +158,8 @@ class FeatureReads:
         max_queue_bytes: int,
         timeout_s: float,
         skew_log: SkewLog | None = None,
+        is_fair: bool = False,
+        codel_s: tuple[float, float] | None = None,
     ) -> None:
         self._plans = plans
         self._store = store
@@ -170,10 +175,12 @@ class FeatureReads:
                 BatchPolicy(max_rows),
                 max_queue_size=max_queue_size,
                 max_queue_bytes=max_queue_bytes,
+                is_fair=is_fair,
+                codel=None if codel_s is None else Codel(*codel_s),
             )
             for max_rows in (SHORT_BATCH_ROWS, max(max_entities, LONG_ROWS))
         )
-        metrics.queue_size = lambda: len(self._short) + len(self._long)
+        metrics.queues = (self._short, self._long)
         self._threads = [
             threading.Thread(target=self._execute, args=(queue,), name=name, daemon=True)
             for queue, name in ((self._short, "features-short"), (self._long, "features-long"))

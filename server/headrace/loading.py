@@ -11,6 +11,7 @@ from headrace.backends.onnx_runtime import load_onnx
 from headrace.backends.padded import PaddedBackend
 from headrace.backends.warm_up import warm_up
 from headrace.batching.batcher import Batcher
+from headrace.batching.codel import Codel
 from headrace.batching.policy import BatchPolicy, LevelPolicy
 from headrace.errors import ModelLoadError
 from headrace.features.join import FeatureJoin
@@ -135,6 +136,8 @@ class VersionLoader:
             levels=[LevelPolicy(*level) for level in config.queue_levels],
             default_level=config.default_priority_level,
             executors=executor_count(config),
+            is_fair=self._settings.caller_header is not None,
+            codel=None if config.queue_control is None else Codel(*config.queue_control),
         )
         order = self._order(config, version.number)
         served = ServedModel(

@@ -77,8 +77,13 @@ class OrderedRequest(StandIn):
         turn.order.settle(turn, lambda request: request.fail(error))
 
     def drop(self) -> None:
-        turn = self.turn
-        turn.order.settle(turn, lambda request: request.drop())
+        turn, is_shed = self.turn, self.is_shed
+
+        def drop(request: Request) -> None:
+            request.is_shed = is_shed
+            request.drop()
+
+        turn.order.settle(turn, drop)
 
 
 class ReplyOrder:

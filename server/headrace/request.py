@@ -114,6 +114,7 @@ class StandIn(Request):
         self.own_shapes = request.own_shapes
         self.priority = request.priority
         self.timeout_s = request.timeout_s
+        self.caller = request.caller  # who has paid for all of it, and is refunded by it alone
         self.served = request.served
         self.trace = request.trace
         self.method = request.method

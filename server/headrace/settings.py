@@ -6,11 +6,12 @@ named by `--config` (key `grpc_address`), else the default. Nothing else reads t
 """
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -123,6 +124,38 @@ class ServeSettings(Settings):
         ge=2**20,
         description="Bytes of requests that may wait per model version, likewise.",
     )
+    caller_header: str | None = Field(
+        None,
+        description="Metadata key whose value says who calls, such as x-caller; callers then have "
+        "fair shares of every queue. It is believed: let a proxy set it.",
+    )
+    caller_rate_per_s: float | None = Field(
+        None,
+        gt=0,
+        le=1e9,
+        description="Rows that each caller may ask for per second and worker, on average; beyond "
+        "it RESOURCE_EXHAUSTED. Needs --caller-header; without it there is no quota.",
+    )
+    caller_burst: float | None = Field(
+        None,
+        ge=1,
+        le=1e12,
+        description="Rows that a caller who was idle may ask for at once; by default those of one "
+        "second.",
+    )
+    feature_codel_target_s: float | None = Field(
+        None,
+        gt=0,
+        le=60,
+        description="Longest wait of a request for features, in seconds, once the oldest has "
+        "waited longer for a whole --feature-codel-interval-s; by default there is no such limit.",
+    )
+    feature_codel_interval_s: float = Field(
+        0.1,
+        gt=0,
+        le=600,
+        description="How long more than --feature-codel-target-s is put up with, in seconds.",
+    )
     max_entities: int = Field(
         10_000, ge=1, le=1_000_000, description="Rows in one request to a model with features."
     )
@@ -233,6 +266,26 @@ class ServeSettings(Settings):
         description="Bytes of rows that may wait for their file of the skew log; newer ones are "
         "dropped and counted.",
     )
+
+    @field_validator("caller_header")
+    @classmethod
+    def _is_metadata_key(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        value = value.lower()
+        if not re.fullmatch(r"[0-9a-z_.-]{1,100}", value) or value.endswith("-bin"):
+            raise ValueError("expected the key of text metadata: letters, digits, '_', '-', '.'")
+        if value.startswith("grpc-"):
+            raise ValueError("keys that begin with 'grpc-' are gRPC's own")
+        return value
+
+    @model_validator(mode="after")
+    def _has_callers(self) -> "ServeSettings":
+        if self.caller_rate_per_s is not None and self.caller_header is None:
+            raise ValueError("--caller-rate-per-s needs --caller-header")
+        if self.caller_burst is not None and self.caller_rate_per_s is None:
+            raise ValueError("--caller-burst needs --caller-rate-per-s")
+        return self
 
     @field_validator("grpc_address", "http_address", "monitor_address")
     @classmethod
@@ -360,6 +413,9 @@ def load(kind: type[SettingsT], flags: Mapping[str, Any], config: Path | None = 
         faults = []
         for fault in error.errors():
             name = ".".join(map(str, fault["loc"]))
+            if not name:  # about several of them together, which it names
+                faults.append(fault["msg"])
+                continue
             variable = f"{kind.model_config['env_prefix']}{name.upper()}"
             faults.append(f"--{name.replace('_', '-')} (or {variable}): {fault['msg']}")
         raise StartupError("; ".join(faults)) from None

@@ -44,6 +44,30 @@ def test_a_settings_file_that_is_missing_or_no_toml_is_refused(tmp_path):
         load_settings({"model_repository": "."}, tmp_path / "broken.toml")
 
 
+def test_the_header_that_says_who_calls_is_a_key_of_text_metadata():
+    assert load_settings({"model_repository": ".", "caller_header": "X-Caller"}).caller_header == (
+        "x-caller"
+    )
+    for wrong in ("", "x caller", ":path", "x-caller-bin", "grpc-timeout"):
+        with pytest.raises(StartupError, match="--caller-header"):
+            load_settings({"model_repository": ".", "caller_header": wrong})
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({"caller_rate_per_s": "5"}, "--caller-rate-per-s needs --caller-header"),
+        (
+            {"caller_header": "x-caller", "caller_burst": "5"},
+            "--caller-burst needs --caller-rate-per-s",
+        ),
+    ],
+)
+def test_what_says_nothing_without_another_setting_is_refused(flags, reason):
+    with pytest.raises(StartupError, match=reason):
+        load_settings({"model_repository": ".", **flags})
+
+
 def test_settings_do_not_change():
     settings = load_settings({"model_repository": "."})
 

@@ -8,13 +8,16 @@ Who cannot be answered in time is refused when he comes, and given up when his t
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
 import structlog
 
+from headrace.batching.codel import Codel
 from headrace.batching.cost import BatchCost
+from headrace.batching.fair_queue import FairQueue
 from headrace.batching.policy import BatchPolicy, LevelPolicy
 from headrace.batching.queue import RequestQueue, Waiting
 from headrace.errors import DeadlineExceeded, Draining, Overloaded
@@ -29,6 +32,12 @@ _LATE = Overloaded("too much is waiting to answer this request before its deadli
 
 READ_OF_LATE = 16
 """Of so many requests that seem too late unread, one is read: it may name a `timeout`."""
+
+TOLD_AT_ONCE = 64
+"""Of those who are given up, before a batch is carried: a flood of them must not hold it up."""
+
+TOLD_BESIDE = 2
+"""By whoever puts a request, if more wait to be told: as many are given up as come, at the most."""
 
 
 class Batcher(Generic[RequestT]):
@@ -50,6 +59,8 @@ class Batcher(Generic[RequestT]):
         levels: Policies of the priority levels, of level 1 first.
         default_level: Of a request that names none.
         executors: How many threads take.
+        is_fair: Whether callers take turns; otherwise whose a request is makes no difference.
+        codel: Says when the queue stands; whoever has waited too long is given up then.
 
     Attributes:
         refused_full: Requests refused because too many waited.
@@ -67,6 +78,8 @@ class Batcher(Generic[RequestT]):
         levels: Sequence[LevelPolicy] = (LevelPolicy(),),
         default_level: int = 1,
         executors: int = 1,
+        is_fair: bool = False,
+        codel: Codel | None = None,
     ) -> None:
         self.refused_full = self.refused_late = self.dropped = 0
         self.pressure = 0
@@ -78,9 +91,15 @@ class Batcher(Generic[RequestT]):
         self._executors = executors
         self._lock = threading.Lock()
         self._cost = BatchCost()
-        self._queue: RequestQueue[RequestT] = RequestQueue(
-            policy, self._cost, levels, default_level, executors
-        )
+        self._queue: RequestQueue[RequestT]
+        waiting = policy, self._cost, levels, default_level, executors, codel
+        if is_fair:
+            self._queue = FairQueue(
+                *waiting, max_queue_size=max_queue_size, max_queue_bytes=max_queue_bytes
+            )
+        else:
+            self._queue = RequestQueue(*waiting)
+        self._untold: deque[RequestT] = deque()
         self._refused_since_sweep = 0
         self._closed = False
         # By thread: (when it took a batch, its rows, when it will be free), `time.perf_counter`.
@@ -101,14 +120,13 @@ class Batcher(Generic[RequestT]):
             DeadlineExceeded: its deadline has passed already.
             Draining: the batcher is closed.
         """
-        expired: list[RequestT] = []
         try:
             with self._lock:
                 if self._closed:
                     raise Draining("this server is stopping")
                 queue, now_s = self._queue, time.time()
                 if self._is_full(request.byte_count):
-                    self._refuse_unless_some_left(request, now_s, expired)
+                    self._refuse_unless_some_left(request, now_s)
                 if request.timeout_s:
                     self._names_timeouts = True
                     queue.bind(request, now_s)
@@ -117,7 +135,7 @@ class Batcher(Generic[RequestT]):
                     self._refuse_if_late(request, now_s)
                 if not queue.add(request, now_s):
                     self.refused_full += 1
-                    raise Overloaded("too many requests of this priority are already waiting")
+                    raise Overloaded(queue.REFUSAL)
                 request.waits_in = self
                 wake = self._idle > 0
                 if wake:
@@ -125,7 +143,8 @@ class Batcher(Generic[RequestT]):
             if wake:
                 self._tokens.put(None)
         finally:
-            _drop_all(expired)
+            if self._untold:
+                self._tell(TOLD_BESIDE)
 
     def refuses(self, deadline_s: float, byte_count: int = 1) -> Overloaded | None:
         """
@@ -183,11 +202,13 @@ class Batcher(Generic[RequestT]):
                 batch, dropped, wait_s = self._queue.take(time.time(), arrived_before_s)
                 if dropped:
                     self.dropped += _callers(dropped)
+                    self._untold += dropped
+                rests = not batch and not self._untold
                 if batch:
                     self._note_running(thread, sum([request.rows for request in batch]))
                     if self.pressure:
                         self.pressure -= 1
-                elif not dropped:
+                elif rests:
                     if self._closed:
                         return None
                     self._idle += 1
@@ -197,10 +218,11 @@ class Batcher(Generic[RequestT]):
                     self._idle -= 1
             if wake:
                 self._tokens.put(None)
-            _drop_all(dropped)
+            if self._untold:
+                self._tell(TOLD_AT_ONCE)
             if batch:
                 return batch
-            if not dropped:
+            if rests:
                 self._wait(wait_s)
 
     def judge(self, request: RequestT, parts: int) -> None:
@@ -214,21 +236,21 @@ class Batcher(Generic[RequestT]):
         Raises:
             Overloaded, DeadlineExceeded, Draining: as `put`.
         """
-        expired: list[RequestT] = []
         try:
             with self._lock:
                 if self._closed:
                     raise Draining("this server is stopping")
                 queue, now_s = self._queue, time.time()
                 if self._is_full(request.byte_count, parts):
-                    self._refuse_unless_some_left(request, now_s, expired, parts)
+                    self._refuse_unless_some_left(request, now_s, parts)
                 if request.timeout_s:
                     self._names_timeouts = True
                     queue.bind(request, now_s)
                 if request.deadline_s != math.inf:
                     self._refuse_if_late(request, now_s)
         finally:
-            _drop_all(expired)
+            if self._untold:
+                self._tell(TOLD_BESIDE)
 
     def put_all(self, requests: Sequence[RequestT]) -> None:
         """
@@ -247,7 +269,7 @@ class Batcher(Generic[RequestT]):
                     for added in requests:
                         self._queue.remove(added)
                     self.refused_full += 1
-                    raise Overloaded("too many requests of this priority are already waiting")
+                    raise Overloaded(self._queue.REFUSAL)
                 request.waits_in = self
             wake = min(self._idle, len(requests))
             self._idle -= wake
@@ -285,6 +307,11 @@ class Batcher(Generic[RequestT]):
             idle, self._idle = self._idle, 0
         for _ in range(idle):
             self._tokens.put(None)
+
+    @property
+    def shed(self) -> int:
+        """Of the dropped, those who had waited too long while the queue stood."""
+        return self._queue.shed
 
     def __len__(self) -> int:
         """Requests waiting now."""
@@ -342,17 +369,16 @@ class Batcher(Generic[RequestT]):
                     return
             self._tokens.get()  # already on its way: whoever un-counted this thread sent it
 
-    def _refuse_unless_some_left(
-        self, request: RequestT, now_s: float, expired: list[RequestT], places: int = 1
-    ) -> None:
+    def _refuse_unless_some_left(self, request: RequestT, now_s: float, places: int = 1) -> None:
         """Make room of callers who have left. Swept rarely: it walks the whole queue."""
         queue = self._queue
         is_due = self._sweeps_next()
         self._refused_since_sweep += 1
         if is_due:
             self._refused_since_sweep = 1
-            expired += queue.sweep(now_s)
+            expired = queue.sweep(now_s)
             self.dropped += _callers(expired)
+            self._untold += expired
         if self._is_full(request.byte_count, places):
             self.refused_full += 1
             self.pressure = 2
@@ -363,15 +389,20 @@ class Batcher(Generic[RequestT]):
         count = self._refused_since_sweep + 1
         return count == 1 or count * 16 >= self._max_queue_size
 
+    def _tell(self, most: int) -> None:
+        """Tell some of those who are given up that they are; without the lock."""
+        untold = self._untold
+        for _ in range(most):
+            try:
+                request = untold.popleft()
+            except IndexError:  # another thread told the rest
+                return
+            try:
+                request.drop()
+            except Exception:  # noqa: BLE001 the others must be told, and the thread must go on
+                _LOG.exception("drop_failed")
+
 
 def _callers(requests: Iterable[Waiting]) -> int:
     """Count those who wait for an answer: parts of one request are one caller's."""
     return len({id(getattr(request, "split", request)) for request in requests})
-
-
-def _drop_all(dropped: Iterable[Waiting]) -> None:
-    for request in dropped:
-        try:
-            request.drop()
-        except Exception:  # noqa: BLE001 the others must be told, and the thread must go on
-            _LOG.exception("drop_failed")

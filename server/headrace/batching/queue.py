@@ -12,13 +12,16 @@ import heapq
 import itertools
 import math
 from bisect import bisect_left, insort
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
+from headrace.batching.callers import Caller
+from headrace.batching.codel import Codel
 from headrace.batching.cost import BatchCost
 from headrace.batching.policy import BatchPolicy, LevelPolicy
+from headrace.batching.standing import Standing
 
 PATIENCE_S = 1.0
 """
@@ -47,6 +50,10 @@ class Waiting(Protocol):
     """1 is served first; 0 for the default level."""
     timeout_s: float
     """How long it may wait for its batch, as its caller says; 0 when he does not."""
+    caller: Caller
+    """Who asks; he shares a fair queue with the others."""
+    is_shed: bool
+    """Whether it is dropped because the queue stands; the queue sets it."""
     place: Any
     """The queue's own."""
     waits_in: Any
@@ -66,26 +73,28 @@ class Waiting(Protocol):
 RequestT = TypeVar("RequestT", bound=Waiting)
 
 
-_Entry = tuple[int, float, int, float, RequestT]
+Entry = tuple[int, float, int, float, RequestT]
 """
 A request in line: its level, when it is due, its number, until when it waits for a batch under its
 level's policy, itself. A plain tuple: one is made for each request. They sort by the first three,
 and no two numbers are equal. Times are Unix seconds.
 """
 
-_NUMBER: Final = 2
-_START_BY: Final = 3
-_REQUEST: Final = 4
+LEVEL: Final = 0
+DUE: Final = 1
+NUMBER: Final = 2
+START_BY: Final = 3
+REQUEST: Final = 4
 
 _rows, _byte_count = attrgetter("rows"), attrgetter("byte_count")
 
 
 @dataclass(slots=True)
-class _Lane(Generic[RequestT]):
+class Lane(Generic[RequestT]):
     """Requests that may share a batch, in the order in which they go."""
 
     key: Hashable
-    entries: list[_Entry[RequestT]] = field(default_factory=list)
+    entries: list[Entry[RequestT]] = field(default_factory=list)
     rows: int = 0
     filed: int = _NONE
     """Number of the head that was filed last, while it has its place among the heads."""
@@ -118,10 +127,17 @@ class RequestQueue(Generic[RequestT]):
         default_level: Of a request that names none, or one that is not there.
         cost: How long a batch takes.
         executors: How many batches run side by side.
+        codel: Says when the queue stands; whoever has waited too long is dropped then.
+
+    Attributes:
+        shed: How many were dropped because the queue stood.
     """
 
     is_impartial = True
     """Whether it makes no difference whose a request is: one is refused as any other would be."""
+
+    REFUSAL = "too many requests of this priority are already waiting"
+    """What it means that `add` does not take a request."""
 
     def __init__(
         self,
@@ -130,15 +146,18 @@ class RequestQueue(Generic[RequestT]):
         levels: Sequence[LevelPolicy] = (LevelPolicy(),),
         default_level: int = 1,
         executors: int = 1,
+        codel: Codel | None = None,
     ) -> None:
         self.count = self.byte_count = self.rows = 0
+        self.shed = 0
+        self._standing: Standing[RequestT] | None = None if codel is None else Standing(codel)
         self._policy = policy
         self._cost = cost
         self._levels = levels
         self._default_level = default_level
         self._executors = executors
         self._counts = [0] * (len(levels) + 1)
-        self._lanes: dict[Hashable, _Lane[RequestT]] = {}
+        self._lanes: dict[Hashable, Lane[RequestT]] = {}
         # A place for each lane's head; those of former heads are passed over.
         self._heads: list[tuple[int, float, int, Hashable]] = []
         self._numbers = itertools.count()
@@ -166,10 +185,7 @@ class RequestQueue(Generic[RequestT]):
             free_in_s: In how many seconds an executor will be free, about.
         """
         cost, most = self._cost, self._policy.max_batch_size
-        lane = self._lanes.get(request.batch_key)
-        ahead = self.rows
-        if lane is not None:
-            ahead -= _rows_behind(lane, self.level_of(request), request.deadline_s, now_s)
+        ahead = self._rows_ahead(request, now_s)
         if not most:
             before, last = ahead, 1
         else:
@@ -188,10 +204,10 @@ class RequestQueue(Generic[RequestT]):
 
         Returns:
             At most what `finish_s` says of any that has this deadline and names no timeout; `now_s`
-            where priorities or different shapes leave it open.
+            where priorities, different shapes or whose it is leave it open.
         """
         lanes = self._lanes.values()
-        if len(self._levels) > 1 or len(lanes) > 1:
+        if len(self._levels) > 1 or len(lanes) > 1 or not self.is_impartial:
             return now_s
         cost, most = self._cost, self._policy.max_batch_size
         ahead, last = 0, 1
@@ -223,12 +239,15 @@ class RequestQueue(Generic[RequestT]):
             if request.timeout_s and policy.may_override:
                 timeout_s = min(timeout_s, request.timeout_s)
             start_by_s = now_s + timeout_s
-        self._insert((level, due_s, next(self._numbers), start_by_s, request))
+        number = next(self._numbers)
+        self._insert((level, due_s, number, start_by_s, request))
+        if self._standing is not None:
+            self._standing.came(number, request, now_s)
         return True
 
     def remove(self, request: RequestT) -> bool:
         """Take out a request that nobody waits for any more; say whether it was in line."""
-        entry: _Entry[RequestT] | None = request.place
+        entry: Entry[RequestT] | None = request.place
         lane = self._lanes.get(request.batch_key)
         if entry is None or lane is None:
             return False
@@ -246,12 +265,16 @@ class RequestQueue(Generic[RequestT]):
         gone = [
             request
             for lane in self._lanes.values()
-            for *_, request in lane.entries
+            for *_, request in self._entries(lane)
             if request.expired(now_s)
         ]
         for request in gone:
             self.remove(request)
         return gone
+
+    def _entries(self, lane: Lane[RequestT]) -> Iterable[Entry[RequestT]]:
+        """Return all of a lane's, in any order."""
+        return lane.entries
 
     def take(self, now_s: float, arrived_before_s: float = math.inf) -> Taken[RequestT]:
         """
@@ -262,67 +285,109 @@ class RequestQueue(Generic[RequestT]):
             arrived_before_s: Now, on the clock of `arrival_s`; infinite to wait for no company.
         """
         dropped: list[RequestT] = []
-        held: list[_Lane[RequestT]] = []
+        held: list[Lane[RequestT]] = []
         batch: list[RequestT] = []
         wait_s: float | None = None
+        if self._standing is not None:
+            self._shed(self._standing, now_s, dropped)
         while not batch and (lane := self._next_lane()) is not None:
             most = self._drop_hopeless(lane, now_s, dropped)
             if not lane.entries:
-                del self._lanes[lane.key]
+                self._settle(lane)
                 continue
             count = len(lane.entries)
             if self.rows > most or not self._takes_everything:
                 decision = self._policy.decide(
-                    [entry[_REQUEST].rows for entry in lane.entries[: self._policy.most_requests]],
+                    [entry[REQUEST].rows for entry in lane.entries[: self._policy.most_requests]],
                     self._oldest_wait_s(lane, now_s, arrived_before_s),
                     most,
                 )
                 count = decision.count
                 if not count:
                     held.append(lane)
+                    self._put_back(lane)
                     own_s = min(decision.wait_s, self._spare_s(lane, now_s))
                     wait_s = own_s if wait_s is None else min(wait_s, own_s)
                     continue
             batch = self._take_from(lane, count, now_s, dropped)
         for lane in held:
-            self._file(lane)
+            self._settle(lane)
         return Taken(batch, dropped, wait_s)
 
-    def _insert(self, entry: _Entry[RequestT]) -> None:
-        request = entry[_REQUEST]
+    def _insert(self, entry: Entry[RequestT]) -> None:
+        request = entry[REQUEST]
         request.place = entry
         key = request.batch_key
         lane = self._lanes.get(key)
         if lane is None:
-            lane = self._lanes[key] = _Lane(key)
+            lane = self._lanes[key] = Lane(key)
         entries = lane.entries
         if not entries or entry > entries[-1]:
             entries.append(entry)
         else:
             insort(entries, entry)
+        self._came(lane, entry)
+        if entries[0] is entry:
+            self._file(lane)
+
+    def _came(self, lane: Lane[RequestT], entry: Entry[RequestT]) -> None:
+        """Count a request in that was put into its lane."""
+        request = entry[REQUEST]
         lane.rows += request.rows
         self.rows += request.rows
         self.count += 1
         self.byte_count += request.byte_count
         if not self._is_plain:
-            self._counts[entry[0]] += 1
-        if entries[0] is entry:
-            self._file(lane)
+            self._counts[entry[LEVEL]] += 1
 
-    def _file(self, lane: _Lane[RequestT]) -> None:
+    def _rows_ahead(self, request: RequestT, now_s: float) -> int:
+        """Return how many rows go before a request's own, about, if it is added now."""
+        lane = self._lanes.get(request.batch_key)
+        if lane is None:
+            return self.rows
+        return self.rows - _rows_behind(lane, self.level_of(request), request.deadline_s, now_s)
+
+    def _shed(self, standing: Standing[RequestT], now_s: float, dropped: list[RequestT]) -> None:
+        """Drop those who have waited too long, while the queue stands; a batch is always left."""
+        limit = self._policy.max_batch_size or 1
+        for request in standing.overdue(now_s, stays=self.rows > limit):
+            if self.rows - request.rows < limit:
+                return
+            self.remove(request)
+            request.is_shed = True
+            self.shed += 1
+            dropped.append(request)
+
+    def _put_back(self, lane: Lane[RequestT]) -> None:
+        """Note that nothing leaves a lane now that `_next_lane` returned."""
+
+    def _settle(self, lane: Lane[RequestT], taken: Sequence[Entry[RequestT]] = ()) -> None:  # noqa: ARG002 a fair queue asks
+        """
+        Give a lane its place among the others again, if it has any left, after `_next_lane`.
+
+        Args:
+            lane: Theirs.
+            taken: Entries that were taken out of it to be served.
+        """
+        if lane.entries:
+            self._file(lane)
+        else:
+            del self._lanes[lane.key]
+
+    def _file(self, lane: Lane[RequestT]) -> None:
         level, due_s, number, _, _ = lane.entries[0]
         if number == lane.filed:
             return
         lane.filed = number
         heapq.heappush(self._heads, (level, due_s, number, lane.key))
 
-    def _next_lane(self) -> _Lane[RequestT] | None:
+    def _next_lane(self) -> Lane[RequestT] | None:
         """Pop the lane whose head goes first."""
         while self._heads:
             _, _, number, key = heapq.heappop(self._heads)
             lane = self._lanes.get(key)
             if lane is not None:
-                head = lane.entries[0][_NUMBER]
+                head = lane.entries[0][NUMBER]
                 if head == number:
                     lane.filed = _NONE
                     return lane
@@ -330,7 +395,7 @@ class RequestQueue(Generic[RequestT]):
                     self._file(lane)
         return None
 
-    def _drop_hopeless(self, lane: _Lane[RequestT], now_s: float, dropped: list[RequestT]) -> int:
+    def _drop_hopeless(self, lane: Lane[RequestT], now_s: float, dropped: list[RequestT]) -> int:
         """
         Drop heads that would be answered too late; return how many rows the next one's batch has.
 
@@ -342,8 +407,8 @@ class RequestQueue(Generic[RequestT]):
         cost, limit = self._cost, self._policy.max_batch_size or 1
         while lane.entries:
             entry = lane.entries[0]
-            request = entry[_REQUEST]
-            if request.deadline_s == math.inf and entry[_START_BY] == math.inf:
+            request = entry[REQUEST]
+            if request.deadline_s == math.inf and entry[START_BY] == math.inf:
                 if not request.expired(now_s):
                     return limit
                 full_s = alone_s = now_s
@@ -355,7 +420,7 @@ class RequestQueue(Generic[RequestT]):
                     alone_s = now_s
                 elif rows <= limit:
                     alone_s = now_s + cost.bound_s(request.rows)
-            if request.expired(alone_s) or entry[_START_BY] < now_s:
+            if request.expired(alone_s) or entry[START_BY] < now_s:
                 del lane.entries[0]
                 self._pass_over(lane, entry, alone_s, dropped)
                 continue
@@ -366,8 +431,8 @@ class RequestQueue(Generic[RequestT]):
 
     def _pass_over(
         self,
-        lane: _Lane[RequestT],
-        entry: _Entry[RequestT],
+        lane: Lane[RequestT],
+        entry: Entry[RequestT],
         soonest_s: float,
         dropped: list[RequestT],
     ) -> None:
@@ -379,9 +444,9 @@ class RequestQueue(Generic[RequestT]):
         else:
             dropped.append(request)
 
-    def _left(self, lane: _Lane[RequestT], entries: Sequence[_Entry[RequestT]]) -> None:
+    def _left(self, lane: Lane[RequestT], entries: Sequence[Entry[RequestT]]) -> None:
         """Count requests out that were taken out of their lane."""
-        requests = [entry[_REQUEST] for entry in entries]
+        requests = [entry[REQUEST] for entry in entries]
         rows = sum(map(_rows, requests))
         lane.rows -= rows
         self.rows -= rows
@@ -391,51 +456,54 @@ class RequestQueue(Generic[RequestT]):
             request.place = None
         if not self._is_plain:
             for entry in entries:
-                self._counts[entry[0]] -= 1
+                self._counts[entry[LEVEL]] -= 1
+        if self._standing is not None:
+            for entry in entries:
+                self._standing.left(entry[NUMBER])
 
-    def _spare_s(self, lane: _Lane[RequestT], now_s: float) -> float:
+    def _spare_s(self, lane: Lane[RequestT], now_s: float) -> float:
         """Return how long a lane may wait for company before somebody's time is over."""
         took_s = self._cost.bound_s(min(lane.rows, self._policy.max_batch_size or 1))
         latest_s = min(
-            [min(entry[_REQUEST].deadline_s - took_s, entry[_START_BY]) for entry in lane.entries]
+            [
+                min(entry[REQUEST].deadline_s - took_s, entry[START_BY])
+                for entry in self._entries(lane)
+            ]
         )
         return latest_s - SPARE_S - now_s
 
-    def _oldest_wait_s(self, lane: _Lane[RequestT], now_s: float, arrived_before_s: float) -> float:
+    def _oldest_wait_s(self, lane: Lane[RequestT], now_s: float, arrived_before_s: float) -> float:
         delay_s = self._policy.max_queue_delay_s
         if not delay_s or arrived_before_s == math.inf or self._spare_s(lane, now_s) <= 0:
             return delay_s
-        return arrived_before_s - min([entry[_REQUEST].arrival_s for entry in lane.entries])
+        return arrived_before_s - min([entry[REQUEST].arrival_s for entry in self._entries(lane)])
 
     def _take_from(
-        self, lane: _Lane[RequestT], count: int, now_s: float, dropped: list[RequestT]
+        self, lane: Lane[RequestT], count: int, now_s: float, dropped: list[RequestT]
     ) -> list[RequestT]:
         entries = lane.entries
         taken = entries[:count]
         del entries[:count]
-        rows = sum([entry[_REQUEST].rows for entry in taken])
+        rows = sum([entry[REQUEST].rows for entry in taken])
         soonest_s = now_s + self._cost.bound_s(rows)
         # The head has been looked at: the batch is as it needs it.
         late = [
             entry
             for entry in taken[1:]
-            if entry[_REQUEST].expired(soonest_s) or entry[_START_BY] < now_s
+            if entry[REQUEST].expired(soonest_s) or entry[START_BY] < now_s
         ]
         if late:
-            passed = {entry[_NUMBER] for entry in late}
-            taken = [entry for entry in taken if entry[_NUMBER] not in passed]
+            passed = {entry[NUMBER] for entry in late}
+            taken = [entry for entry in taken if entry[NUMBER] not in passed]
+        self._settle(lane, taken)
         self._left(lane, taken)
         for entry in late:
             self._pass_over(lane, entry, soonest_s, dropped)
-        if lane.entries:
-            self._file(lane)
-        else:
-            del self._lanes[lane.key]
         self._last_rows = rows
-        return [entry[_REQUEST] for entry in taken]
+        return [entry[REQUEST] for entry in taken]
 
 
-def _rows_behind(lane: _Lane[Any], level: int, deadline_s: float, now_s: float) -> int:
+def _rows_behind(lane: Lane[Any], level: int, deadline_s: float, now_s: float) -> int:
     """Count the rows of a lane that a request would overtake: exact where all have one."""
     entries, place = lane.entries, (level, min(deadline_s, now_s + PATIENCE_S))
     if place >= entries[-1][:2]:

@@ -1,10 +1,12 @@
 """What every request that waits for a batch has, whatever it asks for."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from typing import Any, Protocol
 
-from headrace.errors import DeadlineExceeded, ServingError
+from headrace.batching.callers import NOBODY, Caller
+from headrace.errors import DeadlineExceeded, Overloaded, ServingError
 
 
 class WaitingPlace(Protocol):
@@ -12,6 +14,13 @@ class WaitingPlace(Protocol):
 
     def leave(self, request: Any, /) -> bool:
         """Let go of it; say whether it still waited, so that whoever calls answers it."""
+
+
+class Account(Protocol):
+    """What was charged with a request's rows."""
+
+    def refund(self, caller: Caller, rows: int) -> None:
+        """Take rows back that were not served."""
 
 
 class QueuedRequest(ABC):
@@ -33,7 +42,10 @@ class QueuedRequest(ABC):
         "arrival_s",
         "batch_key",
         "byte_count",
+        "caller",
         "deadline_s",
+        "is_shed",
+        "paid_from",
         "place",
         "priority",
         "rows",
@@ -59,6 +71,12 @@ class QueuedRequest(ABC):
         """1 is served first; 0 when the caller names none."""
         self.timeout_s = 0.0
         """Longest wait for a batch that the caller asks for; 0 when he does not."""
+        self.caller: Caller = NOBODY
+        """Who asks."""
+        self.paid_from: Account | None = None
+        """Whose rows it has taken that it gives back if it is not served."""
+        self.is_shed = False
+        """Whether it is dropped because the queue stands."""
         self.place: Any = None
         """The queue's own."""
         self.waits_in: WaitingPlace | None = None
@@ -74,7 +92,18 @@ class QueuedRequest(ABC):
 
     def drop(self) -> None:
         """Give up on a request that waits: whoever still listens learns that its time is over."""
-        self.fail(DeadlineExceeded("the deadline came too close while the request waited"))
+        if not self.expired(-math.inf):  # who leaves has had what he asked for
+            self.refund()
+        if self.is_shed:
+            self.fail(Overloaded("too much has been waiting for too long"))
+        else:
+            self.fail(DeadlineExceeded("the deadline came too close while the request waited"))
+
+    def refund(self) -> None:
+        """Give back, once, what the request took of its caller's quota."""
+        account, self.paid_from = self.paid_from, None
+        if account is not None:
+            account.refund(self.caller, self.rows)
 
     def leave(self) -> None:
         """Leave the queue at once, if it is still there: its caller has gone."""

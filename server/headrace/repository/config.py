@@ -24,10 +24,12 @@ from headrace.repository.parameters import (
 from headrace.repository.placement import gpu_device, gpu_options, instance_count
 from headrace.repository.policy import VersionPolicy
 from headrace.repository.queueing import (
+    QueueControl,
     QueueLevel,
     allowed_batch_sizes,
     preferred_batch_sizes,
     preserve_ordering,
+    queue_control,
     queue_delay_s,
     queue_levels,
 )
@@ -154,6 +156,7 @@ class ModelConfig:
         max_request_rows: Most rows in one request, which is split over several batches; 0 for no
             more than one batch holds.
         shape_buckets: How requests of different shapes share a batch; None if they do not.
+        queue_control: What is done about a queue that stands; None for nothing.
         instance_count: Executors that run the model side by side.
         version_policy: Which versions serve.
         remote: Where the model runs, when it is elsewhere.
@@ -189,6 +192,7 @@ class ModelConfig:
     preserve_ordering: bool = False
     max_request_rows: int = 0
     shape_buckets: BucketRules | None = None
+    queue_control: QueueControl | None = None
     instance_count: int = 1
     version_policy: VersionPolicy = field(default_factory=VersionPolicy)
     remote: RemoteModel | None = None
@@ -259,6 +263,7 @@ def parse_config(text: str, model_name: str) -> ModelConfig:
         preserve_ordering=preserve_ordering(message.dynamic_batching),
         max_request_rows=parameters.count("max_request_rows", 0, MAX_REQUEST_ROWS),
         shape_buckets=shape_buckets(parameters.text("shape_buckets")),
+        queue_control=queue_control(parameters),
         instance_count=instance_count(message.instance_group),
         gpu_device=device,
         gpu_options=() if device is None else tuning,

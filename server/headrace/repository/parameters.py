@@ -28,6 +28,8 @@ KNOWN_PARAMETERS = {
     "allowed_batch_sizes",
     "max_request_rows",
     "shape_buckets",
+    "codel_target_ms",
+    "codel_interval_ms",
     "intra_op_thread_count",
     "inter_op_thread_count",
     "execution_mode",

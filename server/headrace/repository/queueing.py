@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 
 from tritonclient.grpc import model_config_pb2
 
-from headrace.repository.parameters import shown, wrong
+from headrace.repository.parameters import Parameters, shown, wrong
 
 MAX_QUEUE_DELAY_S = 60.0
 PRIORITY_LEVELS_MAX = 64
 ALLOWED_SIZES_MAX = 64
+
+CODEL_INTERVAL_MS = 100.0
+"""When a file does not say. Source: RFC 8289, section 4.2."""
 
 
 class QueueLevel(NamedTuple):
@@ -32,6 +35,35 @@ class QueueLevel(NamedTuple):
     timeout_s: float = math.inf
     is_delayed: bool = False
     may_override: bool = False
+
+
+class QueueControl(NamedTuple):
+    """
+    How long may be waited in a queue that stands, as the file has it.
+
+    Args:
+        target_s: The longest wait that is put up with.
+        interval_s: How long more than that is put up with.
+    """
+
+    target_s: float
+    interval_s: float
+
+
+def queue_control(parameters: Parameters) -> QueueControl | None:
+    """
+    Return what is done about a queue that stands; None for nothing.
+
+    Raises:
+        ModelLoadError: a value that cannot be, or an interval that controls nothing.
+    """
+    target_ms = parameters.positive("codel_target_ms")
+    interval_ms = parameters.positive("codel_interval_ms")
+    if target_ms is None:
+        if interval_ms is not None:
+            raise wrong("parameter 'codel_interval_ms' needs the parameter 'codel_target_ms'")
+        return None
+    return QueueControl(target_ms / 1000, (interval_ms or CODEL_INTERVAL_MS) / 1000)
 
 
 def queue_levels(dynamic_batching: Any) -> tuple[QueueLevel, ...]:

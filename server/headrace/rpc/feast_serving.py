@@ -13,6 +13,8 @@ import grpc
 from feast.protos.feast.serving import ServingService_pb2 as pb
 from google.protobuf.message import DecodeError
 
+from headrace.batching.accounts import CallerAccounts
+from headrace.batching.callers import NOBODY
 from headrace.errors import InvalidRequest, ServingError
 from headrace.feature_reads import FeatureRead, FeatureReads, FeatureRequest
 from headrace.features.plan import FeaturePlan, RequestColumn
@@ -68,6 +70,7 @@ class GetOnlineFeatures:
         plans: What there is.
         calls: Decides which calls are traced, and is told of those that fail.
         as_feast: Whether to answer with Feast's own statuses.
+        accounts: Know the callers; None where it makes no difference who calls.
     """
 
     def __init__(
@@ -78,7 +81,9 @@ class GetOnlineFeatures:
         calls: CallRecorder,
         *,
         as_feast: bool,
+        accounts: CallerAccounts | None = None,
     ) -> None:
+        self._accounts = accounts
         self._service = service
         self.method = f"{service}/GetOnlineFeatures"
         self.path = f"/{self.method}"
@@ -94,7 +99,9 @@ class GetOnlineFeatures:
     def accept(self, call: HotCall, message: bytes) -> None:
         """Parse and queue one request; refuse it when it cannot be served."""
         trace = None if self._sample is None else self._sample(call.metadata)
+        accounts = self._accounts
         try:
+            caller = NOBODY if accounts is None else accounts.enter(call.metadata)
             refuse_large(message)
             asked = pb.GetOnlineFeaturesRequest.FromString(message)
             columns = _columns(asked)
@@ -103,7 +110,10 @@ class GetOnlineFeatures:
             self._reads.check_rows(rows)
             request = _Request(self, call, asked, columns, rows, len(message), trace)
             call.on_gone = request.leave
-            self._reads.submit(request)
+            if accounts is None:
+                self._reads.submit(request)
+            else:
+                accounts.pass_on(caller, request, self._reads.submit)
         except DecodeError:
             error = InvalidRequest("the message is not a GetOnlineFeaturesRequest")
             refuse(call, error, self.calls, self.method, trace)

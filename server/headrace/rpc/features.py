@@ -6,6 +6,8 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
+from headrace.batching.accounts import CallerAccounts
+from headrace.batching.callers import NOBODY
 from headrace.errors import InvalidRequest, ServingError
 from headrace.feature_reads import FeatureRead, FeatureReads, FeatureRequest
 from headrace.features.plan import RequestColumn
@@ -49,11 +51,15 @@ class GetOnlineFeatures:
     Args:
         reads: Takes the requests.
         calls: Decides which calls are traced, and is told of those that fail.
+        accounts: Know the callers; None where it makes no difference who calls.
     """
 
     path = f"/{METHOD}"
 
-    def __init__(self, reads: FeatureReads, calls: CallRecorder) -> None:
+    def __init__(
+        self, reads: FeatureReads, calls: CallRecorder, accounts: CallerAccounts | None = None
+    ) -> None:
+        self._accounts = accounts
         self._reads = reads
         self._calls = calls
         self._sample = calls.sample
@@ -61,7 +67,9 @@ class GetOnlineFeatures:
     def accept(self, call: HotCall, message: bytes) -> None:
         """Parse and queue one request; refuse it when it cannot be served."""
         trace = None if self._sample is None else self._sample(call.metadata)
+        accounts = self._accounts
         try:
+            caller = NOBODY if accounts is None else accounts.enter(call.metadata)
             refuse_large(message)
             asked = pb.GetOnlineFeaturesRequest.FromString(message)
             refuse_many(asked.feature_service, len(asked.features.references), len(asked.entities))
@@ -70,7 +78,10 @@ class GetOnlineFeatures:
             self._reads.check_rows(rows)
             request = _Request(call, self._calls, asked, columns, rows, len(message), trace)
             call.on_gone = request.leave
-            self._reads.submit(request)
+            if accounts is None:
+                self._reads.submit(request)
+            else:
+                accounts.pass_on(caller, request, self._reads.submit)
         except DecodeError:
             error = InvalidRequest("the message is not a GetOnlineFeaturesRequest")
             refuse(call, error, self._calls, METHOD, trace)

@@ -12,6 +12,8 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2
 
+from headrace.batching.accounts import CallerAccounts
+from headrace.batching.callers import NOBODY, Caller
 from headrace.catalog import Catalog
 from headrace.errors import Draining, InvalidRequest, InvalidTensor, Overloaded, ServingError
 from headrace.request import AnsweredBatch, Request
@@ -61,12 +63,19 @@ class ModelInfer:
     Args:
         catalog: Returns the models as they are now.
         calls: Decides which calls are traced, and is told of those that fail.
+        accounts: Know the callers; None where it makes no difference who calls.
     """
 
     path = PATH
 
-    def __init__(self, catalog: Callable[[], Catalog], calls: CallRecorder) -> None:
+    def __init__(
+        self,
+        catalog: Callable[[], Catalog],
+        calls: CallRecorder,
+        accounts: CallerAccounts | None = None,
+    ) -> None:
         self._request_class = InferRequest
+        self._accounts = accounts
         self._catalog = catalog
         self._calls = calls
         self._sample = calls.sample
@@ -79,8 +88,9 @@ class ModelInfer:
 
     def accept_sampled(self, call: HotCall, message: bytes, trace: Trace | None) -> None:
         """As `accept`, when it is decided whether the call is traced."""
-        catalog = self._catalog()
+        catalog, accounts = self._catalog(), self._accounts
         try:
+            caller = NOBODY if accounts is None else accounts.enter(call.metadata)
             requests = self._known
             if requests.catalog is not catalog:
                 requests = self._known = KnownRequests(catalog)
@@ -89,9 +99,12 @@ class ModelInfer:
                 request = _again(self._request_class, call, self._calls, message, known)
                 request.trace = trace
                 call.on_gone = request.leave
-                known.model.submit(request)
+                if accounts is None:
+                    known.model.submit(request)
+                else:
+                    accounts.pass_on(caller, request, known.model.submit)
             else:
-                self._accept_unknown(call, message, requests, trace)
+                self._accept_unknown(call, message, requests, trace, caller)
         except Draining as error:
             if self._catalog() is catalog:  # the server stops
                 self._refuse(call, error, trace)
@@ -104,7 +117,12 @@ class ModelInfer:
             self._refuse(call, error, trace)
 
     def _accept_unknown(
-        self, call: HotCall, message: bytes, known: KnownRequests, trace: Trace | None
+        self,
+        call: HotCall,
+        message: bytes,
+        known: KnownRequests,
+        trace: Trace | None,
+        caller: Caller,
     ) -> None:
         if len(message) > _LARGE_BYTES:
             _refuse_unparsed(call, message, known.catalog)
@@ -131,7 +149,10 @@ class ModelInfer:
         checked_request.priority, checked_request.timeout_s = priority, timeout_s
         checked_request.trace = trace
         call.on_gone = checked_request.leave
-        model.submit(checked_request)
+        if self._accounts is None:
+            model.submit(checked_request)
+        else:
+            self._accounts.pass_on(caller, checked_request, model.submit)
 
     def _refuse(self, call: HotCall, error: Exception, trace: Trace | None) -> None:
         refuse(call, error, self._calls, self._request_class.method, trace)

@@ -7,6 +7,8 @@ import numpy as np
 from google.protobuf import duration_pb2
 from google.protobuf.message import DecodeError
 
+from headrace.batching.accounts import CallerAccounts
+from headrace.batching.callers import NOBODY
 from headrace.catalog import Catalog
 from headrace.errors import Draining, InvalidRequest, InvalidTensor, ServingError
 from headrace.features.plan import FeatureStatus
@@ -53,11 +55,18 @@ class Predict:
     Args:
         catalog: Returns the models as they are now.
         calls: Decides which calls are traced, and is told of those that fail.
+        accounts: Know the callers; None where it makes no difference who calls.
     """
 
     path = PATH
 
-    def __init__(self, catalog: Callable[[], Catalog], calls: CallRecorder) -> None:
+    def __init__(
+        self,
+        catalog: Callable[[], Catalog],
+        calls: CallRecorder,
+        accounts: CallerAccounts | None = None,
+    ) -> None:
+        self._accounts = accounts
         self._request_class = PredictRequest
         self._catalog = catalog
         self._calls = calls
@@ -70,8 +79,9 @@ class Predict:
 
     def accept_sampled(self, call: HotCall, message: bytes, trace: Trace | None) -> None:
         """As `accept`, when it is decided whether the call is traced."""
-        catalog = self._catalog()
+        catalog, accounts = self._catalog(), self._accounts
         try:
+            caller = NOBODY if accounts is None else accounts.enter(call.metadata)
             refuse_costly_parse(message, BYTES_VALUES, MAX_TYPED_BYTES, TOO_MUCH)
             asked = pb.PredictRequest.FromString(message)
             version = str(asked.model_version) if asked.HasField("model_version") else ""
@@ -87,7 +97,10 @@ class Predict:
             )
             request.trace = trace
             call.on_gone = request.leave
-            model.submit(request)
+            if accounts is None:
+                model.submit(request)
+            else:
+                accounts.pass_on(caller, request, model.submit)
         except Draining as error:
             if self._catalog() is catalog:  # the server stops
                 self._refuse(call, error, trace)

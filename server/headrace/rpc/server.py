@@ -11,6 +11,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from headrace.batching.accounts import CallerAccounts
 from headrace.catalog import Catalog
 from headrace.errors import Draining, StartupError
 from headrace.ports import refuse_taken_port
@@ -75,6 +76,7 @@ class GrpcServer:
         max_concurrent_streams: Calls that one connection may have under way.
         with_reflection: Whether to serve reflection.
         features: The services that read features as they are; None without a feature repository.
+        accounts: Know the callers; None where it makes no difference who calls.
         shares_port: Whether other processes listen on the port too; whoever starts them holds it.
 
     Raises:
@@ -96,6 +98,7 @@ class GrpcServer:
         max_concurrent_streams: int,
         with_reflection: bool,
         features: "FeatureServices | None" = None,
+        accounts: CallerAccounts | None = None,
         shares_port: bool = False,
     ) -> None:
         if not shares_port:
@@ -126,13 +129,16 @@ class GrpcServer:
         )
         hot = [
             HotMethod(method.path, method.accept, Unread(catalog, calls, method.path[1:]).glance)
-            for method in (infer.ModelInfer(catalog, calls), prediction.Predict(catalog, calls))
+            for method in (
+                infer.ModelInfer(catalog, calls, accounts),
+                prediction.Predict(catalog, calls, accounts),
+            )
         ]
         streams = [
             HotStream(method.path, method.begin)
             for method in (
-                stream_infer.ModelStreamInfer(catalog, calls),
-                stream_predict.StreamPredict(catalog, calls),
+                stream_infer.ModelStreamInfer(catalog, calls, accounts),
+                stream_predict.StreamPredict(catalog, calls, accounts),
             )
         ]
         self._features = features

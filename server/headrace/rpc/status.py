@@ -1,5 +1,6 @@
 """One table: which error is which gRPC status, and what travels with it."""
 
+import math
 import secrets
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,8 +27,11 @@ REMEMBERED_MAX = 1_024
 REMEMBERED_CHARS_MAX = 256
 """Of the message of one that is kept."""
 
-RETRY_PUSHBACK_MS = "100"
+RETRY_PUSHBACK_MS = 100
 """What an overloaded server asks of clients that retry. Source: gRFC A6, "Pushback"."""
+
+RETRY_PUSHBACK_MAX_MS = 60_000
+"""The most that it asks where it knows when they may come again."""
 
 CODES: dict[type[errors.ServingError], grpc.StatusCode] = {
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
@@ -80,7 +84,15 @@ def status_of(error: Exception, trace: Trace | None = None) -> Status:
         return _status(kind, f"{message}, trace {trace.trace_id.hex()}")
     if len(message) > REMEMBERED_CHARS_MAX:
         return _status(kind, message)
-    return _remembered(kind, message)  # type: ignore[arg-type]  # mypy: classes have no hash
+    status = _remembered(kind, message)  # type: ignore[arg-type]  # mypy: classes have no hash
+    if isinstance(error, errors.QuotaExceeded):
+        after_ms = math.ceil(min(error.retry_after_s * 1000, RETRY_PUSHBACK_MAX_MS))
+        return Status(
+            code=status.code,
+            details=status.details,
+            trailing=(*status.trailing[:-1], _pushback(after_ms)),
+        )
+    return status
 
 
 def _status(kind: type[errors.ServingError], message: str) -> Status:
@@ -89,7 +101,7 @@ def _status(kind: type[errors.ServingError], message: str) -> Status:
         ("grpc-status-details-bin", _rich(code, details, kind.__name__)),
     )
     if issubclass(kind, errors.Overloaded):
-        trailing += (("grpc-retry-pushback-ms", RETRY_PUSHBACK_MS),)
+        trailing += (_pushback(RETRY_PUSHBACK_MS),)
     return Status(code, details, trailing)
 
 
@@ -99,6 +111,10 @@ _remembered = lru_cache(maxsize=REMEMBERED_MAX)(_status)
 
 def _code_of(kind: type[errors.ServingError]) -> grpc.StatusCode:
     return next(CODES[base] for base in kind.__mro__ if base in CODES)
+
+
+def _pushback(after_ms: int) -> tuple[str, str]:
+    return "grpc-retry-pushback-ms", str(after_ms)
 
 
 def _cut(details: str) -> str:

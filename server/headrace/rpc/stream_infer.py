@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from tritonclient.grpc import service_pb2
 
+from headrace.batching.accounts import CallerAccounts
 from headrace.catalog import Catalog
 from headrace.rpc.infer import InferRequest, ModelInfer
 from headrace.rpc.ingress import Accept, HotCall, Metadata
@@ -37,12 +38,18 @@ class ModelStreamInfer:
     Args:
         catalog: Returns the models as they are now.
         calls: Decides which streams are traced, and is told of messages that fail.
+        accounts: Know the callers; None where it makes no difference who calls.
     """
 
     path = PATH
 
-    def __init__(self, catalog: Callable[[], Catalog], calls: CallRecorder) -> None:
-        self._infer = _Infer(catalog, calls)
+    def __init__(
+        self,
+        catalog: Callable[[], Catalog],
+        calls: CallRecorder,
+        accounts: CallerAccounts | None = None,
+    ) -> None:
+        self._infer = _Infer(catalog, calls, accounts)
         self._calls = calls
 
     def begin(self, metadata: Metadata) -> Accept:
@@ -65,8 +72,13 @@ class _Infer(ModelInfer):
 
     path = PATH
 
-    def __init__(self, catalog: Callable[[], Catalog], calls: CallRecorder) -> None:
-        super().__init__(catalog, calls)
+    def __init__(
+        self,
+        catalog: Callable[[], Catalog],
+        calls: CallRecorder,
+        accounts: CallerAccounts | None = None,
+    ) -> None:
+        super().__init__(catalog, calls, accounts)
         self._request_class = _StreamedRequest
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 
+from headrace.batching.accounts import CallerAccounts
 from headrace.catalog import Catalog
 from headrace.errors import InvalidRequest
 from headrace.rpc.ingress import Accept, HotCall, Metadata
@@ -33,12 +34,18 @@ class StreamPredict:
     Args:
         catalog: Returns the models as they are now.
         calls: Decides which streams are traced, and is told of requests that fail.
+        accounts: Know the callers; None where it makes no difference who calls.
     """
 
     path = PATH
 
-    def __init__(self, catalog: Callable[[], Catalog], calls: CallRecorder) -> None:
-        self._predict = _Predict(catalog, calls)
+    def __init__(
+        self,
+        catalog: Callable[[], Catalog],
+        calls: CallRecorder,
+        accounts: CallerAccounts | None = None,
+    ) -> None:
+        self._predict = _Predict(catalog, calls, accounts)
         self._calls = calls
 
     def begin(self, metadata: Metadata) -> Accept:
@@ -76,8 +83,13 @@ class _Predict(Predict):
 
     path = PATH
 
-    def __init__(self, catalog: Callable[[], Catalog], calls: CallRecorder) -> None:
-        super().__init__(catalog, calls)
+    def __init__(
+        self,
+        catalog: Callable[[], Catalog],
+        calls: CallRecorder,
+        accounts: CallerAccounts | None = None,
+    ) -> None:
+        super().__init__(catalog, calls, accounts)
         self._request_class = _StreamedRequest
 
 

@@ -21,6 +21,7 @@ from headrace.telemetry.metrics import (
     ROWS_BOUNDS,
     SECONDS_BOUNDS,
     Histogram,
+    QueueNumbers,
 )
 
 AGE_BOUNDS_S = (
@@ -44,7 +45,7 @@ class FeatureReadMetrics(Collector):
     """Numbers of requests for features. Any thread may fold into it."""
 
     def __init__(self) -> None:
-        self.queue_size: Callable[[], int] = int
+        self.queues: Sequence[QueueNumbers] = ()
         self._lock = threading.Lock()
         self._requests = self._requests_failed = 0
         self._request_s = Histogram(SECONDS_BOUNDS)
@@ -82,7 +83,10 @@ class FeatureReadMetrics(Collector):
         ):
             yield CounterMetricFamily(name.removesuffix("_total"), METRICS[name], value=count)
         name = "headrace_feature_queue_requests"
-        yield GaugeMetricFamily(name, METRICS[name], value=self.queue_size())
+        yield GaugeMetricFamily(name, METRICS[name], value=sum(map(len, self.queues)))
+        name = "headrace_feature_requests_shed_total"
+        shed = sum([queue.shed for queue in self.queues])
+        yield CounterMetricFamily(name.removesuffix("_total"), METRICS[name], value=shed)
         with self._lock:
             histograms = [
                 (name, histogram.buckets(), histogram.total)

@@ -5,8 +5,10 @@ METRICS: dict[str, str] = {
     "headrace_requests_failed_total": "Requests that reached a batch and were not answered.",
     "headrace_requests_refused_total": "Requests refused on arrival: the queue was full, or they "
     "could not have been answered before their deadline.",
-    "headrace_requests_dropped_total": "Requests given up in the queue: their caller left, or they "
-    "would have been answered too late.",
+    "headrace_requests_dropped_total": "Requests given up in the queue: their caller left, they "
+    "would have been answered too late, or the queue stood.",
+    "headrace_requests_shed_total": "Of these, those that had waited too long while the queue "
+    "stood.",
     "headrace_request_seconds": "From a request's arrival to the end of its batch's replies.",
     "headrace_queue_seconds": "How long a request waited for its batch.",
     "headrace_batches_total": "Batches run.",
@@ -26,6 +28,8 @@ METRICS: dict[str, str] = {
     "headrace_feature_read_seconds": "Reading a batch of entities for requests for features.",
     "headrace_feature_batch_rows": "Entities in a batch of requests for features.",
     "headrace_feature_queue_requests": "Requests for features waiting now.",
+    "headrace_feature_requests_shed_total": "Requests for features given up because they had "
+    "waited too long while the queue stood.",
     "headrace_view_values_total": "Feature values read, for models or as they are, by view and "
     "status.",
     "headrace_view_age_seconds": "Ages of the rows read, by view: they grow when materialization "
@@ -43,6 +47,8 @@ METRICS: dict[str, str] = {
     "headrace_registry_reads_total": "Looks at the feature registry that found a new state, or "
     "failed, by result.",
     "headrace_model_loads_total": "Attempts to load a model version, by result.",
+    "headrace_calls_refused_total": "Hot calls, and messages of streams, refused before it was "
+    "looked at which model they are for, by reason.",
     "headrace_rpc_errors_total": "Hot calls, and messages of streams, refused or failed, by gRPC "
     "code.",
     "headrace_rpc_open_calls": "Hot calls, and messages of streams, received and not yet finished.",

@@ -73,6 +73,10 @@ class QueueNumbers(Protocol):
     refused_late: int
     dropped: int
 
+    @property
+    def shed(self) -> int:
+        """Of the dropped, those who had waited too long while the queue stood."""
+
     def __len__(self) -> int:
         """Return how many requests wait."""
 
@@ -147,6 +151,12 @@ class ModelMetrics:
             self.requests_failed += requests
 
 
+class AccountNumbers(Protocol):
+    """What the callers' accounts say of themselves."""
+
+    refused: int
+
+
 class SpanNumbers(Protocol):
     """What the span exporter says of itself."""
 
@@ -204,6 +214,7 @@ class Metrics(Collector):
         self.open_calls: Callable[[], int] = int
         self.open_streams: Callable[[], int] = int
         self.calls: CallNumbers | None = None
+        self.accounts: AccountNumbers | None = None
         self.stream: PredictionStreamNumbers | None = None
         self.more: list[Collector] = []
         """Numbers that others keep."""
@@ -251,6 +262,9 @@ class Metrics(Collector):
             ("headrace_rpc_open_streams", self.open_streams()),
         ):
             yield GaugeMetricFamily(gauge, METRICS[gauge], value=count)
+        unread = _counter("headrace_calls_refused_total", ["reason"])
+        unread.add_metric(["quota"], 0 if self.accounts is None else self.accounts.refused)
+        yield unread
         if self.calls is not None:
             yield from _call_metrics(self.calls)
         if self.stream is not None:
@@ -319,6 +333,7 @@ def _model_counters(models: Sequence[ModelMetrics]) -> Iterable[Metric]:
     held = GaugeMetricFamily(
         "headrace_replies_held", METRICS["headrace_replies_held"], labels=_LABELS
     )
+    shed = _counter("headrace_requests_shed_total")
     for model in models:
         requests.add_metric(model.labels, model.requests)
         if model.order is not None:
@@ -332,9 +347,10 @@ def _model_counters(models: Sequence[ModelMetrics]) -> Iterable[Metric]:
             refused.add_metric([*model.labels, "queue_full"], model.queue.refused_full)
             refused.add_metric([*model.labels, "deadline"], model.queue.refused_late)
             dropped.add_metric(model.labels, model.queue.dropped)
+            shed.add_metric(model.labels, model.queue.shed)
         for status, count in zip(FEATURE_STATUSES[1:], model.statuses[1:].tolist(), strict=True):
             values.add_metric([*model.labels, status], count)
-    return [requests, failed, refused, dropped, batches, padding, values, queue, held]
+    return [requests, failed, refused, dropped, shed, batches, padding, values, queue, held]
 
 
 def _model_histograms(models: Sequence[ModelMetrics]) -> Iterable[Metric]:

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import structlog
 
-from headrace.batching.batcher import Batcher
+from headrace.batching.batcher import TOLD_AT_ONCE, TOLD_BESIDE, Batcher
+from headrace.batching.codel import Codel
 from headrace.batching.policy import BatchPolicy
 from headrace.errors import Draining, Overloaded
 
@@ -293,3 +294,92 @@ def test_closing_ends_every_waiting_executor():
         batcher.close()
 
         assert [future.result(5) for future in waiting] == [None, None, None]
+
+
+class Told(Caller):
+    """Notes that it was told that its time is over."""
+
+    def __init__(self, name, told):
+        super().__init__(name)
+        self.told = told
+
+    def drop(self):
+        self.told.append(self.name)
+
+
+def flood(batcher, count):
+    """Queue requests whose callers leave, and one whose caller stays; return who is told."""
+    told = []
+    leaving = [Told(number, told) for number in range(count)]
+    for caller in (*leaving, Caller("alive")):
+        batcher.put(caller)
+    for caller in leaving:
+        caller.has_left = True
+    return told
+
+
+def test_a_flood_of_those_who_are_given_up_does_not_hold_up_a_batch():
+    batcher = make(max_queue_size=10_000)
+    told = flood(batcher, 1_000)
+
+    assert names(batcher.take()) == ["alive"]
+    assert len(told) <= TOLD_AT_ONCE
+
+
+def test_all_of_them_are_told_in_the_end_and_once():
+    batcher = make(max_queue_size=10_000)
+    told = flood(batcher, 1_000)
+    batcher.take()
+    batcher.close()
+
+    assert batcher.take() is None
+    assert sorted(told) == list(range(1_000))
+    assert batcher.dropped == 1_000
+
+
+def test_whoever_puts_tells_a_few_so_that_all_are_told_however_busy_the_executors_are():
+    batcher = make(max_queue_size=10_000)
+    told = flood(batcher, 200)
+    batcher.take()
+    for _ in range(200 // TOLD_BESIDE):
+        batcher.put(Caller("more"))
+
+    assert len(told) == 200
+
+
+def whose(name):
+    caller = Caller(name)
+    caller.caller = name
+    return caller
+
+
+def test_callers_take_turns_where_the_batcher_is_fair():
+    batcher = Batcher(BatchPolicy(2), max_queue_size=100, is_fair=True)
+    for name in ["flood"] * 10 + ["b"]:
+        batcher.put(whose(name))
+
+    assert names(batcher.take()) == ["flood", "b"]
+
+
+def test_a_caller_who_takes_up_his_part_of_a_fair_queue_is_refused_and_others_are_not():
+    batcher = Batcher(BatchPolicy(2), max_queue_size=10, is_fair=True)
+    for _ in range(8):
+        batcher.put(whose("flood"))
+
+    with pytest.raises(Overloaded, match="of this caller"):
+        batcher.put(whose("flood"))
+    batcher.put(whose("b"))
+    assert batcher.refused_full == 1
+
+
+def test_who_waited_too_long_in_a_queue_that_stands_is_given_up_and_counted():
+    batcher = Batcher(BatchPolicy(1), max_queue_size=100, codel=Codel(0.01, 0.02))
+    callers = [Caller(number) for number in range(50)]
+    for caller in callers:
+        batcher.put(caller)
+    for _ in range(2):
+        time.sleep(0.03)  # a slow executor: the oldest waits longer than he should
+        batcher.take()
+
+    assert batcher.shed == batcher.dropped == sum(caller.drops for caller in callers) == 48
+    assert all(caller.is_shed for caller in callers if caller.drops)

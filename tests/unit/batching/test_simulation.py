@@ -11,9 +11,21 @@ from collections import Counter
 
 import pytest
 
+from headrace.batching.codel import Codel
 from headrace.batching.cost import BatchCost
+from headrace.batching.fair_queue import FairQueue
 from headrace.batching.policy import BatchPolicy, LevelPolicy
 from headrace.batching.queue import RequestQueue
+
+QUEUES = pytest.mark.parametrize("kind", [RequestQueue, FairQueue], ids=["plain", "fair"])
+CODEL = pytest.mark.parametrize("has_codel", [False, True], ids=["", "codel"])
+
+
+class LimitedFairQueue(FairQueue):
+    """As the batcher makes it."""
+
+    def __init__(self, *args):
+        super().__init__(*args, max_queue_size=32, max_queue_bytes=64)
 
 
 class Caller:
@@ -26,6 +38,8 @@ class Caller:
         self.deadline_s = now_s + patience * numbers.uniform(0.5, 1.5)
         self.priority = numbers.choice((0, 0, 1, 2, 3))
         self.timeout_s = numbers.choice((0.0, 0.0, 0.02))
+        self.caller = numbers.choice("aaab")
+        self.is_shed = False
         self.batch_key = numbers.choice("xxy")
         self.place = None
         self.has_left = False
@@ -37,7 +51,7 @@ class Caller:
 class World:
     """One scenario: `run` plays it to its end and checks what must always hold."""
 
-    def __init__(self, seed):
+    def __init__(self, seed, kind=RequestQueue, *, has_codel=False):
         self.numbers = numbers = random.Random(seed)
         self.size = numbers.choice((1, 4, 8))
         self.policy = BatchPolicy(self.size, numbers.choice((0.0, 0.0, 0.005)))
@@ -52,7 +66,8 @@ class World:
             for _ in range(numbers.choice((1, 3)))
         ]
         self.cost = BatchCost()
-        self.queue = RequestQueue(self.policy, self.cost, levels, 1, self.executors)
+        codel = Codel(numbers.choice((0.005, 0.03)), 0.02) if has_codel else None
+        self.queue = kind(self.policy, self.cost, levels, 1, self.executors, codel)
         self.true_cost = numbers.uniform(0.001, 0.03), numbers.uniform(0, 0.004)
         self.now_s, self.events, self.ties = 100.0, [], 0
         self.busy = 0
@@ -77,6 +92,12 @@ class World:
         assert self.answers == Counter(range(arrivals)), "each caller gets exactly one answer"
         assert not self.waiting
         assert self.queue.count == self.queue.rows == self.queue.byte_count == 0
+        assert not self.queue._lanes
+        assert not any(self.queue._counts)
+        if isinstance(self.queue, FairQueue):
+            assert not self.queue._line_ups
+            assert not self.queue._held
+            assert not any(map(len, self.queue._shares.values()))
 
     def arrive(self, number):
         caller = Caller(number, self.now_s, self.numbers)
@@ -141,25 +162,40 @@ class World:
             self.answers[caller.number] += 1
 
 
-def play(seeds, arrivals=12):
+def play(kind, has_codel, seeds, arrivals=12):
+    shed = 0
     for seed in seeds:
+        world = World(seed, kind, has_codel=has_codel)
         try:
-            World(seed).run(arrivals)
+            world.run(arrivals)
         except AssertionError as error:
             raise AssertionError(f"scenario {seed}: {error}") from error
+        shed += world.queue.shed
+    assert (shed > 0) == has_codel, "a law that never does anything was not tried"
 
 
-def test_whatever_happens_each_caller_is_answered_once_in_time_and_nobody_idles():
-    play(range(3_000))
+@CODEL
+@QUEUES
+def test_whatever_happens_each_caller_is_answered_once_in_time_and_nobody_idles(kind, has_codel):
+    play(kind, has_codel, range(3_000))
 
 
-def test_the_same_holds_over_long_runs():
-    play(range(10_000, 10_020), arrivals=1_000)
+@CODEL
+@QUEUES
+def test_the_same_holds_over_long_runs(kind, has_codel):
+    play(kind, has_codel, range(10_000, 10_020), arrivals=1_000)
+
+
+def test_the_same_holds_where_each_caller_may_take_up_only_a_part_of_the_queue():
+    play(LimitedFairQueue, False, range(1_000), arrivals=60)
 
 
 @pytest.mark.slow
-def test_the_same_holds_over_a_hundred_thousand_interleavings():
-    play(range(100_000, 200_000))
+@pytest.mark.timeout(600)
+@CODEL
+@QUEUES
+def test_the_same_holds_over_a_hundred_thousand_interleavings(kind, has_codel):
+    play(kind, has_codel, range(100_000, 200_000))
 
 
 def goodput(load, fixed_s, per_row_s, size, slo_s):

@@ -39,6 +39,8 @@ parameters { key: "max_feature_age_s" value { string_value: "3600" } }
 parameters { key: "allowed_batch_sizes" value { string_value: "[1, 8, 64]" } }
 parameters { key: "max_request_rows" value { string_value: "1000" } }
 parameters { key: "latency_slo_ms" value { string_value: "2.5" } }
+parameters { key: "codel_target_ms" value { string_value: "50" } }
+parameters { key: "codel_interval_ms" value { string_value: "200" } }
 parameters { key: "intra_op_thread_count" value { string_value: "0" } }
 parameters { key: "inter_op_thread_count" value { string_value: "3" } }
 parameters { key: "execution_mode" value { string_value: "1" } }
@@ -79,6 +81,7 @@ def test_every_setting_is_read():
     assert config.max_request_rows == 1000
     assert config.preserve_ordering
     assert config.allowed_batch_sizes == (1, 8, 64)
+    assert config.queue_control == (0.05, 0.2)
     assert (config.intra_op_thread_count, config.inter_op_thread_count) == (0, 3)
     assert config.execution_mode == "parallel"
     assert not config.enable_mem_arena
@@ -117,6 +120,7 @@ def test_an_empty_file_gives_the_defaults():
     assert config.feature_order is None
     assert config.max_feature_age_s is None
     assert config.latency_slo_s is None
+    assert config.queue_control is None
 
 
 def test_the_message_carries_the_folders_name():
@@ -291,6 +295,12 @@ UNSUPPORTED = "is not supported by this server"
             "is '{}'; expected a JSON object with 'sizes' and 'inputs'",
         ),
         (parameter("max_request_rows", "1e3"), "expected a whole number from 0 to 1048576"),
+        (parameter("codel_target_ms", "-5"), "'codel_target_ms' is '-5'; expected a number above"),
+        (parameter("codel_interval_ms", "5"), "needs the parameter 'codel_target_ms'"),
+        (
+            parameter("codel_target_ms", "50") + parameter("codel_interval_ms", "soon"),
+            "'codel_interval_ms' is 'soon'; expected a number above 0",
+        ),
         (parameter("latency_slo_ms", "0"), "'latency_slo_ms' is '0'; expected a number above 0"),
         (parameter("latency_slo_ms", "nan"), "expected a number above 0"),
         (parameter("latency_slo_ms", "inf"), "expected a number above 0"),

@@ -60,6 +60,16 @@ def test_only_overload_asks_clients_to_wait():
     assert pushback not in dict(status_of(errors.Draining("stopping")).trailing)
 
 
+@pytest.mark.parametrize(
+    ("retry_after_s", "pushback_ms"), [(0.0001, "1"), (0.25, "250"), (1e9, "60000")]
+)
+def test_who_has_used_up_his_quota_is_told_when_to_come_again(retry_after_s, pushback_ms):
+    status = status_of(errors.QuotaExceeded("too much", retry_after_s))
+
+    assert status.code is CODE.RESOURCE_EXHAUSTED
+    assert ("grpc-retry-pushback-ms", pushback_ms) in status.trailing
+
+
 def test_a_bug_shows_only_an_incident_number_that_the_log_explains():
     with structlog.testing.capture_logs() as log:
         status = status_of(KeyError("/secret/path"))

@@ -1,0 +1,246 @@
+"""The requests that wait for one model version, when their callers take turns.
+
+As `queue`, but for the order: within a priority level callers have their turns by rows
+(`shares`), and within one caller's requests the earliest deadline goes first. No caller may take
+up more of the queue than a multiple of what is left of it, so that there is room for others.
+
+A lane's `entries` are those whose turn it is, as many as a batch may take: they are drawn from its
+line-up when an executor comes, and those that it does not take go back. All others wait in the
+line-up.
+"""
+
+import heapq
+import itertools
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Final
+
+from headrace.batching.callers import Caller
+from headrace.batching.codel import Codel
+from headrace.batching.cost import BatchCost
+from headrace.batching.line_up import LineUp, rank_of
+from headrace.batching.policy import UNLIMITED, BatchPolicy, LevelPolicy
+from headrace.batching.queue import (
+    PATIENCE_S,
+    REQUEST,
+    START_BY,
+    Entry,
+    Lane,
+    RequestQueue,
+    RequestT,
+)
+from headrace.batching.shares import Shares
+
+FREE_SHARE: Final = 4
+"""
+A caller may have waiting at most so many times what is left of the queue: four fifths of it if he
+is alone, four ninths each if two do so, and there is always room for one more.
+
+Source: Choudhury and Hahne, "Dynamic queue length thresholds for shared-memory packet switches",
+IEEE/ACM Transactions on Networking, 1998.
+"""
+
+
+class FairQueue(RequestQueue[RequestT]):
+    """
+    Requests in line, with fair shares for their callers. Not safe for several threads at once.
+
+    Of those who wait throughout, each gets as many rows as any other of the same level, within the
+    rows of a batch. What `put` and `take` cost depends on how many callers wait by its logarithm.
+
+    Args:
+        policy: Decides what makes a batch.
+        cost: How long a batch takes.
+        levels: Policies of the priority levels, of level 1 first.
+        default_level: Of a request that names none, or one that is not there.
+        executors: How many batches run side by side.
+        codel: Says when the queue stands; whoever has waited too long is dropped then.
+        max_queue_size: Most requests waiting at once; whoever owns the queue sees to it.
+        max_queue_bytes: Most bytes of them, likewise.
+    """
+
+    is_impartial = False
+
+    REFUSAL = "too many requests of this priority, or of this caller, are already waiting"
+
+    def __init__(
+        self,
+        policy: BatchPolicy,
+        cost: BatchCost,
+        levels: Sequence[LevelPolicy] = (LevelPolicy(),),
+        default_level: int = 1,
+        executors: int = 1,
+        codel: Codel | None = None,
+        *,
+        max_queue_size: int = UNLIMITED,
+        max_queue_bytes: int = UNLIMITED,
+    ) -> None:
+        super().__init__(policy, cost, levels, default_level, executors, codel)
+        self._max_queue_size = max_queue_size
+        self._max_queue_bytes = max_queue_bytes
+        self._line_ups: dict[Hashable, LineUp[RequestT]] = {}
+        # A place for each line-up's front; those of former fronts are passed over.
+        self._fronts: list[tuple[int, int, int, float, int, Hashable]] = []
+        self._shares: dict[int, Shares] = {}
+        self._held: dict[Caller, tuple[int, int]] = {}  # requests and bytes that each has waiting
+
+    def add(self, request: RequestT, now_s: float) -> bool:
+        """Put a request in line, unless its level is full, or its caller's part of the queue."""
+        return self._has_room(request) and super().add(request, now_s)
+
+    def remove(self, request: RequestT) -> bool:
+        """Take out a request that nobody waits for any more; say whether it was in line."""
+        entry: Entry[RequestT] | None = request.place
+        key = request.batch_key
+        line_up = self._line_ups.get(key)
+        if entry is None or line_up is None or not line_up.remove(entry):
+            return False
+        self._left(self._lanes[key], (entry,))
+        if not line_up:
+            del self._lanes[key], self._line_ups[key]
+        return True
+
+    def _has_room(self, request: RequestT) -> bool:
+        requests, byte_count = self._held.get(request.caller, (0, 0))
+        if requests >= FREE_SHARE * (self._max_queue_size - self.count):
+            return False
+        if byte_count > FREE_SHARE * (self._max_queue_bytes - self.byte_count):
+            return False
+        if self._is_plain:
+            return True
+        level = self.level_of(request)
+        most = self._levels[level - 1].max_queue_size
+        shares = self._shares.get(2 * level)
+        share = None if shares is None else shares.find(request.caller)
+        return not most or share is None or share.count < FREE_SHARE * (most - self._counts[level])
+
+    def _rows_ahead(self, request: RequestT, now_s: float) -> int:
+        level, caller, key = self.level_of(request), request.caller, request.batch_key
+        rank = 2 * level
+        ahead = sum([shares.rows for other, shares in self._shares.items() if other < rank])
+        shares = self._shares.get(rank)
+        if shares is None:
+            return ahead
+        own, share = 0, shares.find(caller)
+        if share is not None and share.count:
+            own = share.rows
+            if key in self._line_ups:
+                due_s = min(request.deadline_s, now_s + PATIENCE_S)
+                behind = self._line_ups[key].behind(rank, caller, level, due_s)
+                own -= own * behind // share.count  # as if all had as many rows
+        return ahead + own + shares.rows_before(caller, own + request.rows)
+
+    def _insert(self, entry: Entry[RequestT]) -> None:
+        request = entry[REQUEST]
+        request.place = entry
+        key = request.batch_key
+        lane = self._lanes.get(key)
+        if lane is None:
+            lane = self._lanes[key] = Lane(key)
+            self._line_ups[key] = LineUp()
+        self._came(lane, entry)
+        rank, line_up = rank_of(entry), self._line_ups[key]
+        shares = self._shares.get(rank)
+        if shares is None:
+            shares = self._shares[rank] = Shares()
+        is_head = line_up.add(entry, shares, shares.came(request.caller, request.rows))
+        requests, byte_count = self._held.get(request.caller, (0, 0))
+        self._held[request.caller] = requests + 1, byte_count + request.byte_count
+        if is_head:
+            self._file(lane)
+
+    def _left(self, lane: Lane[RequestT], entries: Sequence[Entry[RequestT]]) -> None:
+        super()._left(lane, entries)
+        held = self._held
+        for entry in entries:
+            request = entry[REQUEST]
+            caller = request.caller
+            shares = self._shares[rank_of(entry)]
+            share = shares.find(caller)
+            assert share is not None
+            shares.went(share, request.rows)
+            requests, byte_count = held[caller]
+            if requests == 1:
+                del held[caller]
+            else:
+                held[caller] = requests - 1, byte_count - request.byte_count
+
+    def _entries(self, lane: Lane[RequestT]) -> Iterable[Entry[RequestT]]:
+        return itertools.chain(lane.entries, self._line_ups[lane.key])
+
+    def _file(self, lane: Lane[RequestT]) -> None:
+        line_up = self._line_ups[lane.key]
+        front = line_up.front()
+        if front is not None and front != line_up.filed:
+            line_up.filed = front
+            heapq.heappush(self._fronts, (*front, lane.key))
+
+    def _next_lane(self) -> Lane[RequestT] | None:
+        while self._fronts:
+            *filed, key = heapq.heappop(self._fronts)
+            line_up = self._line_ups.get(key)
+            if line_up is None or tuple(filed) != line_up.filed:  # gone, or filed anew since
+                continue
+            is_right = line_up.front() == line_up.filed
+            line_up.filed = None
+            lane = self._lanes[key]
+            if is_right:
+                return lane
+            self._file(lane)
+        return None
+
+    def _drop_hopeless(self, lane: Lane[RequestT], now_s: float, dropped: list[RequestT]) -> int:
+        """
+        Draw what a batch may hold, less who would be answered too late, as `queue` has it.
+
+        What is taken is cut short for the sake of the most urgent only where everything fits: then
+        the earliest deadlines go, whose ever they are.
+        """
+        cost, limit = self._cost, self._policy.max_batch_size or 1
+        entries = lane.entries
+        while self._draw(lane, limit):
+            hopeful: list[Entry[RequestT]] = []
+            for entry in entries:
+                request, soonest_s = entry[REQUEST], now_s
+                if request.deadline_s != math.inf and self.count > 1:
+                    rows = request.rows
+                    most = rows if lane.rows <= limit else max(rows, limit)
+                    soonest_s += cost.bound_s(most)
+                if request.expired(soonest_s) or entry[START_BY] < now_s:
+                    self._pass_over(lane, entry, soonest_s, dropped)
+                else:
+                    hopeful.append(entry)
+            if len(hopeful) == len(entries):
+                break
+            self._line_ups[lane.key].settle((), hopeful)  # to draw anew as if they never were
+            entries.clear()
+        if not entries or lane.rows > limit:
+            return limit
+        head = min(entries)
+        deadline_s, rows = head[REQUEST].deadline_s, head[REQUEST].rows
+        if deadline_s > now_s + cost.bound_s(max(rows, lane.rows)):
+            return limit
+        entries.sort()
+        return max(rows, cost.rows_within(deadline_s - now_s))
+
+    def _draw(self, lane: Lane[RequestT], limit: int) -> bool:
+        """Draw as many rows as a batch holds, or a request more; say whether there were any."""
+        line_up, entries = self._line_ups[lane.key], lane.entries
+        rows, before = sum([entry[REQUEST].rows for entry in entries]), len(entries)
+        while rows < limit and (entry := line_up.draw()) is not None:
+            entries.append(entry)
+            rows += entry[REQUEST].rows
+        return len(entries) > before
+
+    def _put_back(self, lane: Lane[RequestT]) -> None:
+        self._line_ups[lane.key].settle((), lane.entries)
+        lane.entries.clear()
+
+    def _settle(self, lane: Lane[RequestT], taken: Sequence[Entry[RequestT]] = ()) -> None:
+        line_up = self._line_ups[lane.key]
+        line_up.settle(taken, lane.entries)
+        lane.entries.clear()
+        if line_up:
+            self._file(lane)
+        else:
+            del self._lanes[lane.key], self._line_ups[lane.key]
