@@ -77,13 +77,8 @@ class OrderedRequest(StandIn):
         turn.order.settle(turn, lambda request: request.fail(error))
 
     def drop(self) -> None:
-        turn, is_shed = self.turn, self.is_shed
-
-        def drop(request: Request) -> None:
-            request.is_shed = is_shed
-            request.drop()
-
-        turn.order.settle(turn, drop)
+        turn = self.turn
+        turn.order.settle(turn, self.drop_for())
 
 
 class ReplyOrder:

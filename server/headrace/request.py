@@ -1,7 +1,7 @@
 """A caller's rows on their way to a model, and the answered batch that they are cut from."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,10 +114,20 @@ class StandIn(Request):
         self.own_shapes = request.own_shapes
         self.priority = request.priority
         self.timeout_s = request.timeout_s
-        self.caller = request.caller  # who has paid for all of it, and is refunded by it alone
         self.served = request.served
         self.trace = request.trace
         self.method = request.method
+        self.caller = request.caller
+
+    def drop_for(self) -> Callable[[Request], None]:
+        """Return what drops the caller's request for this one's reason; it does not lead here."""
+        is_shed = self.is_shed
+
+        def drop(request: Request) -> None:
+            request.is_shed = is_shed
+            request.drop()
+
+        return drop
 
 
 class OutputBlock:

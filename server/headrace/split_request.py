@@ -67,8 +67,7 @@ class RequestPart(StandIn):
         whole = self.split.end()
         if whole is not None:
             self.ends_whole = True
-            whole.is_shed = self.is_shed
-            whole.drop()
+            self.drop_for()(whole)
 
 
 class SplitRequest:

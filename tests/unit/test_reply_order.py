@@ -182,6 +182,26 @@ def test_a_caller_who_leaves_is_out_at_once_and_nobody_waits_for_him():
         assert served.replies == [2, 0, 1, 3]
 
 
+def test_who_waited_too_long_in_a_queue_that_stands_is_told_so_in_his_turn():
+    with Served() as served:
+        let_go, let_other_go = served.hold(0), served.hold(1)
+        running = served.submit(served.caller(0), served.caller(1))
+        until(lambda: len(served.begun) == 2)
+        (waiting,) = served.submit(served.caller(2))
+        stand_in = waiting.waits_in.stand_in
+        assert stand_in.waits_in.leave(stand_in)
+
+        stand_in.is_shed = True
+        stand_in.drop()
+        let_go()
+        let_other_go()
+
+        for caller in (*running, waiting):
+            assert caller.done.wait(TIMEOUT_S)
+        assert served.replies == [0, 1, 2]
+        assert isinstance(waiting.outcome, Overloaded)
+
+
 def test_a_slow_reply_does_not_hold_up_an_executor():
     with Served() as served:
         slow = served.caller(0)

@@ -255,6 +255,41 @@ def test_when_its_deadline_passes_in_the_queue_one_request_is_dropped():
     assert served.batcher.dropped == 1
 
 
+def test_parts_are_their_callers_and_have_his_turns():
+    with Served(is_fair=True) as served:
+        served.hold()
+        large, small = Caller(*range(1, 21)), Caller(100)
+        large.caller, small.caller = "large", "small"
+        served.model.submit(large)
+        served.model.submit(small)
+        served.gate.set()
+
+        assert small.outcome() == [200]
+        assert large.outcome() == [2 * number for number in range(1, 21)]
+        assert [100] in served.batches[1:4], "parts of four rows, and then it was the other's turn"
+
+
+def test_parts_that_waited_too_long_are_one_request_that_did_and_that_is_refunded_once():
+    class Account:
+        refunds = 0
+
+        def refund(self, caller, rows):
+            self.refunds += rows
+
+    with Served() as served:
+        served.hold()
+        request = Caller(*range(12))
+        request.paid_from = account = Account()
+        served.model.submit(request)
+        for part in list(request.waits_in.parts):
+            part.is_shed = True
+            part.drop()
+
+        assert isinstance(request.outcome(), Overloaded)
+        assert account.refunds == 12
+        assert served.model.waiting == 0
+
+
 def test_a_request_whose_parts_do_not_fit_the_queue_is_refused_whole():
     with Served(max_queue_size=5) as served:
         served.hold()

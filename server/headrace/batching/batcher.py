@@ -19,7 +19,8 @@ from headrace.batching.codel import Codel
 from headrace.batching.cost import BatchCost
 from headrace.batching.fair_queue import FairQueue
 from headrace.batching.policy import BatchPolicy, LevelPolicy
-from headrace.batching.queue import RequestQueue, Waiting
+from headrace.batching.queue import RequestQueue
+from headrace.batching.waiting import Waiting
 from headrace.errors import DeadlineExceeded, Draining, Overloaded
 
 RequestT = TypeVar("RequestT", bound=Waiting)
@@ -66,6 +67,7 @@ class Batcher(Generic[RequestT]):
         refused_full: Requests refused because too many waited.
         refused_late: Requests refused because they could not have been answered in time.
         dropped: Requests given up while they waited.
+        shed: Of these, those that had waited too long while the queue stood.
         pressure: Above 0 since a request was refused, until batches have left without another.
     """
 
@@ -81,10 +83,11 @@ class Batcher(Generic[RequestT]):
         is_fair: bool = False,
         codel: Codel | None = None,
     ) -> None:
-        self.refused_full = self.refused_late = self.dropped = 0
+        self.refused_full = self.refused_late = self.dropped = self.shed = 0
         self.pressure = 0
         self._names_timeouts = False
         self._late_unread = 0
+        self._has_codel = codel is not None
         self._has_delay = policy.max_queue_delay_s > 0
         self._max_queue_size = max_queue_size
         self._max_queue_bytes = max_queue_bytes
@@ -202,6 +205,8 @@ class Batcher(Generic[RequestT]):
                 batch, dropped, wait_s = self._queue.take(time.time(), arrived_before_s)
                 if dropped:
                     self.dropped += _callers(dropped)
+                    if self._has_codel:
+                        self.shed += _callers([each for each in dropped if each.is_shed])
                     self._untold += dropped
                 rests = not batch and not self._untold
                 if batch:
@@ -307,11 +312,6 @@ class Batcher(Generic[RequestT]):
             idle, self._idle = self._idle, 0
         for _ in range(idle):
             self._tokens.put(None)
-
-    @property
-    def shed(self) -> int:
-        """Of the dropped, those who had waited too long while the queue stood."""
-        return self._queue.shed
 
     def __len__(self) -> int:
         """Requests waiting now."""

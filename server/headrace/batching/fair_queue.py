@@ -27,9 +27,9 @@ from headrace.batching.queue import (
     Entry,
     Lane,
     RequestQueue,
-    RequestT,
 )
 from headrace.batching.shares import Shares
+from headrace.batching.waiting import RequestT
 
 FREE_SHARE: Final = 4
 """

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Generic, TypeAlias
 
 from headrace.batching.callers import Caller
-from headrace.batching.queue import DUE, LEVEL, NUMBER, REQUEST, Entry, RequestT
+from headrace.batching.queue import DUE, LEVEL, NUMBER, REQUEST, Entry
 from headrace.batching.shares import Share, Shares
+from headrace.batching.waiting import RequestT
 
 Turn: TypeAlias = tuple[int, int, int]
 """When a line is served: its rank, then the round and the place of its caller's share."""

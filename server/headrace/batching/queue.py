@@ -15,13 +15,13 @@ from bisect import bisect_left, insort
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, Generic, NamedTuple
 
-from headrace.batching.callers import Caller
 from headrace.batching.codel import Codel
 from headrace.batching.cost import BatchCost
 from headrace.batching.policy import BatchPolicy, LevelPolicy
 from headrace.batching.standing import Standing
+from headrace.batching.waiting import RequestT
 
 PATIENCE_S = 1.0
 """
@@ -34,44 +34,6 @@ SPARE_S = 0.002
 """So long before its last moment a request waits for company no more: waking takes a while."""
 
 _NONE = -1
-
-
-class Waiting(Protocol):
-    """What the queue needs to know of a request."""
-
-    rows: int
-    byte_count: int
-    """What it holds in memory, about."""
-    arrival_s: float
-    """On `time.perf_counter`'s clock."""
-    deadline_s: float
-    """When it must have been answered, Unix seconds; infinite when it need not."""
-    priority: int
-    """1 is served first; 0 for the default level."""
-    timeout_s: float
-    """How long it may wait for its batch, as its caller says; 0 when he does not."""
-    caller: Caller
-    """Who asks; he shares a fair queue with the others."""
-    is_shed: bool
-    """Whether it is dropped because the queue stands; the queue sets it."""
-    place: Any
-    """The queue's own."""
-    waits_in: Any
-    """The batcher's own."""
-
-    @property
-    def batch_key(self) -> Hashable:
-        """Requests share a batch only when their keys are equal."""
-
-    def expired(self, now_s: float) -> bool:
-        """Say whether its caller has left, or its deadline has passed (Unix seconds)."""
-
-    def drop(self) -> None:
-        """Answer a request that is given up."""
-
-
-RequestT = TypeVar("RequestT", bound=Waiting)
-
 
 Entry = tuple[int, float, int, float, RequestT]
 """

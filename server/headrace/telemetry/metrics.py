@@ -72,10 +72,7 @@ class QueueNumbers(Protocol):
     refused_full: int
     refused_late: int
     dropped: int
-
-    @property
-    def shed(self) -> int:
-        """Of the dropped, those who had waited too long while the queue stood."""
+    shed: int
 
     def __len__(self) -> int:
         """Return how many requests wait."""
