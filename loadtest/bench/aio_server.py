@@ -16,9 +16,9 @@ import onnxruntime
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 try:
-    import uvloop
+    from uvloop import new_event_loop
 except ImportError:
-    uvloop = None
+    from asyncio import new_event_loop
 
 
 class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
@@ -54,6 +54,5 @@ async def serve(model: str, port: int) -> None:
 
 
 if __name__ == "__main__":
-    factory = uvloop.new_event_loop if uvloop else None
-    with asyncio.Runner(loop_factory=factory) as runner:
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(serve(sys.argv[1], int(sys.argv[2])))

@@ -69,7 +69,8 @@ class Floor:
     def measure(self, seconds: float) -> dict[str, float]:
         """Predict one request after the other; `wrong` are those unlike the first time."""
         expected = [self.predict(number) for number in range(len(self.pipelines))]
-        found, latencies_s = [], []
+        found: list[NDArray[np.float32]] = []
+        latencies_s: list[float] = []
         cpu_s, start_s = time.process_time(), time.perf_counter()
         now_s = start_s
         while now_s < start_s + seconds:

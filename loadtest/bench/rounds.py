@@ -48,7 +48,7 @@ def hold(question: Question, stage: Stage, rounds: int, seconds: float, tell: Te
             for number in range(rounds):
                 with ExitStack() as stack:
                     servers = _start(sides, stage, stack, is_turned=bool(number % 2))
-                    order = [which ^ (number % 2) for which in WINDOWS]
+                    order = tuple(which ^ (number % 2) for which in WINDOWS)
                     _round(contest, sides, servers, order, 2 * seconds / len(WINDOWS))
                     tell(_progress(contest, rounds))
         else:

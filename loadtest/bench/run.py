@@ -12,6 +12,7 @@ call in a hundred traced, and every prediction streamed to the monitor.
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -71,6 +72,7 @@ def _ask(questions: Sequence[Question], options: argparse.Namespace) -> list[Con
     from subjects import GENERATOR_CORE  # noqa: PLC0415
 
     os.sched_setaffinity(0, {GENERATOR_CORE})
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the servers are stopped on the way
     with tempfile.TemporaryDirectory() as folder, Stage(Path(folder)) as stage:
         return [
             hold(question, stage, options.rounds, options.seconds, _tell) for question in questions

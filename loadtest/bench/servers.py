@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import subprocess
 import sys
 import time
@@ -78,8 +79,9 @@ class Server:
         Raises:
             NotMeasuredError: it died, or answered with errors or wrongly.
         """
+        figures: dict[str, float]
         if self._launch.is_program:
-            figures = self._ask_line(f"{seconds}")
+            figures = self._ask_line(f"{seconds}", seconds)
             self._counted_s += figures["cpu_s"]
         elif self._launch.is_fragile:
             figures = self._generate_again(load, seconds)
@@ -107,7 +109,7 @@ class Server:
         """Return its predictions for the first few requests."""
         count = COMPARED[load.requests]
         if self._launch.is_program:
-            return np.array(self._ask_line(f"answers {count}"), np.float32).ravel()
+            return np.array(self._ask_line(f"answers {count}", 0), np.float32).ravel()
         requests = REQUESTS[load.requests]()[:count]
         with grpc.insecure_channel(f"127.0.0.1:{self._port}") as channel:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
@@ -141,24 +143,26 @@ class Server:
         command += ["--path", PATH, "--bodies", str(self._stage.bodies(load.requests))]
         command += ["--seconds", str(seconds), "--warm-up", "0"]
         command += ["--connections", str(load.connections), "--in-flight", str(load.in_flight)]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=60 + 2 * seconds, check=False
-        )
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=_patience_s(seconds), check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise NotMeasuredError(f"{self.name}: the generator did not end") from None
         if done.returncode:
             last = done.stderr.strip().rpartition("\n")[2]
             raise NotMeasuredError(f"{self.name}: the generator stopped: {last}")
         figures: dict[str, float] = json.loads(done.stdout)
         return figures
 
-    def _ask_line(self, line: str) -> Any:
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None
-        assert stdout is not None
-        stdin.write(f"{line}\n")
-        stdin.flush()
-        answer = stdout.readline()
+    def _ask_line(self, line: str, seconds: float) -> Any:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it says nothing, then
+            self._process.stdin.write(f"{line}\n")
+            self._process.stdin.flush()
+        answer = _line(self._process, _patience_s(seconds))
         if not answer:
-            raise NotMeasuredError(f"{self.name} died")
+            raise NotMeasuredError(f"{self.name} died: {self._last_words()}")
         return json.loads(answer)
 
     def _start(self) -> "subprocess.Popen[str]":
@@ -187,7 +191,7 @@ class Server:
     def _wait(self, process: "subprocess.Popen[str]") -> None:
         """Return once it serves."""
         if process.stdout is not None:
-            if "serving" not in process.stdout.readline():
+            if "serving" not in _line(process, START_TIMEOUT_S):
                 raise NotMeasuredError(f"{self.name} did not start: {self._last_words()}")
             return
         deadline_s = time.monotonic() + START_TIMEOUT_S
@@ -208,6 +212,17 @@ class Server:
 
 def _on_server_core() -> None:
     os.sched_setaffinity(0, {subjects.SERVER_CORE})
+
+
+def _patience_s(seconds: float) -> float:
+    return 60 + 2 * seconds
+
+
+def _line(process: "subprocess.Popen[str]", timeout_s: float) -> str:
+    """Return the line that it writes in time, the only one it has to say; else nothing."""
+    assert process.stdout is not None
+    ready, _, _ = select.select([process.stdout], [], [], timeout_s)
+    return process.stdout.readline() if ready else ""
 
 
 def _end(process: "subprocess.Popen[str]") -> None:

@@ -9,7 +9,7 @@ import pytest
 # Notes each start and each window, and has figures and answers of its own.
 PROGRAM = """
 import json, sys
-name, notes, figures, answers, words = json.loads(sys.argv[1])
+name, notes, figures, answers, words, is_mute = json.loads(sys.argv[1])
 
 def note(what):
     with open(notes, "a") as file:
@@ -18,7 +18,8 @@ def note(what):
 note("starts")
 if words:
     sys.exit(words)
-print("serving", flush=True)
+if not is_mute:
+    print("serving", flush=True)
 for line in sys.stdin:
     is_compared = line.startswith("answers")
     note("is compared" if is_compared else "is measured")
@@ -36,8 +37,9 @@ def arena(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(bench.rounds, "PEERS", peers)
     monkeypatch.setattr(bench.rounds, "SETTLE_S", 0.0)
 
-    def enter(name, figures=(), answers=(1.0, 2.0), words="", absence=None):
-        what = json.dumps([name, str(notes), FIGURES | dict(figures), answers, words])
+    def enter(name, figures=(), answers=(1.0, 2.0), words="", absence=None, *, is_mute=False):
+        figures = FIGURES | dict(figures)
+        what = json.dumps([name, str(notes), figures, answers, words, is_mute])
         launch = bench.peers.Launch([sys.executable, "-c", PROGRAM, what], is_program=True)
         peers[name] = bench.peers.Peer(lambda _stage, _port: launch, lambda: absence)
 
@@ -117,6 +119,15 @@ def test_a_server_that_does_not_start_fails_the_question_with_its_last_words(are
 
     assert contest.failure == "two did not start: no such model"
     assert arena.told == ["q: failed: two did not start: no such model"]
+
+
+def test_a_server_that_says_nothing_is_not_waited_for_without_end(arena, bench, monkeypatch):
+    monkeypatch.setattr(bench.servers, "START_TIMEOUT_S", 0.5)
+    arena.enter("two", is_mute=True)
+
+    contest = arena.hold()
+
+    assert contest.failure.startswith("two did not start")
 
 
 def test_who_is_not_here_is_skipped_and_nobody_is_started(arena):
