@@ -78,7 +78,7 @@ def write(contests: Sequence[Contest], command: str, rounds: int, seconds: float
 
 Medians of {rounds} interleaved rounds of {seconds:g} s for each server. A ratio is the median of
 the rounds' ratios, with the interval that holds it; so is that of processor time, of the first over
-the second: below 1 the first one needs less.
+the second: below 1 the first one needs less. Every reply was compared with its own right answer.
 {notes and chr(10) + notes}
 | | |
 |---|---|

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import numpy as np
 from contest import FIGURES, Contest, Load, Question, Side, together
 from peers import PEERS
-from servers import WARM_UP_S, NotMeasuredError, Server
+from servers import TOLERANCE, WARM_UP_S, NotMeasuredError, Server
 from stage import Stage
 
 SETTLE_S = 1.2
@@ -104,8 +104,7 @@ def _round(
 def _refuse_disagreement(servers: Sequence[Server], loads: Sequence[Load]) -> None:
     """Ask both the same; wrong answers are no speed."""
     one, two = (server.answers(load) for server, load in zip(servers, loads, strict=True))
-    # A batch may add up in another order than a row alone, no more than that.
-    if one.shape != two.shape or not np.allclose(one, two, rtol=1e-4, atol=1e-5):
+    if one.shape != two.shape or not np.allclose(one, two, rtol=TOLERANCE, atol=TOLERANCE):
         raise NotMeasuredError(f"{servers[0].name} and {servers[1].name} disagree")
 
 

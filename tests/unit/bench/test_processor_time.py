@@ -1,11 +1,13 @@
 """Processor time is that of a process and of all that descend from it."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
 BURN_S = 0.2
+TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 # A child burns, says so, and ends when it is told to; its parent says that it has waited for it.
 FAMILY = f"""
 import os, sys, time
@@ -40,7 +42,7 @@ def test_a_child_counts_while_it_lives_and_when_it_has_ended(bench, family):
     when_it_has_ended_s = bench.processor_time.used_s(family.pid)
 
     assert while_it_lives_s >= BURN_S
-    assert when_it_has_ended_s >= BURN_S
+    assert when_it_has_ended_s >= BURN_S - 2 * TICK_S  # user's and system's, each cut to ticks
 
 
 def test_waiting_costs_nothing_that_is_counted(bench, family):
