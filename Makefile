@@ -15,11 +15,12 @@ PROTOS := $(shell find protos -name '*.proto')
 STUBS := server/headrace/v1/prediction_service_pb2.py
 INSTALLED := $(VENV)/.installed
 TRITON := .venv-triton/.installed
+PEERS := .venv-peers/.installed
 TRACING := .venv-traces/.installed
 GPU := .venv-gpu/.installed
 MODEL := model_repository/home_valuation/1/manifest.json
 
-.PHONY: help setup triton protos model demo up traces test test-all test-gpu lint fmt bench bench-features bench-overload bench-soak loadtest loadtest-ui profile lock clean
+.PHONY: help setup triton peers protos model demo up traces test test-all test-gpu lint fmt bench bench-features bench-overload bench-soak loadtest loadtest-ui profile lock clean
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -64,13 +65,23 @@ $(TRACING): requirements-traces.lock
 	$(subst $(BIN),.venv-traces/bin,$(INSTALL)) --no-deps --require-hashes -r requirements-traces.lock
 	touch $@
 
-triton: $(TRITON)  ## put a real Triton server beside, for the tests of models that run elsewhere
+triton: $(TRITON)  ## put a real Triton server beside, for the tests of models that run elsewhere and the bench
 
 # An environment of its own: its Python backend needs numpy 1. Where there is no wheel, the tests are skipped.
+# ONNX Runtime is for the bench.
 $(TRITON): requirements-triton.lock
 	test -x .venv-triton/bin/python || $(PYTHON) -m venv .venv-triton
 	$(subst $(BIN),.venv-triton/bin,$(INSTALL)) --no-deps --require-hashes -r requirements-triton.lock || \
 	  echo "make: no Triton for this machine; its tests are skipped"
+	touch $@
+
+peers: $(PEERS) $(TRITON)  ## put MLServer and Triton beside, for the bench
+
+# An environment of its own, of 400 MB: MLServer has its own wishes for half of what we use.
+$(PEERS): requirements-peers.lock
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	$(subst $(BIN),.venv-peers/bin,$(INSTALL)) --no-deps --require-hashes -r requirements-peers.lock || \
+	  echo "make: no MLServer for this machine; the bench goes without"
 	touch $@
 
 # Two at a time, a file's tests together; then, one at a time, those that time a server or count what comes in a while.
@@ -108,7 +119,7 @@ fmt: setup  ## format, and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup model  ## measure the gateway against its ceiling and against glue code
+bench: setup  ## measure the gateway beside its ceiling, glue code and, after `make peers`, MLServer and Triton
 	$(BIN)/python loadtest/bench/run.py
 
 bench-features: setup  ## measure reads of features against Feast's SDK, `feast listen` and `feast serve`
@@ -129,12 +140,18 @@ loadtest: setup model  ## Locust against `headrace up`: fails when a target of l
 loadtest-ui: setup model  ## the same by hand, on Locust's page, until Ctrl-C
 	$(BIN)/python loadtest/run.py --ui
 
-lock:  ## renew requirements.lock and requirements-gpu.lock (needs uv); requirements-data.lock pins one wheel by hand
+lock:  ## renew the lock files, but for the trace viewer's (needs uv); requirements-data.lock pins one wheel by hand
 	uv pip compile pyproject.toml --universal --python-version 3.11 --extra cpu --group dev \
 	  --generate-hashes --no-emit-index-url --no-annotate --no-header --quiet --output-file requirements.lock
 	uv pip compile pyproject.toml --universal --python-version 3.11 --extra gpu --group build --group test \
 	  --generate-hashes --no-emit-index-url --no-annotate --no-header --quiet --output-file requirements-gpu.lock
+	printf 'mlserver==1.7.1\nonnxruntime\n' | uv pip compile - --universal --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --no-annotate --no-header --quiet --output-file requirements-peers.lock
+# Triton's own wheel asks for more than its server needs.
+	printf '%s\n' nvidia-pytriton==0.7.0 numpy==1.26.4 onnxruntime flatbuffers ml-dtypes packaging 'protobuf<7' | \
+	  uv pip compile - --no-deps --universal --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --no-annotate --no-header --quiet --output-file requirements-triton.lock
 
 clean:  ## remove what was made, the environment too
-	rm -rf $(VENV) .venv-triton .venv-traces .venv-gpu .monitor demo-report.html features/data model_repository/*/[0-9]* server/headrace/v1/*_pb2* \
+	rm -rf $(VENV) .venv-triton .venv-peers .venv-traces .venv-gpu .monitor demo-report.html features/data model_repository/*/[0-9]* server/headrace/v1/*_pb2* \
 	  .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -34,9 +34,9 @@ import http2
 import numpy as np
 import subjects
 from feast.protos.feast.serving.ServingService_pb2 import GetOnlineFeaturesResponse
+from page import commit, machine
 from rich.console import Console
 from rich.table import Table
-from run import commit, machine
 
 from headrace.v1.feature_service_pb2 import GetOnlineFeaturesResponse as PackedResponse
 

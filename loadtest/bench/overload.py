@@ -29,8 +29,8 @@ from flood import Flood, Gateway, Questions
 from goodput import Peak, Sweep
 from overload_models import SLOW, TINY
 from overload_page import Circumstances, page
+from page import commit, machine
 from rich.console import Console
-from run import commit, machine
 
 RESULTS = Path(__file__).parents[1] / "results"
 SERVER_CORE, GENERATOR_CORE = 0, 1

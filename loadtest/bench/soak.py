@@ -25,8 +25,8 @@ import features
 import http2
 import numpy as np
 import subjects
+from page import commit, machine
 from rich.console import Console
-from run import commit, machine
 
 GROWTH_MAX = 0.05
 LOADED = features.Shape(1, "loaded")

