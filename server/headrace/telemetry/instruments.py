@@ -72,6 +72,7 @@ METRICS: dict[str, str] = {
 
 GAUGES: dict[str, str] = {
     "headrace_queue_requests": "sum",
+    "headrace_replies_held": "sum",
     "headrace_feature_queue_requests": "sum",
     "headrace_feature_store_readable": "min",
     "headrace_feature_store_held_off": "max",
