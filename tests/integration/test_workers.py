@@ -268,6 +268,10 @@ def test_every_gauge_of_a_worker_has_a_rule(pair):
 
 @pytest.mark.alone
 def test_a_worker_that_hangs_does_not_hang_the_page(pair):
+    answered = pair.total("headrace_requests_total")
+    with channel(pair.address) as one:
+        stub_of(one).ModelInfer(row(), timeout=20, wait_for_ready=True)
+    until(lambda: pair.total("headrace_requests_total") > answered, "it was not counted")
     before = pair.total("headrace_requests_total")
     hung = workers_of(pair.process)[0]
     os.kill(hung, signal.SIGSTOP)
