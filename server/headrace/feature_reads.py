@@ -238,13 +238,17 @@ class FeatureReads:
 
     def _execute(self, queue: Batcher[FeatureRequest]) -> None:
         while (batch := queue.take()) is not None:
-            try:
-                plan = self._plans.find(batch[0].batch_key)
-            except Exception as error:  # noqa: BLE001 the thread must go on
-                self._fail(batch, _told(error))
-                continue
-            for part in _parts(batch, len(plan.features)):
-                self._serve(plan, part)
+            self._serve_batch(batch)
+            del batch  # while there is nothing to do, nobody's request is kept
+
+    def _serve_batch(self, batch: Sequence[FeatureRequest]) -> None:
+        try:
+            plan = self._plans.find(batch[0].batch_key)
+        except Exception as error:  # noqa: BLE001 the thread must go on
+            self._fail(batch, _told(error))
+            return
+        for part in _parts(batch, len(plan.features)):
+            self._serve(plan, part)
 
     def _serve(self, plan: FeaturePlan, batch: Sequence[FeatureRequest]) -> None:
         """See to it that every request of a batch is answered, whatever happens."""

@@ -241,3 +241,4 @@ class ServedModel:
     def _execute(self) -> None:
         while (batch := self._batcher.take()) is not None:
             self._carrier.carry(batch)
+            del batch  # while there is nothing to do, nobody's request is kept

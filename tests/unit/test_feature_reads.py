@@ -1,8 +1,10 @@
 """Batches of feature requests: every caller is answered, whatever happens to the others."""
 
+import gc
 import math
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -339,3 +341,23 @@ def test_a_batch_reads_no_more_at_once_than_one_request_may(reads, store):
     assert [caller.result() for caller in callers] == [NOT_FOUND * 400] * 5
     assert store.reads == [800, 800, 400]
     assert max(store.reads) * 1_000 <= VALUES_MAX
+
+
+@pytest.mark.parametrize("service", ["1", "nobody's"])
+def test_a_thread_that_has_nothing_to_do_keeps_nobody_s_request(reads, service):
+    reads.start()
+    gc.collect()
+    gc.disable()
+    try:
+        caller = Caller([7], service=service)
+        reads.submit(caller)
+        caller.result()
+        caller.outcome = None  # an error leads back to whom it was told
+        freed = weakref.ref(caller)
+        del caller
+        deadline_s = time.monotonic() + TIMEOUT_S
+        while freed() is not None:
+            assert time.monotonic() < deadline_s, "it is kept"
+            time.sleep(0.002)
+    finally:
+        gc.enable()

@@ -1,7 +1,9 @@
 """What happens to a request between the queue and its reply."""
 
+import gc
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -349,3 +351,20 @@ def test_a_model_without_a_batch_dimension_runs_one_request_at_a_time():
         told(caller)
     assert served.batches[-2:] == [[1], [2]]
     assert served.model.stop(5)
+
+
+def test_an_executor_that_has_nothing_to_do_keeps_nobody_s_request(served):
+    gc.collect()
+    gc.disable()
+    try:
+        caller = Caller(1)
+        served.model.submit(caller)
+        assert told(caller) == [2]
+        freed = weakref.ref(caller)
+        del caller
+        deadline_s = time.monotonic() + 10
+        while freed() is not None:
+            assert time.monotonic() < deadline_s, "it is kept"
+            time.sleep(0.002)
+    finally:
+        gc.enable()
