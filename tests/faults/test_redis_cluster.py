@@ -16,6 +16,7 @@ from headrace.features.redis_redirects import key_slot
 from headrace.features.redis_store import RedisStore
 from headrace.features.redis_topologies import open_redis
 
+# All of them: a node that is not heard of for a second is believed to be gone.
 pytestmark = pytest.mark.alone
 
 NODE_TIMEOUT_S = 1.0

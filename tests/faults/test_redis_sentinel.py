@@ -14,6 +14,7 @@ from headrace.errors import FeatureStoreUnavailable
 from headrace.features.redis_store import RedisStore
 from headrace.features.redis_topologies import open_redis
 
+# All of them: a master that is not heard of for half a second is left for another.
 pytestmark = pytest.mark.alone
 
 EVERYBODY = list(range(COUNT))

@@ -12,8 +12,6 @@ from headrace.errors import FeatureStoreUnavailable
 from headrace.features.redis_store import RedisStore
 from headrace.features.redis_topologies import open_redis
 
-pytestmark = pytest.mark.alone
-
 MANY = [i % COUNT for i in range(0, 7 * 9000, 7)]
 
 
@@ -100,6 +98,7 @@ def test_a_server_that_asks_for_a_certificate_is_shown_one(server, own, folder):
         without.close()
 
 
+@pytest.mark.alone
 def test_a_handshake_that_hangs_costs_the_budget(terminator, own):
     terminator.hangs = True
     store = store_of(terminator, f",ssl_ca_certs={own[0]}")

@@ -163,7 +163,7 @@ def test_a_thousand_messages_of_cancelled_streams_leave_their_queue_at_once(held
 
 
 def test_messages_of_streams_whose_deadline_passes_leave_their_queue_at_once(held, fill):
-    model, first, streams = fill(count=2, timeout_s=5)  # far longer than it takes to send them
+    model, first, streams = fill(count=2, timeout_s=2)  # far longer than it takes to send them
 
     until(lambda: model.waiting <= MESSAGES)  # of the first stream, perhaps
 

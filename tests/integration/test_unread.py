@@ -22,7 +22,7 @@ ROOM = 200
 @pytest.fixture(params=["completion-queue", "threads"])
 def serve(request, tmp_path, model_files):
     """Start a gateway of so many models, the first of which is busy, with its queue full."""
-    gateways, gate = [], threading.Event()
+    gateways, gate, busy = [], threading.Event(), threading.Event()
 
     def start(models):
         for name in models:
@@ -47,10 +47,12 @@ def serve(request, tmp_path, model_files):
         real = backend.infer
 
         def infer(inputs):
+            busy.set()
             assert gate.wait(60)
             return real(inputs)
 
         backend.infer = infer
+        gateway.busy = busy
         gateway.start()
         return gateway
 
@@ -79,7 +81,7 @@ def fill(gateway, ask, model):
     """Begin as many calls as there is room for, and one more, which is refused."""
     served = gateway.catalog.find(model, "")
     first = ask.future(message(model), timeout=60)
-    until(lambda: gateway.grpc.ingress.open_calls == 1 and served.waiting == 0)
+    assert gateway.busy.wait(20)  # the executor has it: none of those to come goes with it
     futures = [first, *[ask.future(message(model), timeout=60) for _ in range(ROOM)]]
     until(lambda: served.waiting == ROOM)
     assert code(ask, message(model)) is EXHAUSTED

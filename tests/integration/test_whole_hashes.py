@@ -18,8 +18,6 @@ from headrace.features.redis_pool import RedisPool
 from headrace.features.redis_store import RedisStore
 from headrace.features.values import ValueType, encode_message
 
-pytestmark = pytest.mark.alone
-
 WIDTH = 30
 KEY = (("item_id", "item_id", ValueType.INT64),)
 NAMES = [f"f{i}" for i in range(WIDTH)]
@@ -107,6 +105,7 @@ def test_a_user_who_loses_the_right_is_served_again_at_once(valkey, redis):
     store.close()
 
 
+@pytest.mark.alone
 def test_a_hash_that_has_grown_enormously_is_read_by_field_at_once_and_stops_nobody(valkey, redis):
     store = RedisStore(RedisPool.to(RedisOptions(port=valkey.port)))
     check(read(store))

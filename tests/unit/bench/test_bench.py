@@ -68,7 +68,7 @@ def test_a_request_that_fails_twice_is_an_error(bench):
         connection.close()
 
     with server(serve) as port:
-        figures = bench.http1.run(port, "/", [b"{}"], connections=2, warm_up_s=0.0, seconds=0.2)
+        figures = bench.http1.run(port, "/", [b"{}"], connections=2, warm_up_s=0.0, seconds=1.0)
 
     assert figures["errors"] == figures["requests"] > 0
 
