@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from headrace import errors
-from headrace.__main__ import _parser
+from headrace.command_arguments import command_parser
 from headrace.monitoring.metrics import METRICS as MONITOR_METRICS
 from headrace.repository.config import parse_config
 from headrace.repository.parameters import KNOWN_PARAMETERS
@@ -58,7 +58,9 @@ def command_flags(parser, words=()):
             yield " ".join(words), action.option_strings[0], action.required or default
 
 
-@pytest.mark.parametrize(("command", "flag", "default"), sorted(command_flags(_parser()), key=str))
+@pytest.mark.parametrize(
+    ("command", "flag", "default"), sorted(command_flags(command_parser()), key=str)
+)
 def test_every_flag_of_the_other_commands_is_documented(command, flag, default):
     page = (ROOT / "docs" / "settings.md").read_text().partition("## Other commands")[2]
     rows = [line.split(" | ") for line in page.splitlines() if f" | `{flag}` | " in line]
