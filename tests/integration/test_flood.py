@@ -11,7 +11,7 @@ from tritonclient.grpc import service_pb2
 from headrace.app import Gateway
 from headrace.settings import load_settings
 
-CONNECTIONS, CALLS = 6, 1_000
+CONNECTIONS, CALLS = 5, 500
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 
 pytestmark = pytest.mark.alone

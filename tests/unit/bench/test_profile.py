@@ -180,7 +180,7 @@ def test_what_is_watched_is_there(bench):
             assert callable(found)
 
 
-@pytest.mark.alone
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core for the server, one for the load")
 def test_a_gateway_is_profiled_from_the_port_to_the_reply(bench):
