@@ -12,6 +12,7 @@ from feast.labeling import LabelView
 from feast.types import Float32, ImageBytes, Int64, PdfBytes
 
 from headrace.errors import FeaturePlanError, StartupError, UnknownFeatures
+from headrace.features.registry_views import unservable_state
 from headrace.features.repo import open_feature_repo, reopen
 
 DRIVER = Entity(name="driver", join_keys=["driver_id"], value_type=ValueType.INT64)
@@ -113,13 +114,69 @@ def test_a_pinned_version_does_not_depend_on_the_state_of_the_latest(tmp_path, c
         repo.compile_references(["stats:rating"])
 
 
+def set_state(store, state):
+    latest = store.get_feature_view("stats")
+    latest.state = state
+    store.registry.apply_feature_view(latest, "demo")
+
+
+def is_served(repo):
+    try:
+        repo.compile_references(["stats:rating"])
+    except FeaturePlanError as error:
+        assert "not available online yet" in str(error)
+        return False
+    return True
+
+
+def test_a_view_is_not_served_before_its_first_materialization_has_succeeded(tmp_path, monkeypatch):
+    store = configure(tmp_path)
+    store.apply([DRIVER, view()])
+    set_state(store, FeatureViewState.GENERATED)
+    repo = open_feature_repo(tmp_path)
+    seen = []
+
+    def look(**_):
+        seen.append(reopen(repo))
+        if len(seen) == 1:
+            raise RuntimeError("the first one fails half-way")
+
+    monkeypatch.setattr(store._get_provider(), "materialize_single_feature_view", look)
+    with pytest.raises(RuntimeError):
+        store.materialize(NOW - timedelta(days=1), NOW)
+    failed = reopen(repo)
+    for _ in range(2):
+        store.materialize(NOW - timedelta(days=1), NOW)
+
+    states = [one._state.message.feature_views[0].meta.state for one in seen]
+    assert states == [FeatureViewState.MATERIALIZING.value] * 3
+    assert [is_served(one) for one in (repo, seen[0], failed, seen[1])] == [False] * 4
+    assert [is_served(one) for one in (seen[2], reopen(repo))] == [True] * 2
+    assert seen[1].version != reopen(repo).version  # or nobody would look at it again
+    assert seen[2].version == reopen(repo).version
+
+
+@pytest.mark.parametrize("registry", [FILE, SQL], ids=["file", "sql"])
+def test_a_view_that_is_applied_anew_has_been_materialized_all_the_same(tmp_path, registry):
+    store = configure(tmp_path, registry, versions=False)
+    store.apply([DRIVER, view()])
+    latest = store.get_feature_view("stats")
+    store.registry.apply_materialization(latest, "demo", NOW - timedelta(days=1), NOW)
+
+    store.apply([DRIVER, view("stats", "rating", "trips")])
+    message = open_feature_repo(tmp_path)._state.message.feature_views[0]
+    message.meta.state = FeatureViewState.MATERIALIZING.value
+
+    assert unservable_state(message) == 0
+
+
 def test_a_view_that_is_being_materialized_is_read(tmp_path):
     store = configure(tmp_path, versions=False)
     store.apply([DRIVER, view()])
     put(store, "stats", driver_id=[1], rating=[4.5])
     latest = store.get_feature_view("stats")
-    latest.state = FeatureViewState.MATERIALIZING
-    store.registry.apply_feature_view(latest, "demo")
+    store.registry.apply_materialization(latest, "demo", NOW - timedelta(days=1), NOW)
+    set_state(store, FeatureViewState.MATERIALIZING)
     repo = open_feature_repo(tmp_path)
 
     (found,) = repo._state.message.feature_views
