@@ -126,7 +126,7 @@ def _exception(event: EventDict) -> BaseException | None:
     if isinstance(given, BaseException):
         return given
     if isinstance(given, tuple):
-        return given[1]
+        return cast("BaseException | None", given[1])
     return sys.exc_info()[1] if given else None
 
 
