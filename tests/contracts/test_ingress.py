@@ -271,6 +271,20 @@ def test_a_method_that_raises_fails_its_call_without_a_word_and_not_the_next(por
     assert port.ingress.is_alive
 
 
+def test_a_glance_that_raises_fails_its_call_without_a_word_and_not_the_next(port):
+    def glance(call):
+        raise RuntimeError("secret")
+
+    port.accept, port.glance = lambda call, message: call.reply(message), glance
+    with pytest.raises(grpc.RpcError) as failed:
+        port.hot(b"bad", timeout=5)
+    port.glance = lambda call: None
+
+    assert failed.value.code() is grpc.StatusCode.INTERNAL
+    assert "secret" not in failed.value.details()
+    assert port.hot(b"good", timeout=5) == b"good"
+
+
 def test_a_message_over_the_limit_is_refused_and_the_next_is_served(port):
     with pytest.raises(grpc.RpcError) as refused:
         port.hot(b"x" * 1_001, timeout=5)

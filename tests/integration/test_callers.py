@@ -1,7 +1,6 @@
 """What callers have of one another, when a header says who they are."""
 
 import contextlib
-import gc
 import threading
 import time
 import urllib.request
@@ -11,6 +10,7 @@ import grpc
 import numpy as np
 import pytest
 from feast.protos.feast.serving import ServingService_pb2 as feast_pb2
+from live_objects import live, nothing_collected
 from tritonclient.grpc import service_pb2
 
 from headrace.app import Gateway
@@ -256,27 +256,18 @@ def test_refusals_are_counted_by_reason_and_nobody_is_named(channel, metered, me
     assert me[0][1] not in text
 
 
-def requests_in_memory():
-    return sum(isinstance(each, QueuedRequest) for each in gc.get_objects())
-
-
 @pytest.mark.parametrize("path", [INFER, PREDICT, READS[0]])
-def test_requests_that_are_answered_are_freed_without_the_collector(metered, path, me, monkeypatch):
+def test_requests_that_are_answered_are_freed_without_the_collector(metered, path, me):
     with grpc.insecure_channel(metered.grpc_address) as channel:
         call = channel.unary_unary(path)
-        gc.collect()
-        gc.disable()
-        monkeypatch.setattr(gc, "collect", lambda *_: 0)  # gateways look for garbage now and then
-        try:
-            before = requests_in_memory()
+        with nothing_collected():
+            before = live(QueuedRequest)
             for number in range(300):
                 whose = [("x-caller", f"{me[0][1]} {number // 4}")]
                 with contextlib.suppress(grpc.RpcError):
                     call(body(path, 2), metadata=whose, timeout=20)
 
-            until(lambda: requests_in_memory() - before < 100)  # each of them would be 225
-        finally:
-            gc.enable()
+            until(lambda: live(QueuedRequest) - before < 100)  # each of them would be 225
 
 
 @pytest.fixture

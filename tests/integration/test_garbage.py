@@ -10,6 +10,10 @@ import urllib.request
 import pytest
 from onnx import helper
 
+from headrace.garbage.pace import IDLE_PERIOD_S
+
+LOOKED_AT_WITHIN_S = IDLE_PERIOD_S / 4
+
 
 def write_version(model_files, root, number):
     tensor = ("FP32", ["n", 2])
@@ -64,8 +68,14 @@ def test_a_model_that_was_loaded_is_looked_at_once_and_the_pause_is_measured(ser
 
     write_version(model_files, root, 2)
 
-    limit_s = time.monotonic() + 60
-    while metrics()[name] == "0.0":
+    loads = 'headrace_model_loads_total{model="m",result="ready"}'
+    until(lambda: metrics()[loads] == "2.0", 60)
+    # An idle server would look at few new objects after half a minute, whatever was loaded.
+    until(lambda: metrics()[name] != "0.0", LOOKED_AT_WITHIN_S)
+
+
+def until(condition, timeout_s):
+    limit_s = time.monotonic() + timeout_s
+    while not condition():
         assert time.monotonic() < limit_s
         time.sleep(0.05)
-    assert metrics()['headrace_model_loads_total{model="m",result="ready"}'] == "2.0"

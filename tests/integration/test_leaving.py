@@ -1,6 +1,5 @@
 """Callers who leave while their requests wait: all of them are out of the queue at once."""
 
-import gc
 import threading
 import time
 
@@ -8,6 +7,7 @@ import grpc
 import numpy as np
 import pytest
 from feast.protos.feast.serving import ServingService_pb2
+from live_objects import live, nothing_collected
 from tritonclient.grpc import service_pb2
 
 from headrace.app import Gateway
@@ -144,10 +144,6 @@ def fill(request, held, channel):
     return begin
 
 
-def live(kind):
-    return sum(isinstance(thing, kind) for thing in gc.get_objects())
-
-
 def test_a_thousand_messages_of_cancelled_streams_leave_their_queue_at_once(held, fill):
     model, first, streams = fill()
     before = model._batcher.dropped
@@ -174,18 +170,15 @@ def test_messages_of_streams_whose_deadline_passes_leave_their_queue_at_once(hel
 
 def test_messages_of_lost_streams_are_freed_without_the_collector(held, fill):
     _, first, streams = fill()
-    gc.collect()
-    before = live(Request)
-    gc.disable()
-    try:
+    with nothing_collected():
+        before = live(Request)
+        assert before >= (STREAMS + 1) * MESSAGES
         for stream in streams:
             stream.leave()
         until(lambda: held.grpc.ingress.open_streams == 1)
 
         until(lambda: live(Request) <= before - STREAMS * MESSAGES)
-    finally:
-        gc.enable()
-        first.leave()
+    first.leave()
 
 
 @pytest.mark.parametrize(
@@ -215,18 +208,15 @@ def test_feature_reads_that_are_given_up_are_freed_without_the_collector(held, c
     ask = channel.unary_unary(FEATURES)
     first = ask.future(features_request())
     until(held.busy.is_set)
-    gc.collect()
-    before = live(FeatureRequest)
-    gc.disable()
-    try:
+    with nothing_collected():
+        before = live(FeatureRequest)
         leaving = [ask.future(features_request()) for _ in range(100)]
         until(lambda: len(held._reads._short) == 100)
+        assert live(FeatureRequest) >= before + 100
         for future in leaving:
             future.cancel()
 
         until(lambda: len(held._reads._short) == 0)
         until(lambda: live(FeatureRequest) == before)
-    finally:
-        gc.enable()
-        held.gate.set()
+    held.gate.set()
     assert first.result(timeout=20)

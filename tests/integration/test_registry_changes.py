@@ -137,6 +137,9 @@ def test_a_materialization_stops_no_reads_and_reloads_no_model(gateway, repo, as
 
     store = FeatureStore(repo_path=str(repo))
     stats = store.get_feature_view("stats")
+    now = datetime.now(UTC)
+    store.registry.apply_materialization(stats, "changing", now - timedelta(days=1), now)
+    stats = store.get_feature_view("stats")
     for state in (FeatureViewState.MATERIALIZING, FeatureViewState.AVAILABLE_ONLINE):
         stats.state = state
         store.registry.apply_feature_view(stats, "changing")

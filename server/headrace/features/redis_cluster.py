@@ -24,17 +24,10 @@ from headrace.errors import StartupError
 from headrace.features.breaker import PATIENCE_S, Breaker
 from headrace.features.redis_commands import MAX_PART_BYTES, PackedCommands, in_parts
 from headrace.features.redis_connection import DesynchronizedError
+from headrace.features.redis_conversation import Conversation, finish_all, reply_limit
 from headrace.features.redis_errors import OversizedReplyError, error_word
 from headrace.features.redis_options import RedisOptions, RedisServers
-from headrace.features.redis_pool import (
-    CHECK_TIMEOUT_S,
-    BreakerOpenError,
-    Conversation,
-    RedisPool,
-    Replies,
-    finish_all,
-    reply_limit,
-)
+from headrace.features.redis_pool import CHECK_TIMEOUT_S, BreakerOpenError, RedisPool, Replies
 from headrace.features.redis_redirects import (
     SLOTS,
     DamagedRepliesError,

@@ -61,10 +61,17 @@ class RedisSentinels:
         self._are_gone = False
 
     def find(self, timeout_s: float) -> tuple[str, int]:
-        """Ask as `look` does; tell the log when nobody answers, and when somebody does again."""
+        """
+        Ask as `look` does; tell the log when nobody answers, and when somebody does again.
+
+        That nobody answers whoever is in a hurry says nothing of the Sentinels.
+        """
         are_gone = False
         try:
             return self.look(timeout_s)
+        except SentinelsSilentError:
+            are_gone = self._are_gone or timeout_s >= PATIENCE_S
+            raise
         except SentinelsGoneError:
             are_gone = True
             raise

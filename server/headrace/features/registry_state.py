@@ -14,7 +14,11 @@ _PARTS = (
     *("entities", "feature_views", "stream_feature_views", "on_demand_feature_views"),
     *("label_views", "feature_services"),
 )
-_SOURCES = ("batch_source", "stream_source", "source")
+_ORIGINS = (
+    *("batch_source", "stream_source", "source", "source_views"),
+    *("user_defined_function", "feature_transformation"),
+)
+"""Where the rows of a stored view come from: nothing of it is read or run here."""
 
 
 class RegistryState:
@@ -105,13 +109,15 @@ def _versions_in_sql(registry: Any, project: str) -> list[Any]:
 
 
 def _digest(message: Any, project: str) -> str:
-    """Hash what is served by: not the times, the sources, or whether a view is being written."""
+    """Hash what is served by: not the times, the origins, or whether a view is being written."""
     parts = []
     for name in _PARTS:
         for one in getattr(message, name):
             if one.spec.project == project:
                 state = unservable_state(one), getattr(one.meta, "current_version_number", 0)
-                spec = _without_sources(one.spec).SerializeToString(deterministic=True)
+                # Of an on-demand view they are how it is computed when it is asked for.
+                rest = one.spec if name == "on_demand_feature_views" else _without_origins(one.spec)
+                spec = rest.SerializeToString(deterministic=True)
                 parts.append(repr((name, one.spec.name, state, spec)))
     parts += [
         repr((record.feature_view_name, record.version_number, record.feature_view_proto))
@@ -121,14 +127,14 @@ def _digest(message: Any, project: str) -> str:
     return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()[:32]
 
 
-def _without_sources(spec: Any) -> Any:
-    """Return what is served of a spec: Feast writes a source otherwise while it materializes."""
+def _without_origins(spec: Any) -> Any:
+    """Return what is served of a spec: Feast writes an origin otherwise while it materializes."""
     known = spec.DESCRIPTOR.fields_by_name
-    sources = [name for name in _SOURCES if name in known]
-    if not sources:
+    origins = [name for name in _ORIGINS if name in known]
+    if not origins:
         return spec
     rest = type(spec)()
     rest.CopyFrom(spec)
-    for name in sources:
+    for name in origins:
         rest.ClearField(name)
     return rest

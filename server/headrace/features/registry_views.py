@@ -26,7 +26,9 @@ CACHE_TAG = "headrace.cache_max_age_s"
 # Source: feast 0.67 `FeatureView.proto`, FeatureViewState. A view that is written is
 # AVAILABLE_ONLINE, those of before there were states are unspecified, and one that
 # `feast materialize` is writing anew is MATERIALIZING for as long as that takes, although the
-# store has all that it had. Feast's own client refuses that one, unless it is told otherwise.
+# store has all that it had. Feast's own client refuses that one, unless it is told otherwise. One
+# that is written for the first time is in that state, too, and has had no interval yet: they are
+# noted when a materialization has succeeded, and outlast a view that is applied anew.
 _UNSPECIFIED, _MATERIALIZING, _AVAILABLE_ONLINE = 0, 3, 4
 _SERVABLE_STATES = frozenset({_UNSPECIFIED, _MATERIALIZING, _AVAILABLE_ONLINE})
 
@@ -64,6 +66,8 @@ def stored_views(registry: Any, project: str) -> list[Any]:
 def unservable_state(view: Any) -> int:
     """Return the number of the state that keeps a view from being served; 0 if it is served."""
     state = int(_field(view.meta, "state"))
+    if state == _MATERIALIZING and not _field(view.meta, "materialization_intervals", default=True):
+        return state
     return 0 if state in _SERVABLE_STATES else state
 
 

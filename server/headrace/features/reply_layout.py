@@ -8,6 +8,7 @@ Source: RESP2 (https://valkey.io/topics/protocol/), `features.cell_kinds`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -26,6 +27,9 @@ from headrace.features.values import MAX_VARINT_BYTES, ValueType
 
 _COMPARED_BYTES = 32 << 10
 """Of a batch, compared with a layout at once: they stay in a processor's first cache."""
+
+_TILED_MAX = 64
+"""Layouts that are kept repeated as often as that, of all there are: 4 MiB of memory."""
 
 _RUNS_MAX = 4
 """Evenly spaced cells copied as one. Of more runs than this the cells are gathered one by one."""
@@ -69,9 +73,9 @@ class ReplyLayout:
             mask += b"\xff" * len(head) + bits + b"\xff\xff"
         self._starts = [starts[place] for place in places]
         self.length = len(row)
-        count = max(1, _COMPARED_BYTES // self.length)
-        self._mask = np.frombuffer(bytes(mask) * count, np.uint8)
-        self._rows = (np.frombuffer(bytes(row) * count, np.uint8) & self._mask).tobytes()
+        self._mask_bytes = bytes(mask)
+        self._mask = np.frombuffer(self._mask_bytes, np.uint8)
+        self._row = (np.frombuffer(bytes(row), np.uint8) & self._mask).tobytes()
         self._kinds = kinds
         self._sizes = [len(parts[place]) for place in places]
         # Cells that lie evenly are strided views, others are gathered.
@@ -118,10 +122,13 @@ class ReplyLayout:
         return columns, times_s
 
     def _fits(self, received: NDArray[np.uint8]) -> bool:
-        step = len(self._mask)
+        if len(received) == self.length:
+            return self._row == (received & self._mask).data
+        rows, mask = _tiled(self._row, self._mask_bytes)
+        step = len(mask)
         for first in range(0, len(received), step):
             part = received[first : first + step]
-            if not self._rows.startswith((part & self._mask[: len(part)]).data):
+            if not rows.startswith((part & mask[: len(part)]).data):
                 return False
         return True
 
@@ -163,6 +170,13 @@ class _Run:
     at: slice
     first: int
     stride: int
+
+
+@lru_cache(maxsize=_TILED_MAX)
+def _tiled(row: bytes, mask: bytes) -> tuple[bytes, NDArray[np.uint8]]:
+    """Repeat a masked row, and its mask, for comparing many rows at once."""
+    count = max(1, _COMPARED_BYTES // len(row))
+    return row * count, np.frombuffer(mask * count, np.uint8)
 
 
 def _runs(starts: Sequence[int]) -> list[_Run]:

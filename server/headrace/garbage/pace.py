@@ -95,6 +95,10 @@ class Pace:
             return Work.YOUNG
         return None
 
+    def survived(self, count: int) -> None:
+        """Note objects that outlived a young collection that nobody here has asked for."""
+        self.survivors += count
+
     def done(self, work: Work, *, now_s: float, left: int) -> None:
         """
         Note what was done.

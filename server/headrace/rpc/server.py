@@ -35,7 +35,10 @@ CONTROL_THREADS = 8
 """For the ordinary methods: health, metadata, reflection."""
 
 CALLS_ON_THREADS_MAX = 2_048
-"""With `--ingress threads`; one more is refused with RESOURCE_EXHAUSTED."""
+"""
+Calls that have a thread or wait for one; one more is refused with RESOURCE_EXHAUSTED. On the
+completion queue hot calls are none of them, nor is a health Watch once it has begun.
+"""
 
 PENDING_CALLS_MAX = 16_384
 """
@@ -111,15 +114,18 @@ class GrpcServer:
         ingress = _usable(ingress)
         self._server = grpc.server(
             futures.ThreadPoolExecutor(CONTROL_THREADS, thread_name_prefix="control"),
-            # Calls beyond the pool's threads wait inside grpcio, out of sight of every limit.
-            maximum_concurrent_rpcs=CALLS_ON_THREADS_MAX if ingress == "threads" else None,
+            # Calls beyond the pool's threads wait inside grpcio, out of sight of every other limit,
+            # and as long as the threads are taken even those stay that were begun and reset.
+            maximum_concurrent_rpcs=CALLS_ON_THREADS_MAX,
             options=[
                 # grpcio would otherwise share a taken port silently.
                 ("grpc.so_reuseport", int(shares_port)),
                 ("grpc.max_concurrent_streams", max_concurrent_streams),
                 # grpcio counts calls that are answered and not yet freed, which their client cannot
                 # know of: one that makes use of all it may would be told UNAVAILABLE. What the
-                # option is against, calls begun and reset at once, is held by PENDING_CALLS_MAX.
+                # option is against, calls begun and reset at once, is bounded elsewhere: those that
+                # nobody has taken yet by PENDING_CALLS_MAX, those on threads by
+                # CALLS_ON_THREADS_MAX, and a hot call is over when its message fails to come.
                 ("grpc.http.overload_protection", 0),
                 ("grpc.server.max_pending_requests", PENDING_CALLS_MAX),
                 ("grpc.server.max_pending_requests_hard_limit", PENDING_CALLS_MAX),

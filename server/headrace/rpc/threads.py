@@ -12,7 +12,7 @@ from concurrent import futures
 import grpc
 import structlog
 
-from headrace.rpc.ingress import Accept, HotMethod, HotStream, Metadata
+from headrace.rpc.ingress import HotMethod, HotStream, Metadata
 from headrace.rpc.status import Status
 from headrace.rpc.thread_streams import AbortStatus, ThreadStreams, deadline_of, metadata_of
 
@@ -91,20 +91,15 @@ class ThreadIngress:
         return True
 
     def _behaviour(self, method: HotMethod) -> Callable[[bytes, grpc.ServicerContext], bytes]:
-        accept, glance = method.accept, method.glance
-
         def behave(message: bytes, context: grpc.ServicerContext) -> bytes:
             with self._lock:
                 self._open += 1
             try:
                 call = _Call(context)
-                refusal = self._refusal
-                if refusal is None and glance is not None:
-                    refusal = glance(call)
-                if refusal is not None:
-                    call.refuse(refusal)
+                if self._refusal is not None:
+                    call.refuse(self._refusal)
                 else:
-                    _accept(accept, call, message)
+                    _accept(method, call, message)
                     call.accepted()
                 return call.finish()
             finally:
@@ -114,9 +109,13 @@ class ThreadIngress:
         return behave
 
 
-def _accept(accept: Accept, call: "_Call", message: bytes) -> None:
+def _accept(method: HotMethod, call: "_Call", message: bytes) -> None:
     try:
-        accept(call, message)
+        refusal = None if method.glance is None else method.glance(call)
+        if refusal is None:
+            method.accept(call, message)
+        else:
+            call.refuse(refusal)
     except Exception:
         _LOG.exception("ingress_failed", where="accept")
         call.refuse(Status(grpc.StatusCode.INTERNAL, "internal error"))

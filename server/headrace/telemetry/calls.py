@@ -105,7 +105,9 @@ class CallRecorder:
                 limit = self._failure_lines[call.code] = LineLimit(LINES_PER_S)
             suppressed = limit.take(call.failed_s)
             if suppressed is not None or call.trace is not None:
-                self._put(_Failure(call, suppressed), 1)
+                is_kept = self._put(_Failure(call, suppressed), 1)
+                if suppressed is not None and not is_kept:
+                    limit.lose(suppressed)
 
     def answered(self, batch: TracedBatch) -> None:
         """Note a batch with sampled calls in it."""
@@ -122,12 +124,14 @@ class CallRecorder:
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
 
-    def _put(self, record: "TracedBatch | _Failure", calls: int) -> None:
+    def _put(self, record: "TracedBatch | _Failure", calls: int) -> bool:
+        """Let a record wait, if there is room for it."""
         if self._waiting + calls > CALLS_MAX:
             self.dropped += calls
-        else:
-            self._waiting += calls
-            self._records.append(record)
+            return False
+        self._waiting += calls
+        self._records.append(record)
+        return True
 
     def _run(self) -> None:
         while True:

@@ -42,3 +42,7 @@ class LineLimit:
         self._lines -= 1
         suppressed, self._suppressed = self._suppressed, 0
         return suppressed
+
+    def lose(self, suppressed: int) -> None:
+        """Say that a line that was allowed, and told of so many, is not written after all."""
+        self._suppressed += suppressed + 1

@@ -23,7 +23,16 @@ FLOODING = frozenset(
 """Events that every request, or every batch, can cause again, with a traceback each time."""
 
 FLOODING_LINES_PER_S = 10.0
-"""Of each of them."""
+"""Of each of them, for each model or kind of exception."""
+
+FLOODS_MAX = 256
+"""Models and kinds that have limits of their own; those that come later share their event's."""
+
+INCIDENT_LINES_PER_S = 200.0
+"""
+Of all that name an incident: its number was told to a caller, who will ask for its line. Those
+beyond `FLOODING_LINES_PER_S` come without the traceback, which is the others' as well.
+"""
 
 
 def set_up_logs(level: str, worker: int | None = None) -> None:
@@ -74,21 +83,58 @@ def hold_back_floods() -> structlog.typing.Processor:
 
     The next one says in `suppressed` how many were held back. Any thread may log.
     """
-    limits = {event: LineLimit(FLOODING_LINES_PER_S) for event in FLOODING}
+    limits = {(event, ""): LineLimit(FLOODING_LINES_PER_S) for event in FLOODING}
+    incidents = LineLimit(INCIDENT_LINES_PER_S)
     lock = threading.Lock()
 
+    def limit_of(event: EventDict) -> LineLimit:
+        key = event["event"], _cause(event)
+        limit = limits.get(key)
+        if limit is None and len(limits) < FLOODS_MAX:
+            limit = limits[key] = LineLimit(FLOODING_LINES_PER_S)
+        return limits[event["event"], ""] if limit is None else limit
+
     def hold_back(_logger: object, _method: str, event: EventDict) -> EventDict:
-        limit = limits.get(event["event"])
-        if limit is not None:
-            with lock:
-                suppressed = limit.take(time.monotonic())
-            if suppressed is None:
-                raise structlog.DropEvent
-            if suppressed:
-                event["suppressed"] = suppressed
+        if event["event"] not in FLOODING:
+            return event
+        is_incident, now_s = "incident" in event, time.monotonic()
+        with lock:
+            suppressed = limit_of(event).take(now_s, 0 if is_incident else 1)
+            if suppressed is None and is_incident:
+                suppressed = incidents.take(now_s)
+                _drop_traceback(event)
+        if suppressed is None:
+            raise structlog.DropEvent
+        if suppressed:
+            event["suppressed"] = suppressed
         return event
 
     return hold_back
+
+
+def _cause(event: EventDict) -> str:
+    """Name what tells one flood of an event from another: the model, or the kind of exception."""
+    model = event.get("model")
+    if model:
+        return str(model)
+    kind = type(_exception(event))
+    return "" if kind is type(None) else kind.__qualname__
+
+
+def _exception(event: EventDict) -> BaseException | None:
+    given = event.get("exc_info")
+    if isinstance(given, BaseException):
+        return given
+    if isinstance(given, tuple):
+        return cast("BaseException | None", given[1])
+    return sys.exc_info()[1] if given else None
+
+
+def _drop_traceback(event: EventDict) -> None:
+    """Leave of an exception what it is, and not what it says: that is with the traceback."""
+    exception = _exception(event)
+    if event.pop("exc_info", None) is not None and exception is not None:
+        event["exception_type"] = type(exception).__qualname__
 
 
 class _Unfailing:

@@ -63,6 +63,21 @@ def test_callers_in_a_hurry_open_no_breaker_and_others_do(silent, kind):
     store.close()
 
 
+def test_sentinels_that_are_silent_to_callers_in_a_hurry_are_not_said_to_be_gone(silent):
+    store = store_at(silent, "redis_sentinel")
+
+    def events(timeout_s):
+        with structlog.testing.capture_logs() as log:
+            for _ in range(2):
+                fail(store, timeout_s)
+        return [line["event"] for line in log if line["event"].startswith("redis_sentinels")]
+
+    assert events(HURRY_S) == []
+    assert events(1.0) == ["redis_sentinels_gone"]
+    assert events(HURRY_S) == []  # nor are they back
+    store.close()
+
+
 @pytest.fixture
 def speechless():
     """The port of a server that lets in whoever comes, and answers nothing after that."""
@@ -103,6 +118,35 @@ def test_what_connecting_took_was_not_given_to_the_read(speechless):
         fail(store, connecting_s + HURRY_S)
     while time.monotonic() < until_s:
         fail(store, connecting_s + HURRY_S)
+    assert not store.is_held_off()
+
+    fail_until_held_off(store, connecting_s + 0.3)
+    store.close()
+
+
+def test_what_connecting_anew_took_was_not_given_to_the_read_either(speechless):
+    connecting_s = 0.1
+    options = RedisOptions(port=speechless)
+
+    def connect(timeout_s):
+        time.sleep(connecting_s)
+        return RedisConnection(options, timeout_s)
+
+    pool = RedisPool(connect, ("127.0.0.1", speechless))
+    store = RedisStore(pool)
+
+    def fail_after_another_has_died(timeout_s):
+        dead = RedisConnection(options, LIMIT_S)
+        dead._socket.shutdown(socket.SHUT_RD)  # as one that the server has closed
+        pool._idle.append((pool.generation, dead))
+        fail(store, timeout_s)
+        assert not pool.has_idle
+
+    until_s = time.monotonic() + FAILING_S + 0.2
+    for _ in range(FAILURES + 1):
+        fail_after_another_has_died(connecting_s + HURRY_S)
+    while time.monotonic() < until_s:
+        fail_after_another_has_died(connecting_s + HURRY_S)
     assert not store.is_held_off()
 
     fail_until_held_off(store, connecting_s + 0.3)

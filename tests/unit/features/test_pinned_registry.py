@@ -253,6 +253,7 @@ def test_a_view_of_each_kind_is_read_while_it_is_being_materialized(path, view):
             for message in views:
                 if "state" in message.meta.DESCRIPTOR.fields_by_name:
                     message.meta.state = FeatureViewState.MATERIALIZING.value
+                    message.meta.materialization_intervals.add()
 
     poison(path, change)
 

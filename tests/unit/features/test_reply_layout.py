@@ -1,5 +1,7 @@
 """A layout says what decoding cell by cell says, wherever the cells are, and takes nothing else."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -108,4 +110,36 @@ def test_one_wrong_byte_in_any_row_of_many_is_noticed(row, what):
     wrong = bytearray(data)
     wrong[data.index(what, row * layout.length)] ^= 0x01
 
+    assert layout.decode(bytes(wrong), rows) is None
+
+
+def test_many_layouts_hold_little_more_than_a_row_each():
+    count = 500
+    shapes = [
+        ([ValueType.INT64] * 8, [1 + i // 9**n % 9 for n in range(8)], [5], [*range(9)])
+        for i in range(count)
+    ]
+    made(shapes[0], 2, seed=1)
+    tracemalloc.start()
+    try:
+        layouts = []
+        for seed, shape in enumerate(shapes):
+            layout, data, _ = made(shape, 2, seed)
+            assert layout.decode(data, 2) is not None
+            layouts.append(layout)
+        held_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    # Of all of them together 4 MiB are kept for comparing; 64 KiB of each would be 31 MiB.
+    assert held_bytes < (5 << 20) + count * 8_000
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_one_wrong_byte_in_the_only_row_or_two_is_noticed(rows):
+    layout, data, _ = made(SIXTEEN, rows, seed=7)
+    wrong = bytearray(data)
+    wrong[-1] ^= 0x01
+
+    assert layout.decode(data, rows) is not None
     assert layout.decode(bytes(wrong), rows) is None

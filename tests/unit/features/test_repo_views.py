@@ -1,5 +1,6 @@
 """The views of a repository: of every kind, in every version, wherever the registry keeps them."""
 
+import contextlib
 import uuid
 from datetime import UTC, datetime, timedelta
 
@@ -7,11 +8,16 @@ import numpy as np
 import pandas as pd
 import pytest
 from feast import Entity, FeatureService, FeatureStore, FeatureView, Field, FileSource, ValueType
+from feast.data_format import JsonFormat
+from feast.data_source import KafkaSource
 from feast.feature_view import FeatureViewState
 from feast.labeling import LabelView
+from feast.protos.feast.core.Registry_pb2 import Registry
+from feast.stream_feature_view import StreamFeatureView
 from feast.types import Float32, ImageBytes, Int64, PdfBytes
 
 from headrace.errors import FeaturePlanError, StartupError, UnknownFeatures
+from headrace.features.registry_views import unservable_state
 from headrace.features.repo import open_feature_repo, reopen
 
 DRIVER = Entity(name="driver", join_keys=["driver_id"], value_type=ValueType.INT64)
@@ -113,13 +119,66 @@ def test_a_pinned_version_does_not_depend_on_the_state_of_the_latest(tmp_path, c
         repo.compile_references(["stats:rating"])
 
 
+def set_state(store, state):
+    latest = store.get_feature_view("stats")
+    latest.state = state
+    store.registry.apply_feature_view(latest, "demo")
+
+
+def is_served(repo):
+    with contextlib.suppress(FeaturePlanError):
+        return bool(repo.compile_references(["stats:rating"]))
+    return False
+
+
+def test_a_view_is_not_served_before_its_first_materialization_has_succeeded(tmp_path, monkeypatch):
+    store = configure(tmp_path)
+    store.apply([DRIVER, view()])
+    set_state(store, FeatureViewState.GENERATED)
+    repo = open_feature_repo(tmp_path)
+    seen = []
+
+    def look(**_):
+        seen.append(reopen(repo))
+        if len(seen) == 1:
+            raise RuntimeError("the first one fails half-way")
+
+    monkeypatch.setattr(store._get_provider(), "materialize_single_feature_view", look)
+    with pytest.raises(RuntimeError):
+        store.materialize(NOW - timedelta(days=1), NOW)
+    failed = reopen(repo)
+    for _ in range(2):
+        store.materialize(NOW - timedelta(days=1), NOW)
+
+    states = [one._state.message.feature_views[0].meta.state for one in seen]
+    assert states == [FeatureViewState.MATERIALIZING.value] * 3
+    assert [is_served(one) for one in (repo, seen[0], failed, seen[1])] == [False] * 4
+    assert [is_served(one) for one in (seen[2], reopen(repo))] == [True] * 2
+    assert seen[1].version != reopen(repo).version  # or nobody would look at it again
+    assert seen[2].version == reopen(repo).version
+
+
+@pytest.mark.parametrize("registry", [FILE, SQL], ids=["file", "sql"])
+def test_a_view_that_is_applied_anew_has_been_materialized_all_the_same(tmp_path, registry):
+    store = configure(tmp_path, registry, versions=False)
+    store.apply([DRIVER, view()])
+    latest = store.get_feature_view("stats")
+    store.registry.apply_materialization(latest, "demo", NOW - timedelta(days=1), NOW)
+
+    store.apply([DRIVER, view("stats", "rating", "trips")])
+    message = open_feature_repo(tmp_path)._state.message.feature_views[0]
+    message.meta.state = FeatureViewState.MATERIALIZING.value
+
+    assert unservable_state(message) == 0
+
+
 def test_a_view_that_is_being_materialized_is_read(tmp_path):
     store = configure(tmp_path, versions=False)
     store.apply([DRIVER, view()])
     put(store, "stats", driver_id=[1], rating=[4.5])
     latest = store.get_feature_view("stats")
-    latest.state = FeatureViewState.MATERIALIZING
-    store.registry.apply_feature_view(latest, "demo")
+    store.registry.apply_materialization(latest, "demo", NOW - timedelta(days=1), NOW)
+    set_state(store, FeatureViewState.MATERIALIZING)
     repo = open_feature_repo(tmp_path)
 
     (found,) = repo._state.message.feature_views
@@ -152,6 +211,45 @@ def test_a_materialization_is_no_other_state_of_the_registry(tmp_path, registry,
 
     store.apply([view("stats", "rating", "trips")])
     assert reopen(repo).version != repo.version
+
+
+def plus_one(frame):
+    return frame.assign(rating=frame["rating"] + 1)
+
+
+def test_materializing_a_view_with_a_function_is_no_other_state_of_the_registry(tmp_path):
+    store = configure(tmp_path)
+    stream = KafkaSource(
+        name="stream",
+        kafka_bootstrap_servers="nowhere",
+        topic="t",
+        timestamp_field="event_timestamp",
+        batch_source=SOURCE,
+        message_format=JsonFormat(schema_json="driver_id integer, rating float"),
+    )
+    streamed = StreamFeatureView(
+        name="streamed",
+        entities=[DRIVER],
+        ttl=timedelta(0),
+        schema=[Field(name="driver_id", dtype=Int64), Field(name="rating", dtype=Float32)],
+        source=stream,
+        timestamp_field="event_timestamp",
+        udf=plus_one,
+    )
+    store.apply([DRIVER, streamed])
+    repo = open_feature_repo(tmp_path)
+
+    store.registry.apply_materialization(streamed, "demo", NOW - timedelta(days=1), NOW)
+
+    # Feast pickles the function anew, which need not give the same bytes.
+    registry = tmp_path / "registry.db"
+    message = Registry.FromString(registry.read_bytes())
+    spec = message.stream_feature_views[0].spec
+    assert spec.user_defined_function.body
+    spec.user_defined_function.body += b" "
+    spec.feature_transformation.user_defined_function.body += b" "
+    registry.write_bytes(message.SerializeToString())
+    assert reopen(repo).version == repo.version
 
 
 def test_a_view_that_is_not_available_any_more_is_another_state_of_the_registry(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 import structlog
 
 from headrace.garbage.collector import GarbageCollector
-from headrace.garbage.pace import YOUNG_OBJECTS, Work
+from headrace.garbage.pace import RECENT_OBJECTS, YOUNG_OBJECTS, Work
 from headrace.garbage.pauses import Pauses
 
 
@@ -24,6 +24,7 @@ class FakeHeap:
 
     def __init__(self):
         self.objects = 0
+        self.survivors = 0
         self.done = []
         self.holders = []
         self.collecting = threading.Event()
@@ -38,6 +39,9 @@ class FakeHeap:
 
     def young(self):
         return self.objects
+
+    def survived(self):
+        return self.survivors
 
     def collect(self, work):
         self.collecting.set()
@@ -181,7 +185,7 @@ def test_of_two_in_one_process_the_last_one_restores():
         one.stop(30)
         assert gc.get_threshold()[0] == AUTOMATIC_OBJECTS
         assert gc.get_freeze_count()
-        assert len(gc.callbacks) == 1
+        assert len(gc.callbacks) == 2  # the heap's own, and one that times it
         two.stop(30)
         assert state() == before
     """)
@@ -210,6 +214,69 @@ def test_a_burst_between_two_looks_is_cut_to_pieces():
         kept = [[number] for number in range(5 * AUTOMATIC_OBJECTS)]
         assert pauses(collector)["young"] >= 4
         assert pauses(collector)["old"] == 0
+        collector.stop(30)
+    """)
+
+
+def test_what_outlives_a_collection_of_the_interpreters_own_is_looked_at_again(collector, heap):
+    heap.survivors = 7 * RECENT_OBJECTS  # before anybody looked: set aside with the rest
+    collector.start()
+    collector._stopping.set()  # nobody else looks
+    collector._thread.join(30)
+    assert collector.look() is None
+    heap.survivors += RECENT_OBJECTS
+    assert collector.look() is Work.RECENT
+    assert collector.look() is None
+    assert heap.done == [Work.RECENT]
+
+
+def test_the_interpreters_own_collections_are_counted_and_the_collectors_are_not():
+    run("""
+        collector = GarbageCollector(is_idle=lambda: False)
+        collector.start()
+        collector._stopping.set()  # nobody looks
+        collector._thread.join(30)
+        heap = collector._heap
+        kept = [[number] for number in range(3 * AUTOMATIC_OBJECTS)]
+        automatic = heap.survived()
+        assert 2 * AUTOMATIC_OBJECTS <= automatic <= 3.2 * AUTOMATIC_OBJECTS
+        for _ in range(2 * AUTOMATIC_OBJECTS):
+            Knot()
+        heap.collect(Work.YOUNG)
+        assert heap.survived() - automatic < AUTOMATIC_OBJECTS  # garbage survives nothing
+        before = heap.survived()
+        gc.disable()
+        more = [[number] for number in range(1000)]
+        assert heap.collect(Work.YOUNG) >= 1000
+        assert heap.collect(Work.RECENT) >= len(kept)
+        assert heap.collect(Work.WHOLE) >= len(kept)
+        assert heap.survived() == before
+        collector.stop(30)
+    """)
+
+
+def test_a_pause_lasts_until_everything_is_counted():
+    run("""
+        collector = GarbageCollector(is_idle=lambda: True)
+        collector.start()
+        collector._stopping.set()  # nobody looks
+        collector._thread.join(30)
+        real = gc.get_objects
+
+        def slow():
+            time.sleep(0.2)
+            return real()
+
+        gc.get_objects = slow
+        collector._heap.collect(Work.RECENT)
+        gc.get_objects = real
+        (family,) = collector.pauses.collect()
+        total_s = sum(
+            s.value
+            for s in family.samples
+            if s.name.endswith("_sum") and s.labels["generation"] == "old"
+        )
+        assert total_s >= 0.2
         collector.stop(30)
     """)
 

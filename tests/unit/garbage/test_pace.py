@@ -86,6 +86,14 @@ def test_a_loaded_model_is_set_aside_at_once(is_idle):
     assert due(Pace(0, 0.0), is_idle=is_idle, has_loaded=True) is Work.RECENT
 
 
+def test_survivors_of_collections_of_the_interpreters_own_count_too():
+    pace = with_survivors(RECENT_OBJECTS - 10)
+    pace.survived(9)
+    assert due(pace, now_s=1.0) is None
+    pace.survived(1)
+    assert due(pace, now_s=1.0) is Work.RECENT
+
+
 def test_after_a_whole_look_counting_begins_anew():
     pace = with_set_aside(WHOLE_OBJECTS)
     pace.done(Work.WHOLE, now_s=1.0, left=7)

@@ -73,6 +73,21 @@ def test_what_comes_while_too_much_waits_is_dropped_and_counted(recorder):
     assert recorder.dropped == 7
 
 
+def test_failures_that_are_dropped_with_their_lines_are_told_of_later():
+    sampler = Sampler(Rule(1.0))
+    recorder = CallRecorder(Metrics(), sampler)
+    batch = [TracedCall(sampler.begin(), "p.S/M", 0.0, 1, "id")] * calls.CALLS_MAX
+    recorder.answered(TracedBatch("m", "1", 1, 1, 1.0, 2.0, 3.0, 4.0, False, False, batch))
+    for _ in range(15):
+        recorder.failed(failed_at(1.0))
+    recorder._tell()  # there is room again
+
+    recorder.failed(failed_at(2.0))
+
+    lines = [line for line in lines_of(recorder) if line["code"] != "OK"]
+    assert [line["suppressed"] for line in lines] == [15]
+
+
 def test_every_failure_counts_in_the_metrics_whatever_is_told():
     metrics = Metrics()
     recorder = CallRecorder(metrics)

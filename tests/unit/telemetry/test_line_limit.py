@@ -1,6 +1,7 @@
 """No flood of one line fills a disk, and what is held back is told of."""
 
 import io
+import json
 import re
 from pathlib import Path
 
@@ -11,7 +12,13 @@ from hypothesis import strategies as st
 
 import headrace
 from headrace.telemetry.line_limit import LineLimit
-from headrace.telemetry.logs import FLOODING, FLOODING_LINES_PER_S, hold_back_floods
+from headrace.telemetry.logs import (
+    FLOODING,
+    FLOODING_LINES_PER_S,
+    FLOODS_MAX,
+    INCIDENT_LINES_PER_S,
+    hold_back_floods,
+)
 
 SOURCES = "\n".join(path.read_text() for path in Path(headrace.__file__).parent.rglob("*.py"))
 
@@ -36,6 +43,14 @@ def test_a_line_that_stands_for_many_counts_them_all():
     limit.take(0.0)
     assert limit.take(0.0, 40) is None
     assert limit.take(1.0, 40) == 40
+
+
+def test_a_line_that_is_lost_is_told_of_with_all_that_it_told_of():
+    limit = LineLimit(1)
+    limit.take(0.0)
+    limit.take(0.0)
+    limit.lose(limit.take(1.0))
+    assert limit.take(2.0) == 2
 
 
 @given(
@@ -69,9 +84,9 @@ def written():
         processors=[hold_back_floods(), structlog.processors.JSONRenderer()],
     )
 
-    def write(event, times):
+    def write(event, times, **fields):
         for _ in range(times):
-            log.error(event)
+            log.error(event, **fields)
         return lines.getvalue().splitlines()
 
     return write
@@ -88,6 +103,47 @@ def test_one_flood_silences_no_other_event(written):
     written("rpc_failed", 50)
     assert written("batch_failed", 1)[-1] == '{"event": "batch_failed"}'
     assert written("model_load_failed", 100)[-100:] == ['{"event": "model_load_failed"}'] * 100
+
+
+def test_one_models_flood_silences_no_other_model(written):
+    written("batch_failed", 50, model="one")
+    assert (
+        written("batch_failed", 1, model="two")[-1] == '{"model": "two", "event": "batch_failed"}'
+    )
+
+
+def test_one_kind_of_exception_silences_no_other(written):
+    written("reply_failed", 50, exc_info=ValueError())
+    assert "KeyError" in written("reply_failed", 1, exc_info=KeyError())[-1]
+
+
+def test_models_without_end_have_no_limits_without_end(written):
+    for number in range(3 * FLOODS_MAX):
+        written("batch_failed", 1, model=f"m{number}")
+    assert len(written("batch_failed", 0)) < 1.5 * FLOODS_MAX
+
+
+def test_an_incident_that_a_caller_was_told_of_has_its_line(written):
+    for number in range(100):
+        written("rpc_failed", 1, incident=f"incident {number}", exc_info=ValueError("secret"))
+    lines = [json.loads(line) for line in written("rpc_failed", 0)]
+
+    assert [line["incident"] for line in lines] == [f"incident {n}" for n in range(100)]
+    assert [line.get("suppressed") for line in lines] == [None] * 100
+    brief = [line for line in lines if "exc_info" not in line]
+    assert len(brief) <= 100 - FLOODING_LINES_PER_S
+    assert brief[0] == {
+        "incident": brief[0]["incident"],
+        "exception_type": "ValueError",
+        "event": "rpc_failed",
+    }
+
+
+def test_incidents_are_limited_too_and_those_held_back_are_told_of(written):
+    lines = written("rpc_failed", 3_000, incident="incident 7", exc_info=ValueError())
+    assert INCIDENT_LINES_PER_S <= len(lines) < 3_000
+    told = sum(int(number) for number in re.findall(r'"suppressed": (\d+)', "\n".join(lines)))
+    assert len(lines) + told <= 3_000
 
 
 @pytest.mark.parametrize("event", sorted(FLOODING))

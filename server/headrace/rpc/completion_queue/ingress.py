@@ -168,6 +168,7 @@ class _CallTaker(Taker):
     def on_call(self, event: Any) -> Any:
         if not event.success:  # the server stops: outstanding requests come back
             return NO_STATE
+        call = None
         try:
             self.ask()
             ingress, glance = self._ingress, self._glance
@@ -182,7 +183,10 @@ class _CallTaker(Taker):
                 call.refuse(refusal)
         except Exception:
             _LOG.exception("ingress_failed", where="on_call")
-            cancel(event.call)
+            if call is None:
+                cancel(event.call)
+            else:
+                call._refuse_internal()
         return NO_STATE
 
 
