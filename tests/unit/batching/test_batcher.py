@@ -17,6 +17,8 @@ from headrace.errors import Draining, Overloaded
 class Caller:
     """A request that can leave."""
 
+    parts = ()
+
     def __init__(
         self, name, rows=1, batch_key="shape", byte_count=1, deadline_s=math.inf, priority=0
     ):

@@ -18,6 +18,8 @@ ONE_LEVEL = (LevelPolicy(),)
 
 
 class Request:
+    parts = ()
+
     def __init__(self, caller, name="", due=math.inf, rows=1, priority=0, key="x"):
         self.caller, self.name, self.deadline_s, self.rows = caller, name or caller, due, rows
         self.priority, self.batch_key, self.timeout_s = priority, key, 0.0
