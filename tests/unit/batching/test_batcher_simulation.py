@@ -94,7 +94,7 @@ def virtual(monkeypatch):
 class Caller(Request):
     """Sends rows that nobody else sends, and keeps what it is told for `check_end`."""
 
-    __slots__ = ("answers", "has_left", "is_poison", "tell", "values")
+    __slots__ = ("answers", "has_begun", "has_left", "is_poison", "number", "tell", "values")
 
     def __init__(self, number, numbers, size, tell):
         rows = numbers.choice((1, 1, 1, 2, 4, size, ROWS_MAX if numbers.random() < 0.3 else 1))
@@ -110,10 +110,12 @@ class Caller(Request):
             CLOCK.now_s,
             rows,
         )
+        self.number = number
         self.priority = numbers.choice((0, 0, 1, 2, 3))
         self.timeout_s = numbers.choice((0.0, 0.0, 0.0, 0.02))
         self.caller = numbers.choice("aaab")
-        self.has_left, self.answers, self.tell = False, [], tell
+        self.has_left = self.has_begun = False
+        self.answers, self.tell = [], tell
 
     def expired(self, now_s):
         return self.has_left or self.deadline_s <= now_s
@@ -161,7 +163,7 @@ class World:
     def __init__(self, seed, *, is_fair=False, has_codel=False):
         self.numbers = numbers = random.Random(seed)
         self.size = numbers.choice((1, 4, 8))
-        self.policy = BatchPolicy(self.size, numbers.choice((0.0, 0.0, 0.004)))
+        self.policy = BatchPolicy(self.size, numbers.choice((0.0, 0.0, 0.004, 0.04)))
         self.executors = range(numbers.choice((1, 1, 2, 3)))
         levels = [
             LevelPolicy(
@@ -201,7 +203,7 @@ class World:
         self.resting = {}  # by executor: until when, at most
         self.idle_at_s = -math.inf
         self.callers = []
-        self.shed_beside_idle = 0
+        self.shed_beside_idle = self.shed_begun = 0
         self.runs = 0
 
     def at(self, when_s, what, *about):
@@ -245,7 +247,7 @@ class World:
             self.batcher.put(caller)
             return
         self.batcher.judge(caller, -(-caller.rows // self.size))
-        split = SplitRequest(caller, self.signature, self.batcher, caller.values[0], "p")
+        split = SplitRequest(caller, self.signature, self.batcher, caller.number, "p")
         try:
             self.batcher.put_all(split.parts)
         except ServingError:
@@ -261,6 +263,7 @@ class World:
     def told(self, caller):
         was_busy = CLOCK.now_s - self.idle_at_s >= self.INTERVAL_S - 1e-9
         self.shed_beside_idle += caller.is_shed and not was_busy
+        self.shed_begun += caller.is_shed and caller.has_begun
 
     def go_on(self, executor):
         """Let an executor take, as its thread would."""
@@ -313,6 +316,7 @@ class World:
         for request in batch:
             assert request.deadline_s > CLOCK.now_s, "nothing is run after its deadline"
             assert not request.expired(CLOCK.now_s), "no part is run after its whole has ended"
+            self.callers[request.number].has_begun = True
 
     def check_idle(self):
         if not self.resting or not len(self.batcher):
@@ -332,6 +336,7 @@ class World:
             assert isinstance(answer, ServingError) or answer == caller.values, "of its own rows"
             assert isinstance(answer, ServingError) or not caller.is_poison
             assert "internal" not in str(answer)
+        assert not self.shed_begun, "nobody is shed of whom a part has run"
         assert not self.shed_beside_idle, "nobody is shed where an executor had nothing to do"
         queue = self.batcher._queue
         assert queue.count == queue.rows == queue.byte_count == 0
