@@ -131,7 +131,7 @@ class ServeSettings(Settings):
     )
     caller_rate_per_s: float | None = Field(
         None,
-        gt=0,
+        ge=1e-6,
         le=1e9,
         description="Rows that each caller may ask for per second and worker, on average; beyond "
         "it RESOURCE_EXHAUSTED. Needs --caller-header; without it there is no quota.",

@@ -51,6 +51,10 @@ class RequestPart(StandIn):
     def caller_rows(self) -> int:
         return self.split.rows
 
+    @property
+    def parts(self) -> "Sequence[RequestPart]":
+        return self.split.parts
+
     def expired(self, now_s: float) -> bool:
         return self.split.expired(now_s)
 

@@ -68,6 +68,12 @@ def test_what_says_nothing_without_another_setting_is_refused(flags, reason):
         load_settings({"model_repository": ".", **flags})
 
 
+@pytest.mark.parametrize("rate", ["0", "-1", "1e-320", "nan", "inf"])
+def test_a_quota_is_a_rate_that_can_be_reckoned_with(rate):
+    with pytest.raises(StartupError, match="--caller-rate-per-s"):
+        load_settings({"model_repository": ".", "caller_header": "x", "caller_rate_per_s": rate})
+
+
 def test_settings_do_not_change():
     settings = load_settings({"model_repository": "."})
 

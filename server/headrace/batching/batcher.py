@@ -37,6 +37,12 @@ READ_OF_LATE = 16
 TOLD_AT_ONCE = 64
 """Of those who are given up, before a batch is carried: a flood of them must not hold it up."""
 
+TELLING_SHARE = 0.1
+"""
+Of the time that a batch is expected to take: for so long more of them are told before it. All who
+wait to be told are told within a second or so, however slow the batches are.
+"""
+
 TOLD_BESIDE = 2
 """By whoever puts a request, if more wait to be told: as many are given up as come, at the most."""
 
@@ -208,9 +214,10 @@ class Batcher(Generic[RequestT]):
                     if self._has_codel:
                         self.shed += _callers([each for each in dropped if each.is_shed])
                     self._untold += dropped
-                rests = not batch and not self._untold
+                rests, telling_s = not batch and not self._untold, 0.0
                 if batch:
-                    self._note_running(thread, sum([request.rows for request in batch]))
+                    rows = sum([request.rows for request in batch])
+                    telling_s = TELLING_SHARE * self._note_running(thread, rows)
                     if self.pressure:
                         self.pressure -= 1
                 elif rests:
@@ -224,7 +231,7 @@ class Batcher(Generic[RequestT]):
             if wake:
                 self._tokens.put(None)
             if self._untold:
-                self._tell(TOLD_AT_ONCE)
+                self._tell(TOLD_AT_ONCE, telling_s)
             if batch:
                 return batch
             if rests:
@@ -322,9 +329,11 @@ class Batcher(Generic[RequestT]):
             started_s, rows, _ = took
             self._cost.observe(rows, max(time.perf_counter() - started_s, 1e-6))
 
-    def _note_running(self, thread: int, rows: int) -> None:
-        now_s = time.perf_counter()
-        self._running[thread] = now_s, rows, now_s + self._cost.estimate_s(rows)
+    def _note_running(self, thread: int, rows: int) -> float:
+        """Note that a thread begins a batch; return how long that takes, about."""
+        now_s, takes_s = time.perf_counter(), self._cost.estimate_s(rows)
+        self._running[thread] = now_s, rows, now_s + takes_s
+        return takes_s
 
     def _refuse_if_late(self, request: RequestT, now_s: float) -> None:
         if request.deadline_s <= now_s:
@@ -389,10 +398,19 @@ class Batcher(Generic[RequestT]):
         count = self._refused_since_sweep + 1
         return count == 1 or count * 16 >= self._max_queue_size
 
-    def _tell(self, most: int) -> None:
-        """Tell some of those who are given up that they are; without the lock."""
+    def _tell(self, most: int, for_s: float = 0.0) -> None:
+        """
+        Tell some of those who are given up that they are; without the lock.
+
+        Args:
+            most: So many, whatever it takes.
+            for_s: Others for as long as that, in seconds, from the first on.
+        """
         untold = self._untold
-        for _ in range(most):
+        until_s = time.perf_counter() + for_s if for_s else -math.inf
+        told = 0
+        while told < most or time.perf_counter() < until_s:
+            told += 1
             try:
                 request = untold.popleft()
             except IndexError:  # another thread told the rest

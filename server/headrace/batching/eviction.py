@@ -17,18 +17,18 @@ def idlest(free_at: Mapping[KeyT, float], now: float, most: int) -> list[KeyT]:
     Choose whom to forget.
 
     Those whose past weighs on them no longer are forgotten all, which changes nothing for them. If
-    more than `most` are left then, the ones who would be free of it soonest are forgotten too, an
-    eighth of `most` more than need be: so rarely is this asked that a newcomer's part of it is a
-    few steps, however many come.
+    more than seven eighths of `most` are left then, so are the ones who would be free of it
+    soonest: there is always room for as many newcomers, so that one's part of this is a few steps,
+    however many come.
 
     Args:
         free_at: When each one's past will weigh on him no longer, in any unit.
         now: In the same unit.
-        most: How many may be left; at least 1.
+        most: How many may be remembered; at least 1.
     """
     gone = [key for key, at in free_at.items() if at <= now]
-    excess = len(free_at) - len(gone) - most
+    excess = len(free_at) - len(gone) - (most - most // _PART)
     if excess > 0:
         left = ((at, order, key) for order, (key, at) in enumerate(free_at.items()) if at > now)
-        gone += [key for _, _, key in heapq.nsmallest(excess + most // _PART, left)]
+        gone += [key for _, _, key in heapq.nsmallest(excess, left)]
     return gone

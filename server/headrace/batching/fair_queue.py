@@ -197,23 +197,19 @@ class FairQueue(RequestQueue[RequestT]):
         the earliest deadlines go, whose ever they are.
         """
         cost, limit = self._cost, self._policy.max_batch_size or 1
-        entries = lane.entries
-        while self._draw(lane, limit):
-            hopeful: list[Entry[RequestT]] = []
-            for entry in entries:
-                request, soonest_s = entry[REQUEST], now_s
-                if request.deadline_s != math.inf and self.count > 1:
-                    rows = request.rows
-                    most = rows if lane.rows <= limit else max(rows, limit)
-                    soonest_s += cost.bound_s(most)
-                if request.expired(soonest_s) or entry[START_BY] < now_s:
-                    self._pass_over(lane, entry, soonest_s, dropped)
-                else:
-                    hopeful.append(entry)
-            if len(hopeful) == len(entries):
-                break
-            self._line_ups[lane.key].settle((), hopeful)  # to draw anew as if they never were
-            entries.clear()
+        line_up, entries = self._line_ups[lane.key], lane.entries
+        drawn = 0
+        while drawn < limit and (entry := line_up.draw()) is not None:
+            request, soonest_s = entry[REQUEST], now_s
+            rows = request.rows
+            if request.deadline_s != math.inf and self.count > 1:
+                soonest_s += cost.bound_s(rows if lane.rows <= limit else max(rows, limit))
+            if request.expired(soonest_s) or entry[START_BY] < now_s:
+                line_up.undraw()
+                self._pass_over(lane, entry, soonest_s, dropped)
+            else:
+                entries.append(entry)
+                drawn += rows
         if not entries or lane.rows > limit:
             return limit
         head = min(entries)
@@ -222,15 +218,6 @@ class FairQueue(RequestQueue[RequestT]):
             return limit
         entries.sort()
         return max(rows, cost.rows_within(deadline_s - now_s))
-
-    def _draw(self, lane: Lane[RequestT], limit: int) -> bool:
-        """Draw as many rows as a batch holds, or a request more; say whether there were any."""
-        line_up, entries = self._line_ups[lane.key], lane.entries
-        rows, before = sum([entry[REQUEST].rows for entry in entries]), len(entries)
-        while rows < limit and (entry := line_up.draw()) is not None:
-            entries.append(entry)
-            rows += entry[REQUEST].rows
-        return len(entries) > before
 
     def _put_back(self, lane: Lane[RequestT]) -> None:
         self._line_ups[lane.key].settle((), lane.entries)

@@ -1,7 +1,7 @@
 """Requests that may share a batch, in a line for each of their callers, who take turns. Pure.
 
-`draw` hands them out in turn, on trial: `settle` says which of them went, and whose turn it is next
-is as if the others had never been drawn.
+`draw` hands them out in turn, on trial: `undraw` lets go of one at once, `settle` says which of the
+others went, and whose turn it is next is as if the rest had never been drawn.
 """
 
 import heapq
@@ -33,13 +33,15 @@ def rank_of(entry: Entry[Any]) -> int:
 class _Line(Generic[RequestT]):
     """What one caller has waiting at one rank, the earliest deadline first."""
 
-    __slots__ = ("entries", "filed", "rank", "share", "shares")
+    __slots__ = ("drawn", "entries", "filed", "rank", "share", "shares")
 
     def __init__(self, rank: int, shares: Shares, share: Share) -> None:
         self.rank = rank
         self.shares = shares
         self.share = share
         self.entries: list[Entry[RequestT]] = []
+        self.drawn = 0
+        """How many of its entries are drawn, on trial."""
         self.filed = NEVER
         """The turn under which it is in the heap; never later than its own."""
 
@@ -118,10 +120,22 @@ class LineUp(Generic[RequestT]):
         line.filed = NEVER
         entry = line.entries.pop(0)
         self._drawn.append((line, line.shares.state(line.share)))
+        line.drawn += 1
         line.shares.spend(line.share, entry[REQUEST].rows)
         if line.entries:
             self._push(line)
         return entry
+
+    def undraw(self) -> None:
+        """Charge nothing for the last one drawn: it leaves, and it is again its caller's turn."""
+        line, state = self._drawn.pop()
+        line.drawn -= 1
+        line.shares.restore(line.share, state)
+        if line.entries:
+            if line.turn < line.filed:
+                self._push(line)
+        elif not line.drawn:
+            del self._lines[line.rank, line.share.caller]
 
     def settle(self, taken: Sequence[Entry[RequestT]], back: Sequence[Entry[RequestT]]) -> None:
         """
@@ -144,6 +158,7 @@ class LineUp(Generic[RequestT]):
                 if line.entries and line.turn < line.filed:
                     self._push(line)
         for line, _ in drawn:
+            line.drawn = 0
             if not line.entries:
                 self._lines.pop((line.rank, line.share.caller), None)
 

@@ -204,7 +204,9 @@ class RequestQueue(Generic[RequestT]):
         number = next(self._numbers)
         self._insert((level, due_s, number, start_by_s, request))
         if self._standing is not None:
-            self._standing.came(number, request, now_s)
+            parts = request.parts
+            if not parts or parts[0] is request:  # the others wait while it runs
+                self._standing.came(number, request, now_s)
         return True
 
     def remove(self, request: RequestT) -> bool:
@@ -247,11 +249,24 @@ class RequestQueue(Generic[RequestT]):
             arrived_before_s: Now, on the clock of `arrival_s`; infinite to wait for no company.
         """
         dropped: list[RequestT] = []
+        standing = self._standing
+        if standing is not None:
+            self._shed(standing, now_s, dropped)
+        while True:
+            batch, wait_s = self._choose(now_s, arrived_before_s, dropped)
+            if not dropped or not self._drop_siblings(batch, dropped) or batch:
+                break
+        if standing is not None and not batch:
+            standing.pause(now_s)
+        return Taken(batch, dropped, wait_s)
+
+    def _choose(
+        self, now_s: float, arrived_before_s: float, dropped: list[RequestT]
+    ) -> tuple[list[RequestT], float | None]:
+        """Take the batch whose turn it is; none, and how long to wait, when nothing may leave."""
         held: list[Lane[RequestT]] = []
         batch: list[RequestT] = []
         wait_s: float | None = None
-        if self._standing is not None:
-            self._shed(self._standing, now_s, dropped)
         while not batch and (lane := self._next_lane()) is not None:
             most = self._drop_hopeless(lane, now_s, dropped)
             if not lane.entries:
@@ -274,7 +289,18 @@ class RequestQueue(Generic[RequestT]):
             batch = self._take_from(lane, count, now_s, dropped)
         for lane in held:
             self._settle(lane)
-        return Taken(batch, dropped, wait_s)
+        return batch, wait_s
+
+    def _drop_siblings(self, batch: list[RequestT], dropped: list[RequestT]) -> bool:
+        """Drop all parts of a request of which one is dropped; say whether the batch lost any."""
+        split = {id(parts): parts for request in dropped if (parts := request.parts)}
+        for parts in split.values():
+            dropped += [part for part in parts if self.remove(part)]
+        lost = [request for request in batch if split and id(request.parts) in split]
+        if lost:
+            batch[:] = [request for request in batch if id(request.parts) not in split]
+            dropped += lost
+        return bool(lost)
 
     def _insert(self, entry: Entry[RequestT]) -> None:
         request = entry[REQUEST]
@@ -313,12 +339,14 @@ class RequestQueue(Generic[RequestT]):
         """Drop those who have waited too long, while the queue stands; a batch is always left."""
         limit = self._policy.max_batch_size or 1
         for request in standing.overdue(now_s, stays=self.rows > limit):
-            if self.rows - request.rows < limit:
+            whole: Sequence[RequestT] = request.parts or (request,)
+            if self.rows - sum(map(_rows, whole)) < limit:
                 return
-            self.remove(request)
-            request.is_shed = True
+            for each in whole:
+                self.remove(each)
+                each.is_shed = True
             self.shed += 1
-            dropped.append(request)
+            dropped += whole
 
     def _put_back(self, lane: Lane[RequestT]) -> None:
         """Note that nothing leaves a lane now that `_next_lane` returned."""

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
 
 from headrace.batching.callers import NOBODY, Caller
@@ -81,6 +81,11 @@ class QueuedRequest(ABC):
         """The queue's own."""
         self.waits_in: WaitingPlace | None = None
         """The batcher, or whatever else took it, which sets this."""
+
+    @property
+    def parts(self) -> Sequence[Any]:
+        """Of a part of a request, all of them; the queue lets go of them together."""
+        return ()
 
     @abstractmethod
     def expired(self, now_s: float) -> bool:

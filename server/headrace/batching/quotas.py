@@ -20,8 +20,8 @@ class Quotas:
     """
     The buckets of all callers; not safe for several threads at once.
 
-    In any t seconds a caller is let in with at most `burst + rate_per_s * t` rows, and one request.
-    A caller who is not remembered has a full bucket.
+    In any t seconds a caller is let in with at most `burst + rate_per_s * t` rows, one request, and
+    as many rows as are refunded meanwhile. A caller who is not remembered has a full bucket.
 
     Args:
         rate_per_s: Rows per second; above 0.
@@ -51,7 +51,12 @@ class Quotas:
                 del full_at_s[idle]
 
     def refund(self, caller: Caller, rows: int) -> None:
-        """Put back what a request took that was not served; a full bucket takes no more."""
+        """
+        Put back what a request took that was not served; a full bucket takes no more.
+
+        One that has filled up since, and was asked again, gets it back all the same: a single
+        number does not tell how much of it has been filled already.
+        """
         if caller in self._full_at_s:
             self._full_at_s[caller] -= rows * self._row_s
 

@@ -44,6 +44,10 @@ class Standing(Generic[T]):
         while self._came and now_s - self._oldest_s(now_s) > limit_s:
             yield next(iter(self._came.values()))[1]
 
+    def pause(self, now_s: float) -> None:
+        """Note that nobody is served for want of anybody who may leave: it does not stand."""
+        self._codel.limit_s(now_s, 0.0)
+
     def _oldest_s(self, now_s: float) -> float:
         for came_s, _ in self._came.values():
             return came_s

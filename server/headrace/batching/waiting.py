@@ -1,6 +1,6 @@
 """What a queue needs to know of a request that waits in it."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from headrace.batching.callers import Caller
@@ -32,6 +32,13 @@ class Waiting(Protocol):
     @property
     def batch_key(self) -> Hashable:
         """Requests share a batch only when their keys are equal."""
+
+    @property
+    def parts(self) -> Sequence[Any]:
+        """
+        All parts of the request that it is one of, itself among them, in the order in which they
+        were added; the same object for each. Empty for a whole one, and once nobody waits.
+        """
 
     def expired(self, now_s: float) -> bool:
         """Say whether its caller has left, or its deadline has passed (Unix seconds)."""

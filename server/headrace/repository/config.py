@@ -263,7 +263,7 @@ def parse_config(text: str, model_name: str) -> ModelConfig:
         preserve_ordering=preserve_ordering(message.dynamic_batching),
         max_request_rows=parameters.count("max_request_rows", 0, MAX_REQUEST_ROWS),
         shape_buckets=shape_buckets(parameters.text("shape_buckets")),
-        queue_control=queue_control(parameters),
+        queue_control=queue_control(parameters, queue_delay_s(message.dynamic_batching)),
         instance_count=instance_count(message.instance_group),
         gpu_device=device,
         gpu_options=() if device is None else tuning,

@@ -50,9 +50,13 @@ class QueueControl(NamedTuple):
     interval_s: float
 
 
-def queue_control(parameters: Parameters) -> QueueControl | None:
+def queue_control(parameters: Parameters, delay_s: float) -> QueueControl | None:
     """
     Return what is done about a queue that stands; None for nothing.
+
+    Args:
+        parameters: The file's.
+        delay_s: How long a request waits for a better batch, which is no standing.
 
     Raises:
         ModelLoadError: a value that cannot be, or an interval that controls nothing.
@@ -63,6 +67,11 @@ def queue_control(parameters: Parameters) -> QueueControl | None:
         if interval_ms is not None:
             raise wrong("parameter 'codel_interval_ms' needs the parameter 'codel_target_ms'")
         return None
+    if target_ms / 1000 <= delay_s:
+        raise wrong(
+            f"parameter 'codel_target_ms' is {target_ms:g}; expected more than "
+            f"max_queue_delay_microseconds, {delay_s * 1000:g} ms"
+        )
     return QueueControl(target_ms / 1000, (interval_ms or CODEL_INTERVAL_MS) / 1000)
 
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import structlog
 
-from headrace.batching.batcher import TOLD_AT_ONCE, TOLD_BESIDE, Batcher
+from headrace.batching.batcher import TELLING_SHARE, TOLD_AT_ONCE, TOLD_BESIDE, Batcher
 from headrace.batching.codel import Codel
 from headrace.batching.policy import BatchPolicy
 from headrace.errors import Draining, Overloaded
@@ -16,6 +16,8 @@ from headrace.errors import Draining, Overloaded
 
 class Caller:
     """A request that can leave."""
+
+    parts = ()
 
     def __init__(
         self, name, rows=1, batch_key="shape", byte_count=1, deadline_s=math.inf, priority=0
@@ -307,9 +309,9 @@ class Told(Caller):
         self.told.append(self.name)
 
 
-def flood(batcher, count):
+def flood(batcher, count, told=None):
     """Queue requests whose callers leave, and one whose caller stays; return who is told."""
-    told = []
+    told = [] if told is None else told
     leaving = [Told(number, told) for number in range(count)]
     for caller in (*leaving, Caller("alive")):
         batcher.put(caller)
@@ -335,6 +337,35 @@ def test_all_of_them_are_told_in_the_end_and_once():
     assert batcher.take() is None
     assert sorted(told) == list(range(1_000))
     assert batcher.dropped == 1_000
+
+
+def known(batcher, batch_s):
+    """Let the batcher believe that a batch takes so long."""
+    for _ in range(20):
+        batcher._cost.observe(1, batch_s)
+    return batcher
+
+
+def test_before_a_slow_batch_all_are_told_that_a_small_part_of_its_time_allows():
+    batcher = known(make(max_queue_size=10_000), 100.0)
+    told = flood(batcher, 4_000)
+
+    assert names(batcher.take()) == ["alive"]
+    assert len(told) == 4_000
+
+
+def test_telling_takes_no_more_than_that_part_of_the_batchs_time():
+    batcher = known(make(max_queue_size=10_000), 1.0)
+
+    class Slow(list):
+        def append(self, name):
+            time.sleep(0.001)
+            super().append(name)
+
+    told = flood(batcher, 1_000, Slow())
+
+    assert names(batcher.take()) == ["alive"]
+    assert TOLD_AT_ONCE <= len(told) <= TELLING_SHARE * 1.1 / 0.001
 
 
 def test_whoever_puts_tells_a_few_so_that_all_are_told_however_busy_the_executors_are():

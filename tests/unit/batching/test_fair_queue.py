@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 from headrace.batching.codel import Codel
 from headrace.batching.cost import BatchCost
 from headrace.batching.fair_queue import FairQueue
+from headrace.batching.line_up import LineUp
 from headrace.batching.policy import BatchPolicy, LevelPolicy
 
 ONE_LEVEL = (LevelPolicy(),)
 
 
 class Request:
+    parts = ()
+
     def __init__(self, caller, name="", due=math.inf, rows=1, priority=0, key="x"):
         self.caller, self.name, self.deadline_s, self.rows = caller, name or caller, due, rows
         self.priority, self.batch_key, self.timeout_s = priority, key, 0.0
@@ -277,6 +280,27 @@ def test_a_thousand_callers_cost_hardly_more_than_two():
     two_s, many_s = (min(per_request_s(callers) for _ in range(3)) for callers in (2, 1_024))
 
     assert many_s < 8 * two_s  # a walk over all callers each time costs fifty times as much
+
+
+@pytest.mark.parametrize("gone", [lambda i: "gone", lambda i: f"gone {i}"], ids=["one", "many"])
+def test_a_flood_of_the_late_costs_a_batch_a_few_draws_each(gone, monkeypatch):
+    draws = 0
+    draw = LineUp.draw
+
+    def counting_draw(line_up):
+        nonlocal draws
+        draws += 1
+        return draw(line_up)
+
+    monkeypatch.setattr(LineUp, "draw", counting_draw)
+    late = [Request(gone(i), due=0.5) for i in range(1_000)]
+    waiting = queue(*[Request(f"alive {i % 255}") for i in range(765)], *late, size=256)
+
+    taken = [waiting.take(1.0) for _ in range(3)]
+
+    assert sum(len(each.dropped) for each in taken) == 1_000
+    assert sum(len(each.batch) for each in taken) == 765
+    assert draws <= 1_000 + 765 + 3  # each once, and that nobody is left
 
 
 def test_a_put_that_is_refused_looks_at_no_other_caller():

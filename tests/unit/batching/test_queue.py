@@ -5,18 +5,24 @@ import time
 
 import pytest
 
+from headrace.batching.codel import Codel
 from headrace.batching.cost import BatchCost
+from headrace.batching.fair_queue import FairQueue
 from headrace.batching.policy import BatchPolicy, LevelPolicy
 from headrace.batching.queue import PATIENCE_S, RequestQueue
 
 ONE_LEVEL = (LevelPolicy(),)
+KINDS = pytest.mark.parametrize("kind", [RequestQueue, FairQueue], ids=["plain", "fair"])
 
 
 class Caller:
+    parts = ()
+
     def __init__(self, name, due=math.inf, rows=1, priority=0, key="x", timeout_s=0.0):
         self.name, self.deadline_s, self.rows, self.priority = name, due, rows, priority
         self.batch_key, self.timeout_s = key, timeout_s
         self.byte_count, self.arrival_s, self.place = rows, 0.0, None
+        self.caller, self.is_shed = "", False
 
     def expired(self, now_s):
         return self.deadline_s <= now_s
@@ -39,6 +45,80 @@ def queue(*callers, size=4, levels=ONE_LEVEL, default=1, known=None, executors=1
 
 def names(callers):
     return "".join(caller.name for caller in callers)
+
+
+class Part(Caller):
+    """One of some that are a request together; `split` makes them."""
+
+    def __init__(self, *what, **more):
+        super().__init__(*what, **more)
+        self.parts = []
+
+
+def split(*parts):
+    for part in parts:
+        part.parts = parts
+    return parts
+
+
+def with_codel(*callers, size=4, delay_s=0.0, kind=RequestQueue):
+    made = kind(BatchPolicy(size, delay_s), BatchCost(), codel=Codel(0.05, 0.1))
+    for caller in callers:
+        made.add(caller, 0.0)
+    return made
+
+
+@KINDS
+def test_a_request_in_parts_that_runs_alone_is_not_given_up_for_the_time_it_takes(kind):
+    waiting = with_codel(*split(*[Part(name, rows=4) for name in "abcdefghij"]), kind=kind)
+
+    taken = [waiting.take(step * 0.06) for step in range(10)]
+
+    assert [names(each.batch) for each in taken] == list("abcdefghij")
+    assert waiting.shed == 0
+
+
+@KINDS
+def test_a_request_of_which_nothing_has_run_is_given_up_with_all_its_parts(kind):
+    whole = split(*[Part("b", rows=4) for _ in range(3)])
+    waiting = with_codel(*[Caller("a", rows=4) for _ in range(3)], *whole, kind=kind)
+    taken = [waiting.take(0.06)]
+    for _ in range(2):
+        waiting.add(Caller("c", rows=4), 0.15)
+    taken += [waiting.take(0.16), waiting.take(0.17)]
+
+    assert [names(each.batch) for each in taken] == ["a", "c", "c"]
+    assert [names(each.dropped) for each in taken] == ["", "aabbb", ""]
+    assert (waiting.shed, waiting.count) == (3, 0)
+    assert all(part.is_shed for part in whole)
+
+
+@KINDS
+def test_no_part_runs_in_the_batch_for_which_another_part_is_given_up(kind):
+    long, short = split(Part("p", rows=4, due=1.05), Part("p", rows=1, due=1.05))
+    waiting = kind(BatchPolicy(4), cost(0.01, 0.02))
+    for request in (long, short, Caller("a", due=1.06)):
+        waiting.add(request, 1.0)
+
+    taken = waiting.take(1.0)
+
+    assert (names(taken.batch), names(taken.dropped)) == ("a", "pp")
+    assert waiting.count == waiting.rows == 0
+
+
+@KINDS
+def test_a_queue_whose_requests_wait_for_company_does_not_stand(kind):
+    waiting = with_codel(size=32, delay_s=0.2, kind=kind)
+    ran = 0
+    for step in range(1_500):
+        caller = Caller("a", key=step % 10)
+        caller.arrival_s = now_s = step * 0.001
+        waiting.add(caller, now_s)
+        while batch := waiting.take(now_s, now_s).batch:
+            ran += len(batch)
+
+    assert waiting.shed == 0
+    assert ran > 1_200
 
 
 def test_the_earliest_deadline_goes_first():

@@ -29,6 +29,8 @@ class LimitedFairQueue(FairQueue):
 
 
 class Caller:
+    parts = ()
+
     def __init__(self, number, now_s, numbers):
         self.number = number
         self.rows = numbers.choice((1, 1, 1, 2, 4))

@@ -18,6 +18,8 @@ ONE_LEVEL = (LevelPolicy(),)
 
 
 class Caller:
+    parts = ()
+
     def __init__(self, rows=1, *, due_in_s=math.inf, key="x", size=1, timeout_s=0.0, priority=0):
         self.rows, self.batch_key, self.byte_count = rows, key, size
         self.deadline_s = time.time() + due_in_s

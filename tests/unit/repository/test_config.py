@@ -296,6 +296,11 @@ UNSUPPORTED = "is not supported by this server"
         ),
         (parameter("max_request_rows", "1e3"), "expected a whole number from 0 to 1048576"),
         (parameter("codel_target_ms", "-5"), "'codel_target_ms' is '-5'; expected a number above"),
+        (
+            "dynamic_batching { max_queue_delay_microseconds: 50000 }"
+            + parameter("codel_target_ms", "50"),
+            "'codel_target_ms' is 50; expected more than max_queue_delay_microseconds, 50 ms",
+        ),
         (parameter("codel_interval_ms", "5"), "needs the parameter 'codel_target_ms'"),
         (
             parameter("codel_target_ms", "50") + parameter("codel_interval_ms", "soon"),
