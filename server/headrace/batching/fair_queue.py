@@ -211,7 +211,7 @@ class FairQueue(RequestQueue[RequestT]):
             hopeful: list[Entry[RequestT]] = []
             for entry in entries:
                 request, soonest_s = entry[REQUEST], now_s
-                if request.deadline_s != math.inf and self.count > 1:
+                if request.deadline_s != math.inf and not self._is_all(request):
                     rows = request.rows
                     most = rows if lane.rows <= limit else max(rows, limit)
                     soonest_s += cost.bound_s(most)
