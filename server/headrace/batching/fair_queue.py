@@ -88,6 +88,15 @@ class FairQueue(RequestQueue[RequestT]):
         """Put a request in line, unless its level is full, or its caller's part of the queue."""
         return self._has_room(request) and super().add(request, now_s)
 
+    def has_room(self, request: RequestT, places: int) -> bool:
+        """
+        Say whether `add_all` would take a request in so many parts.
+
+        As with one that stays whole, a caller's part of the queue is what he holds before it:
+        otherwise a request that may be as large as the queue would be refused whenever it came.
+        """
+        return self._has_room(request) and super().has_room(request, places)
+
     def remove(self, request: RequestT) -> bool:
         """Take out a request that nobody waits for any more; say whether it was in line."""
         entry: Entry[RequestT] | None = request.place
@@ -202,7 +211,7 @@ class FairQueue(RequestQueue[RequestT]):
         while drawn < limit and (entry := line_up.draw()) is not None:
             request, soonest_s = entry[REQUEST], now_s
             rows = request.rows
-            if request.deadline_s != math.inf and self.count > 1:
+            if request.deadline_s != math.inf and not self._is_all(request):
                 soonest_s += cost.bound_s(rows if lane.rows <= limit else max(rows, limit))
             if request.expired(soonest_s) or entry[START_BY] < now_s:
                 line_up.undraw()

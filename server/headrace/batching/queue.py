@@ -156,7 +156,7 @@ class RequestQueue(Generic[RequestT]):
             if free_in_s or before:  # others will come meanwhile: about as many as last time
                 last = max(last, self._last_rows)
             last = min(most, last)
-            most = min(most, self.rows)
+            most = min(most, self.rows + request.rows)
         wait_s = before * cost.estimate_s(most or 1) / self._executors
         return now_s + free_in_s + wait_s + cost.bound_s(last)
 
@@ -207,6 +207,22 @@ class RequestQueue(Generic[RequestT]):
             parts = request.parts
             if not parts or parts[0] is request:  # the others wait while it runs
                 self._standing.came(number, request, now_s)
+        return True
+
+    def has_room(self, request: RequestT, places: int) -> bool:
+        """Say whether `add_all` would take a request in so many parts."""
+        if self._is_plain:
+            return True
+        level = self.level_of(request)
+        most = self._levels[level - 1].max_queue_size
+        return not most or self._counts[level] + places <= most
+
+    def add_all(self, parts: Sequence[RequestT], now_s: float) -> bool:
+        """Put all parts of one request in line, unless there is no room for all of them."""
+        if not self.has_room(parts[0], len(parts)):
+            return False
+        for part in parts:
+            RequestQueue.add(self, part, now_s)
         return True
 
     def remove(self, request: RequestT) -> bool:
@@ -391,8 +407,9 @@ class RequestQueue(Generic[RequestT]):
 
         While more waits than a batch can hold, batches are full, and whoever cannot make it in a
         full one makes room: small batches for the sake of the most urgent would cost more of the
-        others. Otherwise the batch is as small as its head needs. The last one of all is never
-        dropped for what is expected of it: something must run for the expectation to mend.
+        others. Otherwise the batch is as small as its head needs. The last one of all, or the first
+        part of the only one, is never dropped for what is expected of it: something must run for
+        the expectation to mend.
         """
         cost, limit = self._cost, self._policy.max_batch_size or 1
         while lane.entries:
@@ -406,7 +423,7 @@ class RequestQueue(Generic[RequestT]):
                 rows = lane.rows
                 full_s = now_s + cost.bound_s(max(request.rows, min(limit, rows)))
                 alone_s = full_s
-                if self.count == 1:
+                if self._is_all(request):
                     alone_s = now_s
                 elif rows <= limit:
                     alone_s = now_s + cost.bound_s(request.rows)
@@ -418,6 +435,13 @@ class RequestQueue(Generic[RequestT]):
                 return max(request.rows, cost.rows_within(request.deadline_s - now_s))
             return limit
         return 0
+
+    def _is_all(self, request: RequestT) -> bool:
+        """Say whether nothing waits but a request, or all parts of the one that it is a part of."""
+        if self.count == 1:
+            return True
+        split = getattr(request, "split", None)
+        return split is not None and self.count == len(split.parts)
 
     def _pass_over(
         self,
