@@ -49,6 +49,7 @@ class Point(NamedTuple):
         wrong: Answers to somebody else, or to nobody.
         lost: Requests that were sent and never answered.
         generator_cpu_share: Of its core, that the generator used itself.
+        generator_idle_share: Of its core, that nobody used; not a number if that is not known.
         is_generator_bottleneck: Whether the generator says that it was measured itself.
     """
 
@@ -68,6 +69,7 @@ class Point(NamedTuple):
     wrong: int
     lost: int
     generator_cpu_share: float
+    generator_idle_share: float
     is_generator_bottleneck: bool
 
 
@@ -175,6 +177,7 @@ def point(share: float, at_best: Peak, flood: Flood) -> Point:
         wrong=figures["wrong"],
         lost=figures["unanswered"],
         generator_cpu_share=figures["generator_cpu_share"],
+        generator_idle_share=_number(figures["generator_idle_share"]),
         is_generator_bottleneck=figures["generator_is_bottleneck"],
     )
 
@@ -188,7 +191,8 @@ def faults(sweep: Sweep) -> list[str]:
             found.append(f"{where}: {middle.wrong} wrong answers")
         if middle.lost:
             found.append(f"{where}: {middle.lost} calls never ended")
-        if share > 1 and not middle.refused_share > 0:
+        is_asked = share >= min(JUDGED) and not middle.is_generator_bottleneck
+        if is_asked and not middle.refused_share > 0:
             found.append(f"{where}: nothing was refused")
     return found
 

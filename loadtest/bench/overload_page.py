@@ -11,7 +11,7 @@ from overload_models import SLOW
 from page import Section, bullets, table
 
 SUBHEADS = (
-    *("offered, of peak", "offered/s", "sent in time/s", "generator's processor"),
+    *("offered, of peak", "offered/s", "sent in time/s", "generator's processor / idle"),
     *("goodput, of peak", "in rounds", "per CPU second", "refused", "served p99 ms"),
     *("refused p50 / p99 ms", "from send p99 ms", "recovery s", "memory MiB"),
 )
@@ -61,11 +61,15 @@ class Overload:
     @property
     def unmeasured(self) -> list[str]:
         """What could not be asked, and why."""
+        late = [
+            (sweep, ", ".join(f"{share:g}" for share in sorted(_late(sweep))))
+            for sweep in self.sweeps
+            if any(of is sweep and not one.is_sound for of, one in self.judgements)
+        ]
         return self.failures + [
-            f"{sweep.model} at {one.what} times its peak: {one.figure}: not measured, the "
-            "generator did not keep up"
-            for sweep, one in self.judgements
-            if not one.is_sound
+            f"{sweep.model}: the generator did not keep up at {shares} times its peak: what is "
+            "judged there is not measured"
+            for sweep, shares in late
         ]
 
     @property
@@ -98,6 +102,7 @@ prediction streamed to a monitor. Each gateway has one model, as refusing calls 
 - A share is of the peak: what the same gateway served in a closed loop in the same round. Figures
   are medians of {overload.rounds} rounds of {overload.seconds:g} s; recovery and memory the worst
   of them. *Per CPU second* divides by the processor time that the gateway used.
+- *Generator's processor* is its own share of its core; *idle* is what it and all others left of it.
 - *Sent in time* is less than offered where the server's limits on streams hold requests back, or
   the generator is late.
 - *Refused* is RESOURCE_EXHAUSTED or UNAVAILABLE, timed from when the request was due; *from send*
@@ -152,6 +157,10 @@ def _head_row(sweep: Sweep, one: Judgement) -> list[str]:
     ]
 
 
+def _late(sweep: Sweep) -> list[float]:
+    return [share for share in sweep.points if sweep.middle(share).is_generator_bottleneck]
+
+
 def _model(sweep: Sweep, overload: Overload) -> str:
     peaks = [peak.per_s for peak in sweep.peaks]
     cost = f", {overload.row_ms:.1f} ms of processor a row" if sweep.model == SLOW else ""
@@ -179,7 +188,7 @@ def _row(sweep: Sweep, share: float) -> list[str]:
         f"{share:g} ({middle.offered_share:.2f}){mark}",
         f"{middle.offered_per_s:,.0f}",
         f"{middle.achieved_per_s:,.0f}",
-        f"{middle.generator_cpu_share:.0%}",
+        f"{middle.generator_cpu_share:.0%} / {_share(middle.generator_idle_share)}",
         f"{middle.goodput_share:.3f}",
         f"{min(goodputs):.3f} to {max(goodputs):.3f}",
         f"{middle.cpu_goodput_share:.3f}",
@@ -190,6 +199,10 @@ def _row(sweep: Sweep, share: float) -> list[str]:
         _figure(middle.recovered_s, 1) if share > 1 else "-",
         f"{middle.growth_mib:+.1f}",
     ]
+
+
+def _share(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.0%}"
 
 
 def _figure(value: float, digits: int) -> str:

@@ -92,31 +92,40 @@ def write(
         seconds: For each server in a round.
         overload: What became of more than can be answered, if that was asked.
     """
-    series = "\n".join(f"| {' | '.join(line)} |" for one in contests for line in _series(one))
+    rows = [*map(cells, contests), *(overload.rows if overload else ())]
     notes = [line for contest in contests for line in _notes(contest)]
-    about = f"""\
+    notes += overload.notes if overload else ()
+    return f"""# The gateway beside its ceiling, its floor and its peers
+
+{table(rows)}
+
+{_how(rounds, seconds) if contests else ""}Every reply was compared with its own right answer.
+
+{bullets(notes)}{circumstances(command)}
+{overload.text + chr(10) if overload else ""}{_every_round(contests)}## Why to doubt it
+
+{DOUBTS}
+"""
+
+
+def _how(rounds: int, seconds: float) -> str:
+    return f"""\
 Medians of {rounds} interleaved rounds of {seconds:g} s for each server. A ratio is the median of
 the rounds' ratios, with the interval that holds it, and the verdict is the ratio's. By the other
 clock: where rates are compared, the processor time of a request, of the first over the second
 (below 1 the first one needs less); where processor time is, the requests/s of the first over those
-of the second. Every reply was compared with its own right answer."""
-    return f"""# The gateway beside its ceiling, its floor and its peers
+of the second. """
 
-{table([*map(cells, contests), *(overload.rows if overload else ())])}
 
-{about}
-
-{bullets([*notes, *(overload.notes if overload else ())])}{circumstances(command)}
-{overload.text + chr(10) if overload else ""}
-## Every round
+def _every_round(contests: Sequence[Contest]) -> str:
+    if not contests:
+        return ""
+    series = "".join(f"| {' | '.join(line)} |\n" for one in contests for line in _series(one))
+    return f"""## Every round
 
 | what | who | rounds |
 |---|---|---|
 {series}
-
-## Why to doubt it
-
-{DOUBTS}
 """
 
 
@@ -256,8 +265,8 @@ def _notes(contest: Contest) -> Iterator[str]:
     for name, idle in zip(names, contest.idle_shares, strict=True):
         if idle is not None and idle < IDLE_SHARE_MIN:
             yield (
-                f"{question.title}: beside the {name} the generator was full (its core was idle "
-                f"for {idle:.1%}): the ratio is drawn towards 1"
+                f"{question.title}: beside the {name} the generator was full, its core idle for "
+                f"{idle:.1%}: the ratio is drawn towards 1"
             )
     if question.figure == "mean_ms" and None not in contest.generator_ms:
         own = " : ".join(f"{ms:.3f}" for ms in contest.generator_ms)

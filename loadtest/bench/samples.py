@@ -29,9 +29,6 @@ LATE_START_S = 0.005
 BUSY_SHARE = 0.95
 """Likewise one that has so little of its core left."""
 
-IDLE_SHARE_MIN = 0.03
-"""And one whose core it shares with others, when they leave so little of it."""
-
 RECOVERED_SHARE = 0.99
 
 
@@ -162,7 +159,6 @@ def open_loop(
     figures["generator_is_bottleneck"] = (
         late_p99_s > LATE_START_S
         or cpu_share > BUSY_SHARE
-        or (idle_share is not None and idle_share < IDLE_SHARE_MIN)
         or bool((~is_sent & ~inside.is_held).any())
     )
     return figures

@@ -29,6 +29,7 @@ def offered(goodput_per_s=95.0, **more):
         "offered_per_s": 200.0,
         "achieved_per_s": 190.0,
         "generator_cpu_share": 0.25,
+        "generator_idle_share": 0.5,
         "goodput_per_s": goodput_per_s,
         "statuses": {"RESOURCE_EXHAUSTED": 900, "UNAVAILABLE": 100},
         "served_p99_ms": 700.0,
@@ -184,6 +185,14 @@ def test_what_no_model_may_do_is_said(more, said):
     assert [said in text for text in found] == ([True] if said else [])
 
 
+def test_little_more_than_the_peak_and_what_a_late_generator_asks_may_all_be_served():
+    none = {"statuses": {"RESOURCE_EXHAUSTED": 0, "UNAVAILABLE": 0}}
+    late = offered(**none, generator_is_bottleneck=True)
+
+    assert goodput.faults(sweep(ran(offered(**none)), share=1.25)) == []
+    assert goodput.faults(sweep(ran(late))) == []
+
+
 def test_below_its_peak_nobody_needs_to_be_refused():
     none = {"RESOURCE_EXHAUSTED": 0, "UNAVAILABLE": 0}
 
@@ -215,7 +224,7 @@ def test_the_page_shows_the_curve_every_share_and_what_was_missed():
     for shown in (
         *("![goodput over offered load](a.png)", "`overload.py --rounds 2`"),
         "slow at 2 times its peak: goodput in time, of the peak: 0.840, not ≥ 0.9",
-        *("| 2 (2.00) | 200 | 190 | 25% | 0.840 | 0.810 to 0.870 |", "| 2 (2.00) * | 200 |"),
+        *("| 2 (2.00) | 200 | 190 | 25% / 50% | 0.840 | 0.810 to 0.870 |", "| 2 (2.00) * | 200 |"),
         *("8.1 ms of processor", "| 50% | 700 | 0.50 / 2.0 | 1.5 | 0.2 |"),
     ):
         assert shown in page
@@ -258,6 +267,13 @@ def test_the_status_tells_a_target_missed_from_one_not_measured(floods, failures
     found = overload(sweep(*map(ran, floods)), failures=failures)
 
     assert found.status == status
+
+
+def test_the_loads_of_a_late_generator_are_said_once_for_each_model():
+    late = overload(sweep(ran(offered(generator_is_bottleneck=True))))
+
+    (said,) = late.unmeasured
+    assert said.startswith("slow: the generator did not keep up at 2 times its peak")
 
 
 def test_a_model_that_failed_is_said_and_the_page_has_what_there_is():
