@@ -44,8 +44,9 @@ DOUBTS = """\
   wall clock; that stands beside, but a round by it is off by five percent and more on a machine
   like this, so the verdict is that of processor time.
 - Processor time is that of a server's windows and of the second after them, so that spans and
-  records that are sent after the replies are in it, and in no window of the other one. Requests in
-  flight when a window ends do not count as answered.
+  records that are sent after the replies are in it, and in no window of the other one. So is what
+  it takes to do nothing in that second: four thousandths of a core of a gateway, more of two
+  workers. Requests in flight when a window ends do not count as answered.
 - The generator's own time for each request is in both figures of a question, and draws their ratio
   towards 1; most so with one in flight, where the rows' notes say how much of the mean it is.
 - Loopback: no network, no TLS. Closed loop: a slow server is asked less often, so no tail is

@@ -6,9 +6,10 @@ Interleaved rounds of two servers for each question, then, of the gateway alone,
 answered when more is asked than can be (`overload.py`). Writes a page under loadtest/results/, of
 some questions only with `--page`. Exits with 1 when a target is missed, and with 2 when a
 question could not be asked, or was answered wrongly. A peer that is not installed is skipped, and
-named. Needs two cores: the server has the first one for itself; the generator, the feature store, a
-monitor and a collector share the second. The gateway runs with all that watches it: metrics, one
-call in a hundred traced, and every prediction streamed to the monitor.
+named. Needs two cores, and `taskset` to keep them apart: the server has the first one for itself;
+the generator, the feature store, a monitor and a collector share the second. The gateway runs with
+all that watches it: metrics, one call in a hundred traced, and every prediction streamed to the
+monitor.
 """
 
 import argparse
