@@ -119,13 +119,13 @@ fmt: setup  ## format, and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup  ## measure the gateway beside its ceiling, glue code and, after `make peers`, MLServer and Triton
+bench: setup  ## measure the gateway beside its ceiling, glue code and, after `make peers`, MLServer and Triton; then overload
 	$(BIN)/python loadtest/bench/run.py
 
 bench-features: setup  ## measure reads of features against Feast's SDK, `feast listen` and `feast serve`
 	$(BIN)/python loadtest/bench/features.py
 
-bench-overload: setup  ## ask for up to five times what the gateway can answer, and see how much it still does
+bench-overload: setup  ## the part of bench that asks for up to five times what the gateway can answer
 	$(BIN)/python loadtest/bench/overload.py
 
 profile: setup  ## say where a request's CPU time goes, stage by stage

@@ -13,6 +13,9 @@ from typing import NamedTuple
 
 CONFIDENCE = 0.95
 
+IDLE_SHARE_MIN = 0.03
+"""A generator whose core has less left than this asked no faster than it could."""
+
 Figures = Mapping[str, float]
 """What was measured of one server, as the generator or `FIGURES` names it."""
 
@@ -152,6 +155,32 @@ class Contest:
     def cpu_interval(self) -> Interval:
         return median_interval(self._ratios("cpu_us"))
 
+    @property
+    def rate_ratio(self) -> float:
+        """Requests per second of the first over those of the second."""
+        return median(self._ratios("requests_per_s"))
+
+    @property
+    def rate_interval(self) -> Interval:
+        return median_interval(self._ratios("requests_per_s"))
+
+    @property
+    def idle_shares(self) -> tuple[float | None, float | None]:
+        """What the generator's core had left, for each server; None where no generator ran."""
+        return self._known("generator_idle_share")
+
+    @property
+    def generator_ms(self) -> tuple[float | None, float | None]:
+        """The generator's own processor time for each request; None likewise."""
+        return self._known("generator_cpu_ms")
+
+    def _known(self, figure: str) -> tuple[float | None, float | None]:
+        first, second = (
+            [figures[figure] for figures in side if figure in figures]
+            for side in zip(*self.rounds, strict=True)
+        )
+        return (median(first) if first else None, median(second) if second else None)
+
     def medians(self, figure: str) -> tuple[float, float]:
         """Each server's own median of a figure."""
         firsts, seconds = zip(*self.rounds, strict=True)
@@ -219,12 +248,14 @@ def together(windows: Sequence[Figures], cpu_s: float, rows: int) -> dict[str, f
         rows: In each request.
 
     Returns:
-        All of `FIGURES`, with `requests`, `seconds` and `cpu_s`.
+        All of `FIGURES`, with `requests`, `seconds` and `cpu_s`; where a generator told of them,
+        `generator_idle_share` (of its core) and `generator_cpu_ms` (its own for each request).
     """
     requests = sum(window["requests"] for window in windows)
     seconds = sum(window["requests"] / window["requests_per_s"] for window in windows)
     waited_ms = sum(window["requests"] * window["mean_ms"] for window in windows)
     return {
+        **_of_the_generator(windows),
         "requests": requests,
         "seconds": seconds,
         "cpu_s": cpu_s,
@@ -234,3 +265,18 @@ def together(windows: Sequence[Figures], cpu_s: float, rows: int) -> dict[str, f
         "mean_ms": waited_ms / requests,
         "cpu_us": 1e6 * cpu_s / requests,
     }
+
+
+def _of_the_generator(windows: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
+    lengths_s = [window["requests"] / window["requests_per_s"] for window in windows]
+    found = {}
+    for figure in ("generator_idle_share", "generator_cpu_share"):
+        shares = [window.get(figure) for window in windows]
+        known = [share for share in shares if share is not None]
+        if len(known) == len(windows):
+            spent_s = sum(share * s for share, s in zip(known, lengths_s, strict=True))
+            found[figure] = spent_s / sum(lengths_s)
+    if "generator_cpu_share" in found:
+        requests = sum(window["requests"] for window in windows)
+        found["generator_cpu_ms"] = 1e3 * found["generator_cpu_share"] * sum(lengths_s) / requests
+    return found

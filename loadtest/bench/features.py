@@ -33,6 +33,7 @@ import http1
 import http2
 import numpy as np
 import subjects
+from cores import ARE_ENOUGH, GENERATOR_CORE, SERVER_CORE, on
 from feast.protos.feast.serving.ServingService_pb2 import GetOnlineFeaturesResponse
 from page import commit, machine
 from rich.console import Console
@@ -135,10 +136,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--no-page", action="store_true", help="write no results page")
     options = parser.parse_args(arguments)
-    if (os.cpu_count() or 1) < 2:
+    if not ARE_ENOUGH:
         print("bench: needs two cores, one for the server and one for the load", file=sys.stderr)
         return 2
-    os.sched_setaffinity(0, {subjects.GENERATOR_CORE})
+    os.sched_setaffinity(0, {GENERATOR_CORE})
     console = Console(stderr=True)
     counts = [int(text) for text in options.rows.split(",")]
     shapes = [Shape(rows, load) for rows in counts for load in ("alone", "loaded", "paced")]
@@ -253,11 +254,10 @@ def over_grpc(port: int, path: str, bodies: Path, shape: Shape, seconds: float) 
 def _sdk(command: Sequence[str]) -> Iterator[Callable[[str], Any]]:
     """Run the SDK's loop on the server's core; it is alone by nature. Yields how to ask it."""
     process = subprocess.Popen(
-        command,
+        [*on(SERVER_CORE), *command],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, {subjects.SERVER_CORE}),  # noqa: PLW1509
     )
     assert process.stdin is not None
     assert process.stdout is not None
@@ -283,11 +283,10 @@ def _sdk(command: Sequence[str]) -> Iterator[Callable[[str], Any]]:
 def running(command: Sequence[str], port: int) -> Iterator[int]:
     """Run a server on its core until the block ends; yield its pid once its port is open."""
     process = subprocess.Popen(
-        command,
+        [*on(SERVER_CORE), *command],
         env={k: v for k, v in os.environ.items() if not k.startswith("OTEL_")},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: os.sched_setaffinity(0, {subjects.SERVER_CORE}),  # noqa: PLW1509
     )
     try:
         deadline_s = time.monotonic() + START_TIMEOUT_S

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import http2
 import numpy as np
 import overload_models
+from cores import on
 from samples import Figures
 
 PATH = "/inference.GRPCInferenceService/ModelInfer"
@@ -78,21 +79,50 @@ class Flood(NamedTuple):
 
     @property
     def growth_mib(self) -> float:
-        """Most memory in the second half less most in the first: what has not come to rest."""
-        memory_mib = [look.memory_mib for look in self.looks]
-        half = len(memory_mib) // 2
-        return max(memory_mib[half:]) - max(memory_mib[:half])
+        """
+        Most memory in the window's second half less most in its first: what has not come to rest.
+
+        A window without two looks in it is one between the looks around it.
+        """
+        start_s, end_s = self.figures["window_start_s"], self.figures["window_end_s"]
+        middle_s = (start_s + end_s) / 2
+        earlier = [look.memory_mib for look in self.looks if start_s <= look.at_s < middle_s]
+        later = [look.memory_mib for look in self.looks if middle_s <= look.at_s <= end_s]
+        if not earlier:
+            earlier = [look.memory_mib for look in self.looks if look.at_s < start_s][-1:]
+        if not later:
+            later = [look.memory_mib for look in self.looks if look.at_s > end_s][:1]
+        return max(later) - max(earlier)
 
 
 @contextmanager
-def gateway(repository: Path, core: int | None = None) -> Iterator[Gateway]:
-    """Run a gateway, on one core if it is given, until the block ends; it serves when it begins."""
+def gateway(
+    repository: Path,
+    core: int | None = None,
+    *,
+    monitor_port: int | None = None,
+    collector_port: int | None = None,
+) -> Iterator[Gateway]:
+    """
+    Run a gateway until the block ends; it serves when it begins.
+
+    Args:
+        repository: Of models.
+        core: That it is kept on.
+        monitor_port: Of a monitor that all predictions are streamed to.
+        collector_port: Of a collector that one call in a hundred is told to.
+    """
     command = [sys.executable, "-m", "headrace", "serve", "--model-repository", str(repository)]
     command += ["--grpc-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0"]
     command += ["--workers", "1", "--drain-delay-s", "0", "--log-level", "error"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("OTEL_")}
+    if monitor_port is not None:
+        command += ["--monitor-address", f"127.0.0.1:{monitor_port}"]
+    if collector_port is not None:
+        environment["OTEL_EXPORTER_OTLP_ENDPOINT"] = f"http://127.0.0.1:{collector_port}"
+        environment["OTEL_TRACES_SAMPLER_ARG"] = "0.01"
     process = subprocess.Popen(
-        [*_on(core), *command], env=environment, stdout=subprocess.PIPE, text=True
+        [*on(core), *command], env=environment, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     with process.stdout as output:
@@ -141,7 +171,7 @@ def ask(server: Gateway, questions: Questions, core: int | None = None, **option
             command += [f"--{name.replace('_', '-')}", str(value)]
     looks = [server.look()]
     process = subprocess.Popen(
-        [*_on(core), *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*on(core), *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     with process:
         ends_s = time.monotonic() + _ENDS_WITHIN_S + 3 * _seconds(options)
@@ -162,7 +192,3 @@ def _seconds(options: dict[str, Any]) -> float:
     """How long the generator was told to go on, about."""
     _, _, then = str(options.get("then") or "").partition(":")
     return float(options.get("seconds") or 3) + float(then or 0)
-
-
-def _on(core: int | None) -> Sequence[str]:
-    return () if core is None else ("taskset", "--cpu-list", str(core))

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import arrivals
+import cores
 import samples
 from answers import Answers
 from arrivals import Step
@@ -49,6 +50,7 @@ class _Ran(NamedTuple):
     window: Window
     ended_s: float
     cpu_share: float
+    idle_share: float | None
 
 
 def run(
@@ -112,7 +114,9 @@ def run(
         if rate_per_s is None:
             ran = _in_a_closed_loop(opened, record, in_flight, warm_up_s, seconds)
             figures = samples.closed_loop(
-                record, ran.window, _wrong(opened, answers), cpu_share=ran.cpu_share
+                *(record, ran.window, _wrong(opened, answers)),
+                cpu_share=ran.cpu_share,
+                idle_share=ran.idle_share,
             )
             if not figures["requests"]:
                 raise TimeoutError("nothing was answered")
@@ -133,6 +137,7 @@ def run(
             timeout_s=timeout_s,
             ended_s=ran.ended_s,
             cpu_share=ran.cpu_share,
+            idle_share=ran.idle_share,
         )
         if then is not None:
             after = Window(window.end_s, math.inf)
@@ -143,7 +148,7 @@ def run(
 def _in_a_closed_loop(
     opened: Sequence[Connection], record: Record, in_flight: int, warm_up_s: float, seconds: float
 ) -> _Ran:
-    cpu_s = 0.0
+    cpu_s, idle_s, core = 0.0, None, cores.own_core()
     is_warm = False
     with selectors.DefaultSelector() as selector:
         start_s = time.perf_counter() + warm_up_s
@@ -155,19 +160,22 @@ def _in_a_closed_loop(
         while (now_s := time.perf_counter()) < start_s + seconds:
             if not is_warm and now_s >= start_s:
                 is_warm, start_s, cpu_s = True, now_s, time.process_time()
+                idle_s = cores.idle_s(core)
             if not (ready := selector.select(STALL_S)):
                 raise TimeoutError(f"nothing came for {STALL_S} s")
             for key, _ in ready:
                 key.data.receive()
     cpu_s = time.process_time() - cpu_s
     window = Window(start_s, time.perf_counter())
-    return _Ran(window, window.end_s, cpu_s / window.seconds)
+    idle_share = cores.idle_share(idle_s, cores.idle_s(core), window.seconds)
+    return _Ran(window, window.end_s, cpu_s / window.seconds, idle_share)
 
 
 def _in_an_open_loop(opened: Sequence[Connection], record: Record, window: Window) -> _Ran:
     due_s, count = record.due_s, len(record.due_s)
     number, share = 0, len(opened)
-    cpu_s = [time.process_time()]
+    core = cores.own_core()
+    cpu_s, idle_s = [time.process_time()], [cores.idle_s(core)]
     marks_s = [window.start_s, window.end_s]
     # epoll and its kin wait for whole milliseconds, which every latency would have in it.
     with selectors.SelectSelector() as selector:
@@ -178,6 +186,7 @@ def _in_an_open_loop(opened: Sequence[Connection], record: Record, window: Windo
             if marks_s and now_s >= marks_s[0]:
                 del marks_s[0]
                 cpu_s.append(time.process_time())
+                idle_s.append(cores.idle_s(core))
             first = number
             while number < count and due_s[number] <= now_s:
                 number += 1
@@ -193,7 +202,9 @@ def _in_an_open_loop(opened: Sequence[Connection], record: Record, window: Windo
                 break
             for key, _ in ready:
                 key.data.receive()
-    return _Ran(window, time.perf_counter(), (cpu_s[-1] - cpu_s[-2]) / window.seconds)
+    idle_share = cores.idle_share(*idle_s[-2:], window.seconds)
+    cpu_share = (cpu_s[-1] - cpu_s[-2]) / window.seconds
+    return _Ran(window, time.perf_counter(), cpu_share, idle_share)
 
 
 def _wrong(opened: Sequence[Connection], answers: Answers | None) -> list[int]:

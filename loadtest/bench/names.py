@@ -5,5 +5,5 @@ WITHOUT_STREAM, WITHOUT_TRACES = "gateway without the stream", "gateway without 
 ALL_TRACED, WITHOUT_METRICS = "gateway, every call traced", "gateway without metrics"
 TWO_WORKERS = "gateway, two workers"
 CEILING, GLUE = "ceiling", "glue"
-FLOOR, FLOOR_OF_HASHES = "floor", "floor of whole hashes"
+FLOOR, FLOOR_OF_FIELDS = "floor", "floor of single fields"
 AIO, MLSERVER, TRITON = "grpc.aio servicer", "MLServer", "Triton, Python backend"

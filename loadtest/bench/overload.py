@@ -1,45 +1,54 @@
 """Ask a gateway for more than it can answer, and see how much it still does.
 
-    python loadtest/bench/overload.py [--rounds 3] [--seconds 5] [--only slow|tiny] [--shares 2,5]
+    python loadtest/bench/overload.py [--rounds 5] [--seconds 5] [--only slow|tiny] [--shares 2,5]
 
-Two models: one whose row costs 8 ms, far more than a refusal, and a tiny MLP. Each round finds the
-peak of each in a closed loop, then offers 0.1 to 5 times that at random times; after each flood
-half the peak is asked, to see how soon all is well. Writes a page and a curve under
-loadtest/results/ and exits with 1 when a target is missed. Needs two cores: the gateway has the
-first one for itself, the generator the second.
+Two models, each with a gateway of its own: one whose row costs 8 ms, far more than a refusal, and a
+tiny MLP. Each round finds the peak in a closed loop, then offers 0.1 to 5 times that at random
+times; after each flood half the peak is asked, to see how soon all is well. The gateway has its
+default settings and all that watches it: metrics, one call in a hundred traced, every prediction
+streamed to a monitor. Writes a page and a curve under loadtest/results/ (of a part of it only with
+`--page`) and exits with 1 when a target is missed, with 2 when something could not be measured.
+Needs two cores: the gateway has the first one for itself, the others share the second. `run.py`
+asks the same among its own questions.
 """
 
 import argparse
 import json
-import os
-import platform
+import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+import cores
 import flood
 import goodput
 import goodput_curve
 import overload_models
+from cores import GENERATOR_CORE, SERVER_CORE
 from flood import Flood, Gateway, Questions
 from goodput import Peak, Sweep
 from overload_models import SLOW, TINY
-from overload_page import Circumstances, page
-from page import commit, machine
-from rich.console import Console
+from overload_page import Overload, page
+from page import ROOT, circumstances
+from stage import Stage
 
-RESULTS = Path(__file__).parents[1] / "results"
-SERVER_CORE, GENERATOR_CORE = 0, 1
+RESULTS = ROOT / "loadtest" / "results"
+ROUNDS, SECONDS = 5, 5.0
 SHARES = {
     SLOW: (0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0),
     TINY: (0.1, 0.5, 0.9, 1.5, 2.0),
 }
-CALM_SHARE, CALM_S = 0.5, 5.0
+CALM_SHARE, CALM_S, CALM_S_MIN = 0.5, 5.0, 3.0
+"""What is asked after a flood, for as long as it, within bounds: recovery may take two seconds."""
+
 CONNECTIONS = 4
+FAILURES = (RuntimeError, ValueError, OSError, subprocess.SubprocessError, ZeroDivisionError)
+"""What may become of a model's measurement; the other one is measured all the same."""
+
+Tell = Callable[[str], None]
 
 
 class Subject(NamedTuple):
@@ -65,77 +74,110 @@ SUBJECTS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, draw, write the page; return the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--only", choices=[SLOW, TINY])
-    parser.add_argument("--shares", help="of the peak, by commas, instead of all")
-    parser.add_argument("--json", action="store_true", help="print every figure as JSON")
-    parser.add_argument("--no-page", action="store_true", help="write no results page")
-    options = parser.parse_args(arguments)
-    if len(os.sched_getaffinity(0)) < 2:
-        print("overload: needs two cores, one for the gateway, one for the load", file=sys.stderr)
+    options = _options(arguments)
+    if not cores.ARE_ENOUGH:
+        _tell("overload: needs two cores, one for the gateway, one for the load")
         return 2
-    console = Console(stderr=True)
-    subjects = [one for one in SUBJECTS if options.only in (None, one.name)]
-    chosen = [float(text) for text in (options.shares or "").split(",") if text]
-    sweeps = {one.name: Sweep(one.name, one.deadline_s, [], {}) for one in subjects}
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        row_s = overload_models.write_slow(work / "models")
-        overload_models.write_tiny(work / "models")
-        questions = {
-            one.name: flood.write_questions(work, work / "models", one.name) for one in subjects
-        }
-        with flood.gateway(work / "models", SERVER_CORE) as server:
-            for number in range(options.rounds):
-                for subject in subjects:
-                    shares = chosen or SHARES[subject.name]
-                    console.print(f"round {number + 1}/{options.rounds}  {subject.name}")
-                    _measure(
-                        sweeps[subject.name],
-                        subject,
-                        server,
-                        questions[subject.name],
-                        # Upwards, then downwards: nobody always meets what another left behind.
-                        shares if number % 2 == 0 else shares[::-1],
-                        options.seconds,
-                        console,
-                    )
-    found = [text for sweep in sweeps.values() for text in goodput.faults(sweep)]
-    if SLOW in sweeps:
-        found += goodput.missed(sweeps[SLOW])
+    with tempfile.TemporaryDirectory() as folder, Stage(Path(folder)) as stage:
+        found = measure(
+            stage,
+            options.rounds,
+            options.seconds,
+            _tell,
+            models=[options.only] if options.only else list(SHARES),
+            shares=options.shares,
+        )
     if options.json:
-        print(json.dumps({name: _as_json(sweep) for name, sweep in sweeps.items()}))
-    if not options.no_page:
-        _write(list(sweeps.values()), found, options, row_s, console)
-    for text in found:
-        print(f"missed: {text}", file=sys.stderr)
-    return 1 if found else 0
+        print(json.dumps(as_json(found)))
+    if options.page or not (options.no_page or options.only or options.shares):
+        path = RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-overload.md"
+        draw(found, path.with_suffix(".png"), _tell)
+        path.write_text(page(found, circumstances(_command(options))))
+        _tell(f"written: {path.relative_to(ROOT)}")
+    say(found, _tell)
+    return found.status
 
 
-def _measure(
+def measure(
+    stage: Stage,
+    rounds: int,
+    seconds: float,
+    tell: Tell,
+    *,
+    models: Sequence[str] = tuple(SHARES),
+    shares: Sequence[float] = (),
+) -> Overload:
+    """
+    Ask models for more than they can answer, each in a gateway of its own, one after the other.
+
+    Args:
+        stage: Has the monitor and the collector, and a folder for the models.
+        rounds: Of each model.
+        seconds: Of each load.
+        tell: Takes a line of progress.
+        models: Names.
+        shares: Of the peak, instead of all.
+    """
+    found = Overload(rounds, seconds)
+    for subject in (one for one in SUBJECTS if one.name in models):
+        sweep = Sweep(subject.name, subject.deadline_s, [], {})
+        found.sweeps.append(sweep)
+        try:
+            repository = stage.work / "overload" / subject.name
+            if subject.name == SLOW:
+                found.row_ms = 1e3 * overload_models.write_slow(repository)
+            else:
+                overload_models.write_tiny(repository)
+            questions = flood.write_questions(stage.work, repository, subject.name)
+            with flood.gateway(
+                repository,
+                SERVER_CORE,
+                monitor_port=stage.monitor_port,
+                collector_port=stage.collector_port,
+            ) as server:
+                for number in range(rounds):
+                    tell(f"overload       round {number + 1}/{rounds}  {subject.name}")
+                    chosen = shares or SHARES[subject.name]
+                    # Upwards, then downwards: nobody always meets what another left behind.
+                    ordered = chosen if number % 2 == 0 else chosen[::-1]
+                    _round(sweep, subject, server, questions, ordered, seconds, number, tell)
+        except FAILURES as error:
+            found.failures.append(f"{subject.name} model: {type(error).__name__}: {error}")
+            tell(f"overload: failed: {found.failures[-1]}")
+    return found
+
+
+def _round(
     sweep: Sweep,
     subject: Subject,
     server: Gateway,
     questions: Questions,
     shares: Sequence[float],
     seconds: float,
-    console: Console,
+    number: int,
+    tell: Tell,
 ) -> None:
     peak = find_peak(subject, server, questions, seconds, GENERATOR_CORE)
     sweep.peaks.append(peak)
-    console.print(f"  peak {peak.per_s:>9,.1f}/s, {peak.per_cpu_s:,.1f} a processor second")
+    tell(f"  peak {peak.per_s:>9,.1f}/s, {peak.per_cpu_s:,.1f} a processor second")
     for share in shares:
-        asked = flood_at(share, subject, peak, server, questions, seconds, GENERATOR_CORE)
+        asked = flood_at(
+            *(share, subject, peak, server, questions, seconds, GENERATOR_CORE),
+            seed=seed(number, share),
+        )
         point = goodput.point(share, peak, asked)
         sweep.points.setdefault(share, []).append(point)
-        console.print(
+        tell(
             f"  {share:>4g} times it: goodput {point.goodput_share:.3f} "
             f"({point.cpu_goodput_share:.3f} by processor)  refused {point.refused_share:.0%} "
             f"p99 {point.refused_p99_ms:.1f} ms  recovered {point.recovered_s:.1f} s  "
             f"{point.growth_mib:+.1f} MiB{'  generator late' * point.is_generator_bottleneck}"
         )
+
+
+def seed(number: int, share: float) -> int:
+    """Return the seed of a load's times: another for each round and share."""
+    return 1_000_000 * (number + 1) + round(1000 * share)
 
 
 def find_peak(
@@ -170,6 +212,8 @@ def flood_at(
     questions: Questions,
     seconds: float,
     core: int | None = None,
+    *,
+    seed: int,
 ) -> Flood:
     """Ask for so much of the peak, then for half of it."""
     return flood.ask(
@@ -177,49 +221,75 @@ def flood_at(
         connections=CONNECTIONS,
         rate=share * peak.per_s,
         seconds=seconds,
+        seed=seed,
         timeout=subject.deadline_s,
-        then=f"{CALM_SHARE * peak.per_s}:{CALM_S}",
+        then=f"{CALM_SHARE * peak.per_s}:{min(CALM_S, max(CALM_S_MIN, seconds))}",
     )
 
 
-def _write(
-    sweeps: Sequence[Sweep],
-    found: Sequence[str],
-    options: argparse.Namespace,
-    row_s: float,
-    console: Console,
-) -> None:
-    now = datetime.now(UTC)
-    path, curve = RESULTS / f"{now:%Y-%m-%d}-overload.md", None
-    if goodput_curve.is_drawable():
-        goodput_curve.draw(sweeps, path.with_suffix(".png"))
-        curve = path.with_suffix(".png").name
-    else:
-        console.print("no curve: matplotlib is not installed (dependency group `bench`)")
-    packages = ("grpcio", "protobuf", "onnxruntime", "numpy")
-    command = f"overload.py --rounds {options.rounds} --seconds {options.seconds:g}"
-    command += f" --only {options.only}" if options.only else ""
-    command += f" --shares {options.shares}" if options.shares else ""
-    about = Circumstances(
-        when=f"{now:%Y-%m-%d %H:%M} UTC",
-        commit=commit(),
-        command=f"python loadtest/bench/{command}",
-        machine=f"{machine()}, Python {platform.python_version()}",
-        packages=", ".join(f"{name} {version(name)}" for name in packages),
-        rounds=options.rounds,
-        seconds=options.seconds,
-        row_ms=1e3 * row_s,
-        curve=curve,
-    )
-    path.write_text(page(sweeps, found, about))
-    console.print(f"written: {path.relative_to(RESULTS.parents[1])}")
+def draw(found: Overload, path: Path, tell: Tell) -> None:
+    """Draw the curve, if it can be drawn, and note where it is."""
+    sweeps = [sweep for sweep in found.sweeps if sweep.points]
+    if not sweeps:
+        return
+    if not goodput_curve.is_drawable():
+        tell("no curve: matplotlib is not installed (dependency group `bench`)")
+        return
+    goodput_curve.draw(sweeps, path)
+    found.curve = path.name
 
 
-def _as_json(sweep: Sweep) -> dict[str, object]:
-    return {
-        "peaks": [peak._asdict() for peak in sweep.peaks],
-        "points": [one._asdict() for points in sweep.points.values() for one in points],
+def say(found: Overload, tell: Tell) -> None:
+    """Tell what was missed, and what not measured."""
+    for text in found.unmeasured:
+        tell(f"failed: overload: {text}")
+    for text in found.missed:
+        tell(f"missed: overload: {text}")
+
+
+def as_json(found: Overload) -> dict[str, object]:
+    """Return all that is known of it."""
+    models: dict[str, object] = {
+        sweep.model: {
+            "peaks": [peak._asdict() for peak in sweep.peaks],
+            "points": [one._asdict() for points in sweep.points.values() for one in points],
+            "verdicts": [
+                [one.what, one.figure, one.value, str(one.target), one.verdict]
+                for of, one in found.judgements
+                if of is sweep
+            ],
+        }
+        for sweep in found.sweeps
     }
+    return {**models, "failures": found.failures}
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--seconds", type=float, default=SECONDS)
+    parser.add_argument("--only", choices=list(SHARES))
+    parser.add_argument("--shares", type=_shares, default=[], help="of the peak, by commas")
+    parser.add_argument("--json", action="store_true", help="print every figure as JSON")
+    parser.add_argument("--page", action="store_true", help="write a page of a part, too")
+    parser.add_argument("--no-page", action="store_true", help="write no results page")
+    return parser.parse_args(arguments)
+
+
+def _shares(text: str) -> list[float]:
+    return [float(one) for one in text.split(",") if one]
+
+
+def _command(options: argparse.Namespace) -> str:
+    command = f"python loadtest/bench/overload.py --rounds {options.rounds}"
+    command += f" --seconds {options.seconds:g}"
+    command += f" --only {options.only}" if options.only else ""
+    shares = ",".join(f"{share:g}" for share in options.shares)
+    return command + (f" --shares {shares}" if shares else "")
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

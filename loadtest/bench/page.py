@@ -9,9 +9,9 @@ from datetime import UTC, datetime
 from importlib.metadata import distributions
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from contest import FIGURES, Contest, Interval
+from contest import FIGURES, IDLE_SHARE_MIN, Contest, Interval
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("grpcio", "protobuf", "onnxruntime", "feast", "redis", "hiredis", "numpy", "uvloop")
@@ -24,7 +24,7 @@ HEADINGS = (
     "ratio",
     "target",
     "verdict",
-    "processor time a request",
+    "by the other clock",
 )
 
 DOUBTS = """\
@@ -40,11 +40,15 @@ DOUBTS = """\
 - In questions of a percent or three ("requests per processor second") both servers are started
   anew for each round, in turn, and measured in eight short windows. The processor time is the
   server's own: the monitor's and the collector's are not in it. What the gateway beside itself
-  shows is what such a question cannot tell.
-- Processor time is that of the whole round, so that spans and records that are sent after the
-  replies are in it. So is what a server does while the other one is measured: a gateway that has
-  nothing to do takes four thousandths of a core. Requests in flight when a window ends do not
-  count as answered.
+  shows is what such a question cannot tell. A design that speaks of a loss of requests/s means the
+  wall clock; that stands beside, but a round by it is off by five percent and more on a machine
+  like this, so the verdict is that of processor time.
+- Processor time is that of a server's windows and of the second after them, so that spans and
+  records that are sent after the replies are in it, and in no window of the other one. So is what
+  it takes to do nothing in that second: four thousandths of a core of a gateway, more of two
+  workers. Requests in flight when a window ends do not count as answered.
+- The generator's own time for each request is in both figures of a question, and draws their ratio
+  towards 1; most so with one in flight, where the rows' notes say how much of the mean it is.
 - Loopback: no network, no TLS. Closed loop: a slow server is asked less often, so no tail is
   shown.
 - The model is tiny on purpose. With a model of a millisecond all would be nearly equal.
@@ -57,7 +61,28 @@ DOUBTS = """\
   a parser, the others parse each. Those with a parameter are parsed by all."""
 
 
-def write(contests: Sequence[Contest], command: str, rounds: int, seconds: float) -> str:
+class Section(NamedTuple):
+    """
+    What another question has for the page.
+
+    Args:
+        rows: Of the table at its head, a cell for each of `HEADINGS`.
+        notes: Lines under it.
+        text: Of its own, in Markdown, below all else; its headings have two signs or more.
+    """
+
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str]
+    text: str
+
+
+def write(
+    contests: Sequence[Contest],
+    command: str,
+    rounds: int,
+    seconds: float,
+    overload: Section | None = None,
+) -> str:
     """
     Return the page, in Markdown.
 
@@ -66,38 +91,42 @@ def write(contests: Sequence[Contest], command: str, rounds: int, seconds: float
         command: What was run.
         rounds: Of each question.
         seconds: For each server in a round.
+        overload: What became of more than can be answered, if that was asked.
     """
-    rows = "\n".join(f"| {' | '.join(row)} |" for row in map(cells, contests))
-    series = "\n".join(f"| {' | '.join(line)} |" for one in contests for line in _series(one))
-    notes = "".join(f"- {line}.\n" for line in map(_note, contests) if line)
+    rows = [*map(cells, contests), *(overload.rows if overload else ())]
+    notes = [line for contest in contests for line in _notes(contest)]
+    notes += overload.notes if overload else ()
     return f"""# The gateway beside its ceiling, its floor and its peers
 
-| {" | ".join(HEADINGS)} |
-|{"---|" * len(HEADINGS)}
-{rows}
+{table(rows)}
 
+{_how(rounds, seconds) if contests else ""}Every reply was compared with its own right answer.
+
+{bullets(notes)}{circumstances(command)}
+{overload.text + chr(10) if overload else ""}{_every_round(contests)}## Why to doubt it
+
+{DOUBTS}
+"""
+
+
+def _how(rounds: int, seconds: float) -> str:
+    return f"""\
 Medians of {rounds} interleaved rounds of {seconds:g} s for each server. A ratio is the median of
-the rounds' ratios, with the interval that holds it; so is that of processor time, of the first over
-the second: below 1 the first one needs less. Every reply was compared with its own right answer.
-{notes and chr(10) + notes}
-| | |
-|---|---|
-| when | {datetime.now(UTC):%Y-%m-%d %H:%M} UTC |
-| commit | {commit()} |
-| command | `{command}` |
-| machine | {machine()} |
-| Python | {platform.python_version()} |
-| packages | {", ".join(_packages())} |
+the rounds' ratios, with the interval that holds it, and the verdict is the ratio's. By the other
+clock: where rates are compared, the processor time of a request, of the first over the second
+(below 1 the first one needs less); where processor time is, the requests/s of the first over those
+of the second. """
 
-## Every round
+
+def _every_round(contests: Sequence[Contest]) -> str:
+    if not contests:
+        return ""
+    series = "".join(f"| {' | '.join(line)} |\n" for one in contests for line in _series(one))
+    return f"""## Every round
 
 | what | who | rounds |
 |---|---|---|
 {series}
-
-## Why to doubt it
-
-{DOUBTS}
 """
 
 
@@ -114,12 +143,38 @@ def cells(contest: Contest) -> list[str]:
         for name, value in zip(names, contest.medians(question.figure), strict=True)
     ]
     cpu = " : ".join(f"{value:,.1f}" for value in contest.medians("cpu_us"))
+    by_cpu = f"{cpu} µs, {_with_interval(contest.cpu_ratio, contest.cpu_interval)}"
+    by_wall = f"requests/s, {_with_interval(contest.rate_ratio, contest.rate_interval)}"
     return [
         *(question.title, unit, *measured),
         _with_interval(contest.ratio, contest.interval),
         *(target, contest.verdict),
-        f"{cpu} µs, {_with_interval(contest.cpu_ratio, contest.cpu_interval)}",
+        by_wall if question.figure == "requests_per_cpu_s" else by_cpu,
     ]
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Return the table at a page's head."""
+    lines = [HEADINGS, ["---"] * len(HEADINGS), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def bullets(lines: Sequence[str]) -> str:
+    """Return a list and an empty line; nothing for no lines."""
+    return "".join(f"- {line}.\n" for line in lines) + ("\n" if lines else "")
+
+
+def circumstances(command: str) -> str:
+    """Return a table of when, where and how it was measured."""
+    return f"""| | |
+|---|---|
+| when | {datetime.now(UTC):%Y-%m-%d %H:%M} UTC |
+| commit | {commit()} |
+| command | `{command}` |
+| machine | {machine()} |
+| Python | {platform.python_version()} |
+| packages | {", ".join(_packages())} |
+"""
 
 
 def line(contest: Contest) -> str:
@@ -154,6 +209,8 @@ def as_json(contest: Contest) -> dict[str, Any]:
         found["ratio"] = contest.ratio
         found["interval"] = contest.interval._asdict()
         found["cpu_ratio"] = contest.cpu_ratio
+        found["rate_ratio"] = contest.rate_ratio
+        found["generator_idle_shares"] = contest.idle_shares
     return found
 
 
@@ -197,10 +254,24 @@ def _with_interval(ratio: float, interval: Interval) -> str:
     return f"{ratio:.{digits}f} ({ends}, {interval.coverage:.0%})"
 
 
-def _note(contest: Contest) -> str:
-    said = [contest.failure or contest.skipped or "", *contest.notes]
-    kept = "; ".join(filter(None, said))
-    return f"{contest.question.title}: {kept}" if kept else ""
+def _notes(contest: Contest) -> Iterator[str]:
+    """Yield what is to be known of a row, and of the generator beside it."""
+    question = contest.question
+    kept = "; ".join(filter(None, [contest.failure or contest.skipped or "", *contest.notes]))
+    if kept:
+        yield f"{question.title}: {kept}"
+    if not contest.is_measured:
+        return
+    names = (question.first.server, question.second.server)
+    for name, idle in zip(names, contest.idle_shares, strict=True):
+        if idle is not None and idle < IDLE_SHARE_MIN:
+            yield (
+                f"{question.title}: beside the {name} the generator was full, its core idle for "
+                f"{idle:.1%}: the ratio is drawn towards 1"
+            )
+    if question.figure == "mean_ms" and None not in contest.generator_ms:
+        own = " : ".join(f"{ms:.3f}" for ms in contest.generator_ms)
+        yield f"{question.title}: of each mean {own} ms are the generator's own processor time"
 
 
 def _series(contest: Contest) -> Iterator[list[str]]:
@@ -213,5 +284,14 @@ def _series(contest: Contest) -> Iterator[list[str]]:
         for which, name in enumerate((question.first.server, question.second.server)):
             values = ", ".join(format(sides[which][figure], form) for sides in contest.rounds)
             yield [question.title, f"{name}, {unit}", values]
+    idle = [
+        f"{name} {share:.0%}"
+        for name, share in zip(
+            (question.first.server, question.second.server), contest.idle_shares, strict=True
+        )
+        if share is not None
+    ]
+    if idle:
+        yield [question.title, "the generator's core was idle, median", ", ".join(idle)]
     ratios = ", ".join(f"{ratio:.3f}" for ratio in contest.ratios)
     yield [question.title, "ratio, round by round", ratios]

@@ -22,7 +22,7 @@ from names import (
     ALL_TRACED,
     CEILING,
     FLOOR,
-    FLOOR_OF_HASHES,
+    FLOOR_OF_FIELDS,
     GATEWAY,
     GATEWAY_WITH_FEATURES,
     GLUE,
@@ -111,7 +111,7 @@ def _floor(stage: Stage, _port: int, *, command: str) -> Launch:
     _ = stage.feature_repo  # the entities are written with it
     program = str(HERE / "ranking_floor.py")
     words = [sys.executable, program, str(stage.model), str(stage.store.port), command]
-    return Launch(words, is_program=True)
+    return Launch([*words, str(stage.answers("ranking"))], is_program=True)
 
 
 def _aio(stage: Stage, port: int) -> Launch:
@@ -229,8 +229,8 @@ PEERS = {
     TWO_WORKERS: Peer(partial(_gateway, workers=2)),
     CEILING: Peer(_ceiling),
     GLUE: Peer(_glue),
-    FLOOR: Peer(partial(_floor, command="HMGET")),
-    FLOOR_OF_HASHES: Peer(partial(_floor, command="HGETALL")),
+    FLOOR: Peer(partial(_floor, command="HGETALL")),
+    FLOOR_OF_FIELDS: Peer(partial(_floor, command="HMGET")),
     AIO: Peer(_aio),
     MLSERVER: Peer(_mlserver, _mlserver_absence),
     TRITON: Peer(_triton, _triton_absence),

@@ -28,6 +28,7 @@ from typing import Any
 import http2
 import numpy as np
 import subjects
+from cores import ARE_ENOUGH, GENERATOR_CORE
 from stopwatches import STAGES, table, used
 from tritonclient.grpc import service_pb2
 
@@ -80,13 +81,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--libraries", action="store_true", help="ask perf for the libraries, too")
     options = parser.parse_args(arguments)
-    if (os.cpu_count() or 1) < 2:
+    if not ARE_ENOUGH:
         print("profile: needs two cores, one for the server and one for the load", file=sys.stderr)
         return 2
     if options.libraries and shutil.which("perf") is None:
         print("profile: --libraries needs Linux's perf", file=sys.stderr)
         return 2
-    os.sched_setaffinity(0, {subjects.GENERATOR_CORE})
+    os.sched_setaffinity(0, {GENERATOR_CORE})
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         work = Path(folder)
         measured = [s for s in _subjects(work) if options.only in (None, s.name)]

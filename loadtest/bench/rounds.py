@@ -1,17 +1,23 @@
 """Interleaved rounds: two servers measured in turn, each as often first as second."""
 
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from itertools import groupby
 
+import grpc
 import numpy as np
 from contest import FIGURES, Contest, Load, Question, Side, together
 from peers import PEERS
-from servers import TOLERANCE, WARM_UP_S, NotMeasuredError, Server
+from servers import SETTLE_S, TOLERANCE, WARM_UP_S, NotMeasuredError, Server
 from stage import Stage
 
-SETTLE_S = 1.2
-"""Spans, records and metrics are sent up to a second after the replies; they cost the round."""
+FAILURES = (
+    *(NotMeasuredError, RuntimeError, ValueError, OSError),
+    *(subprocess.SubprocessError, grpc.RpcError),
+)
+"""What may become of a question; the others are asked all the same."""
 
 WINDOWS = (0, 1, 1, 0, 1, 0, 0, 1)
 """
@@ -38,12 +44,12 @@ def hold(question: Question, stage: Stage, rounds: int, seconds: float, tell: Te
     """
     contest = Contest(question)
     sides = (question.first, question.second)
-    absences = [PEERS[side.server].absence() for side in sides]
-    contest.skipped = next((reason for reason in absences if reason), None)
-    if contest.skipped is not None:
-        tell(f"{question.name}: skipped: {contest.skipped}")
-        return contest
     try:
+        absences = [PEERS[side.server].absence() for side in sides]
+        contest.skipped = next((reason for reason in absences if reason), None)
+        if contest.skipped is not None:
+            tell(f"{question.name}: skipped: {contest.skipped}")
+            return contest
         if question.is_fresh:
             for number in range(rounds):
                 with ExitStack() as stack:
@@ -51,6 +57,9 @@ def hold(question: Question, stage: Stage, rounds: int, seconds: float, tell: Te
                     order = tuple(which ^ (number % 2) for which in WINDOWS)
                     _round(contest, sides, servers, order, 2 * seconds / len(WINDOWS))
                     tell(_progress(contest, rounds))
+                    contest.notes += [
+                        f"round {number + 1}: {said}" for said in _look_for_drops(servers)
+                    ]
         else:
             with ExitStack() as stack:
                 servers = _start(sides, stage, stack, is_turned=False)
@@ -64,9 +73,10 @@ def hold(question: Question, stage: Stage, rounds: int, seconds: float, tell: Te
                     for server in servers
                     if server.deaths
                 ]
-    except NotMeasuredError as error:
-        contest.failure = str(error)
-        tell(f"{question.name}: failed: {error}")
+    except FAILURES as error:
+        is_plain = isinstance(error, NotMeasuredError)
+        contest.failure = str(error) if is_plain else f"{type(error).__name__}: {error}"
+        tell(f"{question.name}: failed: {contest.failure}")
     return contest
 
 
@@ -79,6 +89,7 @@ def _start(
     _refuse_disagreement(servers, [side.load for side in order])
     for server, side in zip(servers, order, strict=True):
         server.measure(side.load, WARM_UP_S)
+        time.sleep(SETTLE_S)
     return servers[::-1] if is_turned else servers
 
 
@@ -89,16 +100,28 @@ def _round(
     order: Sequence[int],
     seconds: float,
 ) -> None:
+    """Measure; what a server still sends after its windows is its own, and in nobody else's."""
     windows: tuple[list[dict[str, float]], ...] = ([], [])
-    before_s = [server.used_s() for server in servers]
-    for which in order:
-        windows[which].append(servers[which].measure(sides[which].load, seconds))
-    time.sleep(SETTLE_S)
-    first, second = (
-        together(windows[i], servers[i].used_s() - before_s[i], sides[i].load.rows)
-        for i in range(2)
-    )
+    cpu_s = [0.0, 0.0]
+    for which, turns in groupby(order):
+        server, before_s = servers[which], servers[which].used_s()
+        for _ in turns:
+            windows[which].append(server.measure(sides[which].load, seconds))
+        time.sleep(SETTLE_S)
+        cpu_s[which] += server.used_s() - before_s
+    first, second = (together(windows[i], cpu_s[i], sides[i].load.rows) for i in range(2))
     contest.rounds.append((first, second))
+
+
+def _look_for_drops(servers: Sequence[Server]) -> list[str]:
+    """Return what was not told of; refuse the question where that is much of it."""
+    found = []
+    for server in servers:
+        for drop in server.drops():
+            if drop.is_too_much:
+                raise NotMeasuredError(f"{server.name} dropped {drop}: it would look too cheap")
+            found.append(f"{server.name} dropped {drop}")
+    return found
 
 
 def _refuse_disagreement(servers: Sequence[Server], loads: Sequence[Load]) -> None:

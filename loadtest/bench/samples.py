@@ -57,7 +57,12 @@ class _Columns(NamedTuple):
 
 
 def closed_loop(
-    record: Record, window: Window, wrong: Collection[int], *, cpu_share: float
+    record: Record,
+    window: Window,
+    wrong: Collection[int],
+    *,
+    cpu_share: float,
+    idle_share: float | None = None,
 ) -> Figures:
     """
     Report on a closed loop: on what was answered within the window.
@@ -65,7 +70,8 @@ def closed_loop(
     Returns:
         `requests`, `requests_per_s`, `errors` (not OK, or wrong), `wrong` (of all requests ever
         made), `statuses`, `mean_ms`, `p50_ms`, `p99_ms`, `window_start_s` and
-        `window_end_s` on the clock of all processes of this machine, `generator_cpu_share`.
+        `window_end_s` on the clock of all processes of this machine, `generator_cpu_share`, and
+        `generator_idle_share`: that of its core in which nobody had anything to do, if known.
     """
     columns = _columns(record, wrong)
     inside = columns.where((columns.done_s >= window.start_s) & (columns.done_s < window.end_s))
@@ -81,6 +87,7 @@ def closed_loop(
         "window_start_s": window.start_s,
         "window_end_s": window.end_s,
         "generator_cpu_share": cpu_share,
+        "generator_idle_share": idle_share,
     }
 
 
@@ -92,6 +99,7 @@ def open_loop(
     timeout_s: float | None,
     ended_s: float,
     cpu_share: float,
+    idle_share: float | None = None,
 ) -> Figures:
     """
     Report on an open loop: on what was due within the window, whenever it was answered.
@@ -104,13 +112,14 @@ def open_loop(
             for any time.
         ended_s: When waiting for answers was given up: what was not answered is as old as that.
         cpu_share: Of one core, that the generator used within the window.
+        idle_share: Of the core that it is kept on, in which nobody used it.
 
     Returns:
         The names of `closed_loop`, and `window_s`, `offered_per_s` (were due), `achieved_per_s`
         (were sent before the window ended), `goodput_per_s`, `held` (waited for the server's limit
         on streams or bytes), `unsent` (never allowed in time), `unanswered`; `served_…` of the
         good ones; `refused_…` from when they were due and `refused_from_send_…` from when they were
-        sent; `late_start_…` of those not held; `generator_cpu_share`; `generator_is_bottleneck`.
+        sent; `late_start_…` of those not held; `generator_is_bottleneck`.
     """
     columns = _columns(record, wrong)
     inside = columns.where((columns.due_s >= window.start_s) & (columns.due_s < window.end_s))
@@ -144,6 +153,7 @@ def open_loop(
         **_quantiles_ms("refused_from_send_", (inside.done_s - inside.sent_s)[is_refused]),
         **_quantiles_ms("late_start_", late_s),
         "generator_cpu_share": cpu_share,
+        "generator_idle_share": idle_share,
     }
     late_p99_s = float(np.quantile(late_s, 0.99)) if len(late_s) else 0.0
     figures["generator_is_bottleneck"] = (

@@ -6,6 +6,7 @@ import select
 import subprocess
 import sys
 import time
+import urllib.request
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,8 @@ import http2
 import numpy as np
 import subjects
 from contest import Load
+from cores import SERVER_CORE, on
+from drops import Drop, drops
 from numpy.typing import NDArray
 from peers import Peer
 from processor_time import used_s
@@ -25,6 +28,9 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 PATH = "/inference.GRPCInferenceService/ModelInfer"
 START_TIMEOUT_S, STOP_TIMEOUT_S, ANSWER_TIMEOUT_S = 120.0, 30.0, 20.0
 WARM_UP_S = 1.0
+SETTLE_S = 1.2
+"""Spans, records and metrics are sent up to a second after the replies; they are whose they are."""
+
 DEATHS_MAX, DYING_S = 10, 0.3
 """Of a server that is known to die: how often in a row, and how long it takes."""
 
@@ -59,6 +65,7 @@ class Server:
         self._port = subjects.free_port()
         self._launch = peer.launch(stage, self._port)
         self._counted_s = 0.0
+        self._http_address: str | None = None
         self._process = self._start()
 
     def __enter__(self) -> Self:
@@ -84,7 +91,7 @@ class Server:
         """
         figures: dict[str, float]
         if self._launch.is_program:
-            figures = self._ask_line(f"{seconds}", seconds)
+            figures = self._ask_line(f"{seconds} {load.connections * load.in_flight}", seconds)
             self._counted_s += figures["cpu_s"]
         elif self._launch.is_fragile:
             figures = self._generate_again(load, seconds)
@@ -108,6 +115,14 @@ class Server:
             raise NotMeasuredError(f"{self.name} died: {self._last_words()}")
         return self._counted_s + used_s(self._process.pid)
 
+    def drops(self) -> list[Drop]:
+        """Return what it has not told of, if it is a gateway; see `drops.drops`."""
+        if self._http_address is None:
+            return []
+        url = f"http://{self._http_address}/metrics"
+        with urllib.request.urlopen(url, timeout=ANSWER_TIMEOUT_S) as reply:
+            return drops(reply.read().decode())
+
     def answers(self, load: Load) -> NDArray[np.float32]:
         """Return its predictions for the first few requests."""
         count = COMPARED[load.requests]
@@ -126,20 +141,25 @@ class Server:
 
     def _generate_again(self, load: Load, seconds: float) -> dict[str, float]:
         """Run the generator until the server outlives it: what a dying one did is no figure."""
+        counted_s, is_anew = self.used_s(), False
         for _ in range(DEATHS_MAX):
-            counted_s = self.used_s()
-            with suppress(NotMeasuredError):
-                figures = self._generate(load, seconds)
-                time.sleep(DYING_S)
-                self.used_s()
-                return figures
+            with suppress(NotMeasuredError, ProcessLookupError):
+                if is_anew:
+                    self._survive(load, WARM_UP_S)
+                    time.sleep(SETTLE_S)
+                    # Neither its start nor its warm-up is a cost of what is measured.
+                    self._counted_s = counted_s - used_s(self._process.pid)
+                return self._survive(load, seconds)
             _end(self._process)
             self.deaths += 1
-            self._process = self._start()
-            self._counted_s = counted_s - used_s(self._process.pid)
-            self._generate(load, WARM_UP_S)
-            time.sleep(DYING_S)
+            self._process, is_anew = self._start(), True
         raise NotMeasuredError(f"{self.name} died {self.deaths} times: {self._last_words()}")
+
+    def _survive(self, load: Load, seconds: float) -> dict[str, float]:
+        figures = self._generate(load, seconds)
+        time.sleep(DYING_S)
+        self.used_s()
+        return figures
 
     def _generate(self, load: Load, seconds: float) -> dict[str, float]:
         command = [sys.executable, str(Path(http2.__file__)), "--port", str(self._port)]
@@ -176,14 +196,13 @@ class Server:
             ours.pop("PYTHONPATH", None)
         with (self._stage.work / f"{self._port}.log").open("w") as log:
             process = subprocess.Popen(
-                launch.command,
+                [*on(SERVER_CORE), *launch.command],
                 cwd=launch.folder,
                 env={**ours, **launch.environment},
                 stdin=subprocess.PIPE if launch.is_program else subprocess.DEVNULL,
                 stdout=subprocess.PIPE if launch.says_serving else log,
                 stderr=log,
                 text=True,
-                preexec_fn=_on_server_core,  # noqa: PLW1509 there are no threads
             )
         try:
             self._wait(process)
@@ -195,8 +214,11 @@ class Server:
     def _wait(self, process: "subprocess.Popen[str]") -> None:
         """Return once it serves."""
         if process.stdout is not None:
-            if "serving" not in _line(process, START_TIMEOUT_S):
+            line = _line(process, START_TIMEOUT_S)
+            if "serving" not in line:
                 raise NotMeasuredError(f"{self.name} did not start: {self._last_words()}")
+            with suppress(ValueError):  # a gateway says where it serves what
+                self._http_address = json.loads(line)["http_address"]
             return
         deadline_s = time.monotonic() + START_TIMEOUT_S
         ask = service_pb2.ModelReadyRequest(name="tensor")
@@ -212,10 +234,6 @@ class Server:
     def _last_words(self) -> str:
         words = (self._stage.work / f"{self._port}.log").read_text().strip()
         return words.rpartition("\n")[2] or "it said nothing"
-
-
-def _on_server_core() -> None:
-    os.sched_setaffinity(0, {subjects.SERVER_CORE})
 
 
 def _patience_s(seconds: float) -> float:

@@ -25,6 +25,7 @@ import features
 import http2
 import numpy as np
 import subjects
+from cores import GENERATOR_CORE
 from page import commit, machine
 from rich.console import Console
 
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.segments < 3:
         parser.error("a line needs three segments at least")
-    os.sched_setaffinity(0, {subjects.GENERATOR_CORE})
+    os.sched_setaffinity(0, {GENERATOR_CORE})
     console = Console(stderr=True)
     started_s = time.monotonic()
     segments = _measure(options, console)

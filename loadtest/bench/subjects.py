@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pandas as pd
+from cores import GENERATOR_CORE, SERVER_CORE, on
 from feast import Entity, FeatureService, FeatureStore, FeatureView, Field, FileSource, ValueType
 from feast.types import Float32, Int64
 from numpy.typing import NDArray
@@ -26,7 +27,6 @@ ENTITIES = 10_000
 PROJECT = SERVICE = "bench"
 VIEWS = ("first", "second")
 RANKED = 200
-SERVER_CORE, GENERATOR_CORE = 0, 1
 START_TIMEOUT_S = 60
 
 
@@ -162,11 +162,10 @@ def valkey() -> Iterator[ValkeyServer]:
 def running(command: Sequence[str], core: int = SERVER_CORE) -> Iterator[None]:
     """Run a server on its core until the block ends; it serves when the block begins."""
     process = subprocess.Popen(
-        command,
+        [*on(core), *command],
         env={k: v for k, v in os.environ.items() if not k.startswith("OTEL_")},
         stdout=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, {core}),  # noqa: PLW1509 no threads
     )
     try:
         assert process.stdout is not None

@@ -4,7 +4,7 @@ import bench_modules
 import pytest
 
 NAMES = (
-    *("contest", "contests", "names", "page", "peers", "processor_time"),
+    *("contest", "contests", "cores", "drops", "names", "page", "peers", "processor_time"),
     *("rounds", "run", "servers", "stage"),
 )
 

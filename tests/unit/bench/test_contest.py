@@ -126,3 +126,19 @@ def test_windows_count_by_what_they_hold_and_not_one_like_the_other(bench):
     assert found["cpu_us"] == pytest.approx(2_000)
     assert found["requests_per_cpu_s"] == pytest.approx(500)
     assert set(bench.contest.FIGURES) <= set(found)
+
+
+def test_the_generator_s_own_figures_are_weighed_by_time_and_known_only_where_it_ran(bench):
+    one = {"requests": 100, "requests_per_s": 100, "mean_ms": 1.0}  # a second
+    other = {"requests": 300, "requests_per_s": 100, "mean_ms": 1.0}  # three
+    told = [
+        one | {"generator_idle_share": 0.0, "generator_cpu_share": 0.8},
+        other | {"generator_idle_share": 0.4, "generator_cpu_share": 0.4},
+    ]
+
+    found = bench.contest.together(told, cpu_s=1.0, rows=1)
+
+    assert found["generator_idle_share"] == pytest.approx(0.3)
+    assert found["generator_cpu_ms"] == pytest.approx(1e3 * 2.0 / 400)
+    untold = bench.contest.together([one, told[1]], cpu_s=1.0, rows=1)
+    assert not any(name.startswith("generator") for name in untold)

@@ -50,6 +50,54 @@ def test_the_page_shows_every_round_its_interval_and_how_to_repeat_it(bench):
     assert "`run.py --rounds 7 --only this`" in page
 
 
+def test_where_processor_time_decides_requests_per_second_stand_beside_it(bench):
+    found = measured(bench, named(bench, "stream"), 1.0)
+    found.rounds = [(first | {"requests_per_s": 94.0}, second) for first, second in found.rounds]
+
+    (row,) = rows(page_of(bench, found))
+
+    assert row[4].startswith("1.000")
+    assert row[6] == "met"
+    assert row[7] == "requests/s, 0.940 (0.940 to 0.940, 98%)"
+
+
+@pytest.mark.parametrize(("idle", "is_said"), [(0.02, True), (0.04, False)])
+def test_a_generator_that_was_full_is_said(bench, idle, is_said):
+    found = measured(bench, named(bench, "tensors"))
+    found.rounds = [
+        (first | {"generator_idle_share": 0.5}, second | {"generator_idle_share": idle})
+        for first, second in found.rounds
+    ]
+
+    page = page_of(bench, found)
+
+    assert ("beside the ceiling the generator was full" in page) is is_said
+    assert "beside the gateway the generator was full" not in page
+    assert f"gateway 50%, ceiling {idle:.0%}" in page
+
+
+def test_of_a_latency_the_generator_s_own_part_is_said(bench):
+    found = measured(bench, named(bench, "alone"))
+    found.rounds = [
+        (first | {"generator_cpu_ms": 0.06}, second | {"generator_cpu_ms": 0.05})
+        for first, second in found.rounds
+    ]
+
+    assert "0.060 : 0.050 ms are the generator's own" in page_of(bench, found)
+
+
+def test_overload_has_its_rows_in_the_same_table_and_its_own_part_of_the_page(bench):
+    row = ["overload", *["-"] * (len(bench.page.HEADINGS) - 1)]
+    section = bench.page.Section([row], ["overload: late"], "## Overload\n\nA curve.\n")
+    contests = [measured(bench, named(bench, "tensors"))]
+
+    page = bench.page.write(contests, "run.py", 7, 1.5, section)
+
+    assert [found[0] for found in rows(page)] == [contests[0].question.title, "overload"]
+    assert "- overload: late." in page
+    assert page.index("| command |") < page.index("## Overload") < page.index("## Every round")
+
+
 def test_a_peer_that_is_not_here_is_named_with_the_reason_and_no_figures(bench):
     skipped = bench.contest.Contest(named(bench, "triton"), skipped="`make triton` installs it")
 

@@ -1,6 +1,7 @@
 """Rounds between real processes: programs that answer lines, as the floor of ranking does."""
 
 import json
+import subprocess
 import sys
 from argparse import Namespace
 
@@ -119,6 +120,78 @@ def test_a_server_that_does_not_start_fails_the_question_with_its_last_words(are
 
     assert contest.failure == "two did not start: no such model"
     assert arena.told == ["q: failed: two did not start: no such model"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("no store"),
+        ProcessLookupError("process 7 has ended"),
+        subprocess.TimeoutExpired("ldd", 5),
+    ],
+)
+def test_whatever_fails_is_that_question_s_failure(arena, bench, monkeypatch, error):
+    def fail(_stage, _port):
+        raise error
+
+    monkeypatch.setitem(bench.rounds.PEERS, "two", bench.peers.Peer(fail))
+
+    contest = arena.hold()
+
+    assert contest.verdict == "failed"
+    assert contest.failure == f"{type(error).__name__}: {error}"
+
+
+def test_what_a_server_still_does_after_its_windows_is_in_its_own_figure(arena, bench, monkeypatch):
+    """Each is left alone for as long before the other one's windows begin."""
+    slept = []
+
+    def sleep(seconds):
+        slept.append((seconds, arena.noted("is measured")[2:]))
+
+    monkeypatch.setattr(bench.rounds, "SETTLE_S", 7.0)
+    monkeypatch.setattr(bench.rounds.time, "sleep", sleep)
+
+    arena.hold(rounds=1, is_fresh=True)
+
+    turns = [noted for seconds, noted in slept if seconds == 7.0 and noted]
+    assert [turn[-1] for turn in turns] == ["one", "two", "one", "two", "one", "two"]
+    assert turns[-1] == ["one", "two", "two", "one", "two", "one", "one", "two"]
+
+
+METRICS = """
+# TYPE headrace_requests counter
+headrace_requests_total{model="tensor"} 1000
+# TYPE headrace_spans counter
+headrace_spans_total{result="exported"} 40
+headrace_spans_total{result="dropped"} %d
+# TYPE headrace_stream_rows counter
+headrace_stream_rows_total{result="sent"} 1000
+headrace_stream_rows_total{result="dropped"} 0
+headrace_stream_rows_total{result="refused"} 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("dropped", "failure", "notes"),
+    [
+        (0, None, []),
+        (1, None, ["round 1: one dropped 1 of 41 spans"]),
+        (10, "one dropped 10 of 50 spans: it would look too cheap", []),
+    ],
+)
+def test_who_does_not_tell_of_what_it_should_is_noted_or_not_called_cheap(
+    arena, bench, monkeypatch, dropped, failure, notes
+):
+    monkeypatch.setattr(
+        bench.servers.Server,
+        "drops",
+        lambda server: bench.drops.drops(METRICS % dropped if server.name == "one" else ""),
+    )
+
+    contest = arena.hold(rounds=1, is_fresh=True)
+
+    assert (contest.failure, contest.notes) == (failure, notes)
 
 
 def test_a_server_that_says_nothing_is_not_waited_for_without_end(arena, bench, monkeypatch):

@@ -128,6 +128,20 @@ def test_a_closed_loop_counts_what_was_answered_within_the_window():
     assert figures["mean_ms"] == pytest.approx(2_000 / 3)
 
 
+def test_a_core_that_others_fill_is_told_and_no_bottleneck_of_a_generator_in_time():
+    figures = samples.open_loop(
+        recorded((11.0, 11.0, 11.1, OK)),
+        *(WINDOW, ()),
+        timeout_s=1.0,
+        ended_s=30.0,
+        cpu_share=0.1,
+        idle_share=0.0,
+    )
+
+    assert figures["generator_idle_share"] == 0.0
+    assert figures["generator_is_bottleneck"] is False
+
+
 @given(statuses=st.lists(st.integers(0, 16), max_size=30))
 def test_statuses_add_up_to_the_answers(statuses):
     record = recorded(*[(11.0, 11.0, 11.1, status) for status in statuses])
