@@ -188,9 +188,15 @@ class VersionLoader:
     def _order(self, config: ModelConfig, version: int) -> ReplyOrder | None:
         if not config.preserve_ordering:
             return None
+        if self._settings.caller_header is not None:
+            _LOG.warning(
+                "callers_wait_for_one_another", model=config.name, setting="preserve_ordering"
+            )
         running = executor_count(config) * config.max_batch_size
         return ReplyOrder(
-            f"replies-{config.name}-{version}", self._queue_sizes(config)[0] + running
+            f"replies-{config.name}-{version}",
+            self._queue_sizes(config)[0] + running,
+            self._settings.max_queue_bytes,
         )
 
     def _join(self, config: ModelConfig) -> FeatureJoin | None:

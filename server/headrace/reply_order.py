@@ -7,12 +7,12 @@ Source: Triton, `preserve_ordering` of `ModelDynamicBatching`.
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from queue import SimpleQueue
 
 import structlog
 
-from headrace.errors import BackendError, Overloaded, ServingError
+from headrace.errors import BackendError, Draining, Overloaded, ServingError
 from headrace.request import AnsweredBatch, Request, StandIn
 
 _LOG = structlog.get_logger(__name__)
@@ -30,10 +30,11 @@ class Turn:
         order: Whose place it is.
     """
 
-    __slots__ = ("is_settled", "order", "reply", "request", "stand_in")
+    __slots__ = ("byte_count", "is_settled", "order", "reply", "request", "stand_in")
 
     def __init__(self, request: Request, order: "ReplyOrder") -> None:
         self.order = order
+        self.byte_count = request.byte_count
         self.request: Request | None = request
         """None once it is settled."""
         self.stand_in: OrderedRequest | None = None
@@ -44,7 +45,8 @@ class Turn:
     def leave(self, _request: Request) -> bool:
         """Let go of the request, whose caller has left; say whether it is still to be answered."""
         stand_in = self.stand_in
-        if stand_in is None or stand_in.waits_in is None or not stand_in.waits_in.leave(stand_in):
+        place = None if stand_in is None else stand_in.waits_in  # read once: others clear it
+        if place is None or not place.leave(stand_in):
             return False
         return self.order.settle(self, None)
 
@@ -91,14 +93,17 @@ class ReplyOrder:
         name: Of the thread that sends.
         most: Requests that may wait, run, or wait for their turn to be answered; one more is
             refused, so that one slow batch cannot make the others pile up replies without end.
+        most_bytes: Of those requests, likewise.
 
     Attributes:
         held: Replies that are ready and wait for an earlier one.
     """
 
-    def __init__(self, name: str, most: int) -> None:
+    def __init__(self, name: str, most: int, most_bytes: int = 1 << 62) -> None:
         self.held = 0
         self._most = most
+        self._most_bytes = most_bytes
+        self._bytes = 0
         self._lock = threading.Lock()
         self._turns: deque[Turn] = deque()
         self._ready: SimpleQueue[list[_Reply] | None] = SimpleQueue()
@@ -122,8 +127,8 @@ class ReplyOrder:
         with self._lock:
             self._has_ended = True
             turns, self._turns = self._turns, deque()
-            self.held = 0
-            self._ready.put([turn.reply for turn in turns if turn.reply is not None])
+            self.held = self._bytes = 0
+            self._ready.put(_replies_of(turns))
             self._ready.put(None)
         if self._thread.ident is not None:
             self._thread.join(max(0.0, deadline_s - time.perf_counter()))
@@ -139,14 +144,19 @@ class ReplyOrder:
         Give a request its place in the order, and return what shall wait for it.
 
         Raises:
-            Overloaded: too many are on their way.
+            Overloaded: too many are on their way, or too many bytes of them.
+            Draining: it has been stopped.
         """
         turn = Turn(request, self)
         stand_in = turn.stand_in = OrderedRequest(request, turn)
         with self._lock:
-            if len(self._turns) >= self._most:
+            if self._has_ended:
+                raise Draining("this server is stopping")
+            byte_count = self._bytes + turn.byte_count
+            if len(self._turns) >= self._most or byte_count > self._most_bytes:
                 raise Overloaded("too many replies of this model wait for an earlier one")
             self._turns.append(turn)
+            self._bytes = byte_count
         request.waits_in = turn
         return stand_in
 
@@ -164,6 +174,7 @@ class ReplyOrder:
             # They lead to one another: references alone would free none of them.
             request.waits_in = turn.request = turn.stand_in = None
             turn.is_settled = True
+            request.raws = ()  # all that is left to do is to reply, and that may be much later
             if how is not None:
                 turn.reply = how, request
             if not self._has_ended:
@@ -176,14 +187,12 @@ class ReplyOrder:
 
     def _advance(self) -> None:
         """Hand over every reply that nobody is before. Under the lock, so that they stay so."""
-        turns = self._turns
-        ready = []
+        turns, over = self._turns, []
         while turns and turns[0].is_settled:
             turn = turns.popleft()
-            # An error leads back, by way of its traceback and the batch in it.
-            reply, turn.reply = turn.reply, None
-            if reply is not None:
-                ready.append(reply)
+            self._bytes -= turn.byte_count
+            over.append(turn)
+        ready = _replies_of(over)
         if ready:
             self.held -= len(ready)
             self._ready.put(ready)
@@ -192,6 +201,17 @@ class ReplyOrder:
         while (ready := self._ready.get()) is not None:
             while ready:  # nothing that was sent is kept while there is nothing to do
                 _send(*ready.pop(0))
+
+
+def _replies_of(turns: Iterable[Turn]) -> list[_Reply]:
+    """Take the replies that are ready out of their turns, in order."""
+    ready = []
+    for turn in turns:
+        # An error leads back, by way of its traceback and the batch in it.
+        reply, turn.reply = turn.reply, None
+        if reply is not None:
+            ready.append(reply)
+    return ready
 
 
 def _send(how: Callable[[Request], None], request: Request) -> None:

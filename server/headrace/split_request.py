@@ -94,6 +94,7 @@ class SplitRequest:
         "_pieces",
         "_unanswered",
         "_whole",
+        "is_given_up",
         "number",
         "parts",
         "prediction_id",
@@ -115,6 +116,8 @@ class SplitRequest:
         self._batcher = batcher
         self._lock = threading.Lock()
         self._whole: Request | None = request
+        self.is_given_up = False
+        """Whether a part left the queue unserved; then no other is run."""
         cuts = [
             cut(spec, raw, request.rows, most)
             for spec, raw in zip(signature.inputs, request.raws, strict=True)
@@ -131,7 +134,17 @@ class SplitRequest:
     def expired(self, now_s: float) -> bool:
         """Say whether nobody waits for the parts any more."""
         whole = self._whole
-        return whole is None or whole.expired(now_s)
+        return whole is None or self.is_given_up or whole.expired(now_s)
+
+    def give_up(self) -> bool:
+        """
+        Note that a part left the queue unserved, of which `drop` will tell; under the queue's lock.
+
+        Returns:
+            Whether the request is lost by that, and was not before.
+        """
+        was_given_up, self.is_given_up = self.is_given_up, True
+        return self._whole is not None and not was_given_up
 
     def leave(self, _request: Request) -> bool:
         """Let go of all parts; say whether the request is still to be answered, by the caller."""
@@ -172,7 +185,7 @@ class SplitRequest:
         if whole is None:
             return None
         whole.waits_in = None  # it leads back here: references alone would not free either
-        self._batcher.withdraw(parts, counts_as_dropped=counts_as_dropped)
+        self._batcher.withdraw(parts, counts_as_dropped=counts_as_dropped and not self.is_given_up)
         return whole
 
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from headrace.backends.stub import StubBackend
 from headrace.batching.batcher import Batcher
 from headrace.batching.policy import BatchPolicy
-from headrace.errors import BackendError, DeadlineExceeded, Overloaded
+from headrace.errors import BackendError, DeadlineExceeded, Draining, Overloaded
 from headrace.predict import ServedModel
-from headrace.reply_order import ReplyOrder
+from headrace.reply_order import OrderedRequest, ReplyOrder
 from headrace.request import Request
 from headrace.telemetry.metrics import Metrics
 from headrace.tensors import CheckedInputs, Signature, TensorSpec
@@ -60,12 +60,20 @@ class Caller(Request):
 class Served:
     """A model of two instances that doubles, and can be held at any number."""
 
-    def __init__(self, *, most=100, max_batch_size=1, max_queue_size=64, max_request_rows=0):
+    def __init__(
+        self,
+        *,
+        most=100,
+        most_bytes=1 << 20,
+        max_batch_size=1,
+        max_queue_size=64,
+        max_request_rows=0,
+    ):
         self.replies = []
         self.held = {}
         self.begun = []
         backend = StubBackend("m", [X], [Y], self._double)
-        self.order = ReplyOrder("replies-m-1", most)
+        self.order = ReplyOrder("replies-m-1", most, most_bytes)
         self.model = ServedModel(
             name="m",
             version="1",
@@ -230,6 +238,77 @@ def test_so_many_replies_may_wait_and_no_more():
         until(lambda: served.replies == list(range(4)))
         served.submit(served.caller(5))
         until(lambda: served.replies[4:] == [5])
+
+
+def test_nor_may_more_bytes_of_requests():
+    with Served(most_bytes=12) as served:
+        let_go = served.hold(0)
+        served.submit(*[served.caller(i) for i in range(3)])  # of four bytes each
+        until(lambda: served.order.held == 2)
+
+        with pytest.raises(Overloaded):
+            served.submit(served.caller(9))
+
+        let_go()
+        until(lambda: served.replies == [0, 1, 2])
+        served.submit(*[served.caller(i) for i in (3, 4, 5)])
+        until(lambda: served.replies[3:] == [3, 4, 5])
+
+
+def test_while_a_reply_waits_its_request_keeps_no_bytes():
+    with Served() as served:
+        served.hold(0)
+        _, second = served.submit(served.caller(0), served.caller(1))
+        until(lambda: served.order.held == 1)
+
+        assert second.raws == ()
+
+
+def test_a_request_that_comes_after_the_end_is_refused():
+    order = ReplyOrder("replies", 3)
+    order.start()
+    assert order.stop(time.perf_counter() + TIMEOUT_S)
+
+    for _ in range(5):
+        with pytest.raises(Draining):
+            order.enter(Caller([], 1))
+
+
+@pytest.mark.parametrize("waits_in_order", [False, True])
+def test_a_caller_may_leave_while_another_thread_settles_his_request(waits_in_order):
+    class Settled(OrderedRequest if waits_in_order else Caller):
+        """What another thread settles the moment after it was looked at."""
+
+        __slots__ = ("places",)
+
+        @property
+        def waits_in(self):
+            return self.places.pop(0) if self.places else None
+
+        @waits_in.setter
+        def waits_in(self, place):
+            self.places = [place]
+
+    class Place:
+        left = ()
+
+        def leave(self, request):
+            self.left = (request,)
+            return False
+
+    place = Place()
+    caller = Caller([], 1)
+    if waits_in_order:
+        order = ReplyOrder("replies", 3)
+        turn = order.enter(caller).turn
+        turn.stand_in = waiting = Settled(caller, turn)
+    else:
+        waiting = caller = Settled([], 1)
+    waiting.waits_in = place
+
+    caller.leave()
+
+    assert place.left == (waiting,)
 
 
 def test_whoever_is_refused_by_the_queue_leaves_no_gap():

@@ -1,5 +1,6 @@
 """Requests of different shapes share batches, and each gets what it would have got alone."""
 
+import math
 import threading
 import time
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tritonclient.grpc import service_pb2
 
 from headrace.backends.stub import StubBackend
 from headrace.batching.batcher import Batcher
@@ -15,9 +17,10 @@ from headrace.errors import BackendError, InvalidTensor
 from headrace.predict import ServedModel
 from headrace.repository.shapes import BucketRules
 from headrace.request import Request
+from headrace.rpc.infer import InferRequest
 from headrace.shape_buckets import ShapeBuckets
 from headrace.telemetry.metrics import Metrics
-from headrace.tensors import GivenTensor, Signature, TensorSpec, encode
+from headrace.tensors import CheckedInputs, GivenTensor, Signature, TensorSpec, encode
 
 TIMEOUT_S = 10.0
 IDS, WORDS = TensorSpec("ids", "INT64", (-1, -1)), TensorSpec("words", "BYTES", (-1, -1, 2))
@@ -208,3 +211,30 @@ def test_a_model_whose_output_does_not_follow_its_input_fails_and_is_not_cut():
 
     assert isinstance(caller.error, BackendError)
     assert "output 'twice' of model 'm' does not follow 'tokens'" in str(caller.error)
+
+
+def test_two_shapes_of_one_bucket_have_replies_of_their_own_shapes_over_the_wire():
+    class Call:
+        arrival_s = 0.0
+        gone = False
+
+        def reply(self, message):
+            self.message = message
+
+    calls = [Call(), Call()]
+    with Served() as served:
+        callers = [Caller(served.signature, 1, length) for length in (2, 3)]
+        batch = []
+        for call, caller in zip(calls, callers, strict=True):
+            checked = CheckedInputs(1, caller.raws, caller.own_shapes)
+            request = InferRequest(call, None, checked, math.inf, b"", (0, 1, 2), 8)
+            request.batch_key = served.model._buckets.place(request.own_shapes)
+            batch.append(request)
+        served.model._carrier.carry(batch)
+
+    for call, caller in zip(calls, callers, strict=True):
+        reply = service_pb2.ModelInferResponse.FromString(call.message)
+        length = caller.ids.shape[1]
+        assert [list(one.shape) for one in reply.outputs] == [[1, length], [1, 1], [1, length, 2]]
+        assert reply.raw_output_contents[0] == (caller.ids * 2).tobytes()
+        assert reply.raw_output_contents[2] == encode(caller.words)

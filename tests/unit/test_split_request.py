@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from headrace.backends.stub import StubBackend
 from headrace.batching.batcher import Batcher
 from headrace.batching.policy import BatchPolicy, LevelPolicy
+from headrace.batching.queue import PATIENCE_S
 from headrace.errors import BackendError, DeadlineExceeded, Draining, InvalidTensor, Overloaded
 from headrace.monitoring.records import from_wire, to_wire
 from headrace.predict import ServedModel
 from headrace.request import Request
+from headrace.split_request import SplitRequest
 from headrace.telemetry.metrics import Metrics
 from headrace.tensors import CheckedInputs, GivenTensor, Signature, TensorSpec, cut, encode, join
 
@@ -333,6 +335,121 @@ def test_it_is_judged_by_all_of_its_batches_before_it_is_cut():
         assert served.model.waiting == 0
         assert large.waits_in is None
         assert served.batcher.refused_late == 1
+
+
+def known(batcher, batch_s):
+    """Have a batcher learn, just now, how long a full batch takes."""
+    for _ in range(20):
+        batcher._learn((time.perf_counter() - batch_s, 4, 0.0))
+
+
+def test_an_idle_executor_is_no_reason_to_take_more_than_it_can_do_in_time():
+    with Served(max_queue_size=500) as served:
+        known(served.batcher, 1.0)
+        large = Caller(*range(40), deadline_s=time.time() + 5.0)  # ten seconds of work
+
+        with pytest.raises(Overloaded):
+            served.model.submit(large)
+
+        assert large.waits_in is None
+        assert (served.batcher.refused_late, served.model.waiting) == (1, 0)
+
+
+def test_what_was_learned_long_ago_keeps_nobody_out_for_ever():
+    with Served(max_queue_size=500) as served:
+        known(served.batcher, 10.0)  # longer than anybody waits
+        served.batcher._learned_s -= PATIENCE_S  # nothing has run since
+        tries = 0
+        while True:
+            large = Caller(*range(40), deadline_s=time.time() + 5.0)
+            try:
+                served.model.submit(large)
+            except Overloaded:
+                served.batcher._learned_s -= PATIENCE_S
+            tries += 1
+            if isinstance(large.outcome() if large.waits_in or large.told else None, list):
+                break
+            assert tries < 200, "what one slow hour taught is believed to this day"
+
+        assert large.outcome() == [2.0 * number for number in range(40)]
+
+
+def test_a_request_as_large_as_the_queue_is_served_where_callers_have_shares_of_it():
+    with Served(is_fair=True, max_queue_size=10) as served:
+        large = Caller(*range(40))
+        served.model.submit(large)
+
+        assert large.outcome() == [2.0 * number for number in range(40)]
+
+
+def test_whoever_holds_his_share_already_is_refused_before_his_request_is_cut():
+    with Served(is_fair=True, max_queue_size=10) as served:
+        served.hold()
+        for _ in range(8):
+            served.model.submit(Caller(1))
+        large = Caller(*range(8))
+
+        with pytest.raises(Overloaded, match="of this caller"):
+            served.batcher.judge(large, 2)
+
+        assert (served.batcher.refused_full, served.model.waiting) == (1, 8)
+        assert served.batcher.pressure > 0
+
+
+def test_requests_that_come_on_several_threads_are_not_more_together_than_may_wait():
+    batcher = Batcher(BatchPolicy(4), max_queue_size=10)
+    parts = [[Caller(1, 2, 3, 4) for _ in range(6)] for _ in range(2)]
+    for own in parts:  # both are judged before either is put
+        batcher.judge(Caller(*range(24)), len(own))
+
+    batcher.put_all(parts[0])
+    with pytest.raises(Overloaded):
+        batcher.put_all(parts[1])
+
+    assert len(batcher) == 6
+    assert batcher.refused_full == 1
+
+
+def test_nor_more_bytes():
+    batcher = Batcher(BatchPolicy(4), max_queue_size=100, max_queue_bytes=100)
+    parts = [[Caller(1, 2, 3, 4) for _ in range(4)] for _ in range(2)]
+
+    batcher.put_all(parts[0])
+    with pytest.raises(Overloaded):
+        batcher.put_all(parts[1])
+
+    assert len(batcher) == 4
+
+
+def test_of_a_request_that_is_given_up_no_part_is_run_or_counted_after_that():
+    batcher = Batcher(BatchPolicy(4), max_queue_size=64, executors=2)
+    signature = Signature("m", [X], [Y], 4, 1_000)
+    large = Caller(*range(12))
+    split = SplitRequest(large, signature, batcher, 1, "id")
+    batcher.put_all(split.parts)
+    first, second, _ = split.parts
+
+    batcher._give_up([first])  # by one executor, and by another before the caller is told
+    batcher._give_up([second])
+    batcher.put(small := Caller(100))
+
+    assert batcher.take() == [small]
+    assert isinstance(large.outcome(), DeadlineExceeded)
+    assert batcher.dropped == 1
+    assert split.expired(0.0)
+
+
+def test_a_caller_who_leaves_after_a_part_was_given_up_is_counted_once():
+    batcher = Batcher(BatchPolicy(4), max_queue_size=64)
+    large = Caller(*range(12))
+    split = SplitRequest(large, Signature("m", [X], [Y], 4, 1_000), batcher, 1, "id")
+    batcher.put_all(split.parts)
+
+    batcher._give_up([split.parts[0]])
+    large.leave()
+
+    assert len(batcher) == 0
+    assert batcher.dropped == 1
 
 
 def test_nothing_is_split_once_the_model_is_stopping():

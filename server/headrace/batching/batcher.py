@@ -19,7 +19,7 @@ from headrace.batching.codel import Codel
 from headrace.batching.cost import BatchCost
 from headrace.batching.fair_queue import FairQueue
 from headrace.batching.policy import BatchPolicy, LevelPolicy
-from headrace.batching.queue import RequestQueue
+from headrace.batching.queue import PATIENCE_S, RequestQueue
 from headrace.batching.waiting import Waiting
 from headrace.errors import DeadlineExceeded, Draining, Overloaded
 
@@ -111,6 +111,7 @@ class Batcher(Generic[RequestT]):
         self._untold: deque[RequestT] = deque()
         self._refused_since_sweep = 0
         self._closed = False
+        self._learned_s = time.perf_counter()
         # By thread: (when it took a batch, its rows, when it will be free), `time.perf_counter`.
         self._running: dict[int, tuple[float, int, float]] = {}
         # A taker with nothing to do counts itself idle under the lock, then waits for a token; who
@@ -210,10 +211,7 @@ class Batcher(Generic[RequestT]):
                 )
                 batch, dropped, wait_s = self._queue.take(time.time(), arrived_before_s)
                 if dropped:
-                    self.dropped += _callers(dropped)
-                    if self._has_codel:
-                        self.shed += _callers([each for each in dropped if each.is_shed])
-                    self._untold += dropped
+                    self._give_up(dropped)
                 rests, telling_s = not batch and not self._untold, 0.0
                 if batch:
                     rows = sum([request.rows for request in batch])
@@ -259,7 +257,9 @@ class Batcher(Generic[RequestT]):
                     self._names_timeouts = True
                     queue.bind(request, now_s)
                 if request.deadline_s != math.inf:
-                    self._refuse_if_late(request, now_s)
+                    self._refuse_if_late(request, now_s, parts)
+                if not queue.has_room(request, parts):
+                    self._refuse_for_want_of_room(queue.REFUSAL)
         finally:
             if self._untold:
                 self._tell(TOLD_BESIDE)
@@ -269,19 +269,17 @@ class Batcher(Generic[RequestT]):
         Queue what was judged: all of it, or nothing.
 
         Raises:
-            Overloaded: too many of this priority wait.
+            Overloaded: others came meanwhile, and there is no room any more.
             Draining: the batcher is closed.
         """
         with self._lock:
             if self._closed:
                 raise Draining("this server is stopping")
-            now_s = time.time()
+            if self._is_full(sum([request.byte_count for request in requests]), len(requests)):
+                self._refuse_for_want_of_room(f"{self._queue.count} requests are already waiting")
+            if not self._queue.add_all(requests, time.time()):
+                self._refuse_for_want_of_room(self._queue.REFUSAL)
             for request in requests:
-                if not self._queue.add(request, now_s):
-                    for added in requests:
-                        self._queue.remove(added)
-                    self.refused_full += 1
-                    raise Overloaded(self._queue.REFUSAL)
                 request.waits_in = self
             wake = min(self._idle, len(requests))
             self._idle -= wake
@@ -327,7 +325,8 @@ class Batcher(Generic[RequestT]):
     def _learn(self, took: tuple[float, int, float] | None) -> None:
         if took is not None:
             started_s, rows, _ = took
-            self._cost.observe(rows, max(time.perf_counter() - started_s, 1e-6))
+            self._learned_s = now_s = time.perf_counter()
+            self._cost.observe(rows, max(now_s - started_s, 1e-6))
 
     def _note_running(self, thread: int, rows: int) -> float:
         """Note that a thread begins a batch; return how long that takes, about."""
@@ -335,12 +334,31 @@ class Batcher(Generic[RequestT]):
         self._running[thread] = now_s, rows, now_s + takes_s
         return takes_s
 
-    def _refuse_if_late(self, request: RequestT, now_s: float) -> None:
+    def _refuse_for_want_of_room(self, why: str) -> None:
+        self.refused_full += 1
+        self.pressure = 2
+        raise Overloaded(why)
+
+    def _give_up(self, dropped: Sequence[RequestT]) -> None:
+        """Count those who left the queue unserved; each is to be told, without the lock."""
+        for request in dropped:
+            # Parts of one request are one caller's, who is counted once.
+            split = getattr(request, "split", None)
+            if split is None or split.give_up():
+                self.dropped += 1
+                self.shed += self._has_codel and request.is_shed
+        self._untold += dropped
+
+    def _refuse_if_late(self, request: RequestT, now_s: float, parts: int = 1) -> None:
         if request.deadline_s <= now_s:
             raise DeadlineExceeded("the deadline had passed when the request came")
         free_in_s = self._free_in_s()
         if free_in_s is None:
-            return  # it would begin now: whatever is expected, this is how expectations mend
+            # It would begin now: whatever is expected, this is how expectations mend. Its other
+            # parts would not: they are judged, unless it is long ago that anything was learned.
+            if parts == 1 or time.perf_counter() - self._learned_s > PATIENCE_S:
+                return
+            free_in_s = 0.0
         if self._queue.finish_s(request, now_s, free_in_s) > request.deadline_s:
             self.refused_late += 1
             self.pressure = 2
@@ -386,8 +404,7 @@ class Batcher(Generic[RequestT]):
         if is_due:
             self._refused_since_sweep = 1
             expired = queue.sweep(now_s)
-            self.dropped += _callers(expired)
-            self._untold += expired
+            self._give_up(expired)
         if self._is_full(request.byte_count, places):
             self.refused_full += 1
             self.pressure = 2
@@ -419,8 +436,3 @@ class Batcher(Generic[RequestT]):
                 request.drop()
             except Exception:  # noqa: BLE001 the others must be told, and the thread must go on
                 _LOG.exception("drop_failed")
-
-
-def _callers(requests: Iterable[Waiting]) -> int:
-    """Count those who wait for an answer: parts of one request are one caller's."""
-    return len({id(getattr(request, "split", request)) for request in requests})

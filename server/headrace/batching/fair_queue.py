@@ -88,6 +88,15 @@ class FairQueue(RequestQueue[RequestT]):
         """Put a request in line, unless its level is full, or its caller's part of the queue."""
         return self._has_room(request) and super().add(request, now_s)
 
+    def has_room(self, request: RequestT, places: int) -> bool:
+        """
+        Say whether `add_all` would take a request in so many parts.
+
+        As with one that stays whole, a caller's part of the queue is what he holds before it:
+        otherwise a request that may be as large as the queue would be refused whenever it came.
+        """
+        return self._has_room(request) and super().has_room(request, places)
+
     def remove(self, request: RequestT) -> bool:
         """Take out a request that nobody waits for any more; say whether it was in line."""
         entry: Entry[RequestT] | None = request.place

@@ -156,7 +156,7 @@ class RequestQueue(Generic[RequestT]):
             if free_in_s or before:  # others will come meanwhile: about as many as last time
                 last = max(last, self._last_rows)
             last = min(most, last)
-            most = min(most, self.rows)
+            most = min(most, self.rows + request.rows)
         wait_s = before * cost.estimate_s(most or 1) / self._executors
         return now_s + free_in_s + wait_s + cost.bound_s(last)
 
@@ -207,6 +207,22 @@ class RequestQueue(Generic[RequestT]):
             parts = request.parts
             if not parts or parts[0] is request:  # the others wait while it runs
                 self._standing.came(number, request, now_s)
+        return True
+
+    def has_room(self, request: RequestT, places: int) -> bool:
+        """Say whether `add_all` would take a request in so many parts."""
+        if self._is_plain:
+            return True
+        level = self.level_of(request)
+        most = self._levels[level - 1].max_queue_size
+        return not most or self._counts[level] + places <= most
+
+    def add_all(self, parts: Sequence[RequestT], now_s: float) -> bool:
+        """Put all parts of one request in line, unless there is no room for all of them."""
+        if not self.has_room(parts[0], len(parts)):
+            return False
+        for part in parts:
+            RequestQueue.add(self, part, now_s)
         return True
 
     def remove(self, request: RequestT) -> bool:

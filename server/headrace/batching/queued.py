@@ -112,5 +112,6 @@ class QueuedRequest(ABC):
 
     def leave(self) -> None:
         """Leave the queue at once, if it is still there: its caller has gone."""
-        if self.waits_in is not None and self.waits_in.leave(self):
+        place = self.waits_in  # read once: whoever settles the request clears it, on any thread
+        if place is not None and place.leave(self):
             self.drop()  # nobody hears it, but only what is answered ends

@@ -1,9 +1,12 @@
 """The parameter `shape_buckets`: the sizes to which variable dimensions are padded."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from headrace.errors import ModelLoadError
 from headrace.repository.parameters import shown, wrong
@@ -171,18 +174,26 @@ def _pad(given: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Paddi
 
 def _check_padding(name: str, value: Padding, datatype: str) -> None:
     dtype = NUMPY_DTYPES[datatype]
-    fits = {
+    is_kind = {
         "O": isinstance(value, str),
         "b": isinstance(value, bool),
         "f": isinstance(value, int | float) and not isinstance(value, bool),
     }.get(dtype.kind, type(value) is int)
-    if fits and dtype.kind in "iu":
-        try:
-            fits = dtype.type(value) == value
-        except OverflowError:
-            fits = False
-    if not fits:
+    if not is_kind or not _can_be_stored(value, dtype):
         raise _wrong(f"pads input '{name}', which is {datatype}, with {shown(json.dumps(value))}")
+
+
+def _can_be_stored(value: Padding, dtype: np.dtype[np.generic]) -> bool:
+    """Say whether an array takes a value of its kind, so that no request finds out."""
+    try:
+        if isinstance(value, str):
+            value.encode()  # half of a surrogate pair, which JSON can name, has no bytes
+            return True
+        with np.errstate(over="ignore"):
+            stored = np.array(value, dtype)
+    except (OverflowError, UnicodeEncodeError):
+        return False
+    return dtype.kind != "f" or bool(np.isfinite(stored)) or not math.isfinite(value)
 
 
 def _wrong(fact: str) -> ModelLoadError:

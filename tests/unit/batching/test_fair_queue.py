@@ -192,6 +192,28 @@ def test_nor_the_whole_of_a_level():
     assert waiting.add(Request("flood", priority=2), 0.0)
 
 
+def test_a_request_in_parts_may_fill_a_queue_in_which_its_caller_has_nothing():
+    waiting = queue(max_queue_size=10, max_queue_bytes=10)
+
+    assert waiting.add_all(some("large", 10), 0.0)
+    assert waiting.count == 10
+
+
+def test_but_is_refused_whole_once_he_holds_his_part_of_it():
+    waiting = queue(*some("large", 8), max_queue_size=10)
+
+    assert not waiting.add_all(some("large", 2), 0.0)
+    assert waiting.count == 8
+    assert waiting.add_all(some("b", 2), 0.0)
+
+
+def test_nor_may_parts_be_more_than_their_level_has_room_for():
+    waiting = queue(levels=[LevelPolicy(max_queue_size=10), LevelPolicy()])
+
+    assert not waiting.add_all(some("large", 11, priority=1), 0.0)
+    assert waiting.add_all(some("large", 10, priority=1), 0.0)
+
+
 def test_a_flood_is_expected_to_be_late_and_who_asks_for_little_is_not():
     known = cost(0.1)
     waiting = queue(*some("flood", 400), known=known)

@@ -236,6 +236,24 @@ def test_an_idle_executor_is_expected_to_begin_at_once():
     assert waiting.finish_s(Caller("a", 9), 5.0, 0.0) == pytest.approx(5.1, rel=0.01)
 
 
+def test_a_request_of_several_batches_is_expected_to_take_as_long_as_they_do():
+    known = cost(0.01, 0.01)
+    waiting = queue(known=known)
+
+    finish_s = waiting.finish_s(Caller("a", 9, rows=40), 0.0, 0.0)
+
+    assert finish_s == pytest.approx(9 * 0.05 + known.bound_s(4), rel=0.05)
+
+
+def test_parts_of_a_request_go_in_line_together_or_not_at_all():
+    waiting = queue(Caller("a"), levels=[LevelPolicy(max_queue_size=4)])
+
+    assert not waiting.add_all([Caller("p") for _ in range(4)], 0.0)
+    assert waiting.count == 1
+    assert waiting.add_all([Caller("p") for _ in range(3)], 0.0)
+    assert waiting.count == 4
+
+
 def test_what_is_ahead_is_waited_for_and_what_is_behind_is_not():
     known = cost(0.1)
     waiting = queue(*[Caller("w", 0.8) for _ in range(8)], known=known)

@@ -1,6 +1,7 @@
 """What the parameter `shape_buckets` may say, and what is said about the rest."""
 
 import json
+import math
 
 import pytest
 
@@ -54,6 +55,10 @@ def test_every_size_occurs_in_a_shape_to_warm_up_with():
     ]
 
 
+def test_a_mask_may_be_padded_with_infinity_when_that_is_what_is_said():
+    assert read(pad={"image": -math.inf}).pad == {"image": -math.inf}
+
+
 @pytest.mark.parametrize(
     ("changes", "fact"),
     [
@@ -96,6 +101,13 @@ def test_every_size_occurs_in_a_shape_to_warm_up_with():
         ({"inputs": {"ids": ["tokens"], "word": ["tokens"]}, "pad": {"word": 0}}, "BYTES, with"),
         ({"inputs": {"ids": ["tokens"], "small": ["tokens"]}, "pad": {"small": 256}}, "UINT8"),
         ({"inputs": {"ids": ["tokens"], "small": ["tokens"]}, "pad": {"small": -1}}, "UINT8"),
+        ({"pad": {"image": 10**400}}, "pads input 'image', which is FP32, with"),
+        ({"pad": {"image": 1e39}}, "pads input 'image', which is FP32, with '1e+39'"),
+        ({"pad": {"ids": 10**400}}, "pads input 'ids', which is INT64, with"),
+        (
+            {"inputs": {"ids": ["tokens"], "word": ["tokens"]}, "pad": {"word": "\ud800"}},
+            "pads input 'word', which is BYTES, with",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_was_expected(changes, fact):
