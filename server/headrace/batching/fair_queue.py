@@ -211,7 +211,7 @@ class FairQueue(RequestQueue[RequestT]):
         while drawn < limit and (entry := line_up.draw()) is not None:
             request, soonest_s = entry[REQUEST], now_s
             rows = request.rows
-            if request.deadline_s != math.inf and self.count > 1:
+            if request.deadline_s != math.inf and not self._is_all(request):
                 soonest_s += cost.bound_s(rows if lane.rows <= limit else max(rows, limit))
             if request.expired(soonest_s) or entry[START_BY] < now_s:
                 line_up.undraw()

@@ -407,8 +407,9 @@ class RequestQueue(Generic[RequestT]):
 
         While more waits than a batch can hold, batches are full, and whoever cannot make it in a
         full one makes room: small batches for the sake of the most urgent would cost more of the
-        others. Otherwise the batch is as small as its head needs. The last one of all is never
-        dropped for what is expected of it: something must run for the expectation to mend.
+        others. Otherwise the batch is as small as its head needs. The last one of all, or the first
+        part of the only one, is never dropped for what is expected of it: something must run for
+        the expectation to mend.
         """
         cost, limit = self._cost, self._policy.max_batch_size or 1
         while lane.entries:
@@ -422,7 +423,7 @@ class RequestQueue(Generic[RequestT]):
                 rows = lane.rows
                 full_s = now_s + cost.bound_s(max(request.rows, min(limit, rows)))
                 alone_s = full_s
-                if self.count == 1:
+                if self._is_all(request):
                     alone_s = now_s
                 elif rows <= limit:
                     alone_s = now_s + cost.bound_s(request.rows)
@@ -434,6 +435,10 @@ class RequestQueue(Generic[RequestT]):
                 return max(request.rows, cost.rows_within(request.deadline_s - now_s))
             return limit
         return 0
+
+    def _is_all(self, request: RequestT) -> bool:
+        """Say whether nothing waits but a request, or all parts of the one that it is a part of."""
+        return self.count == 1 or self.count == len(request.parts)
 
     def _pass_over(
         self,
