@@ -1,9 +1,12 @@
 """How much of a version's configuration becomes threads."""
 
 import pytest
+import structlog
 
-from headrace.loading import executor_count
+from headrace.loading import VersionLoader, executor_count
 from headrace.repository.config import ModelConfig
+from headrace.settings import load_settings
+from headrace.telemetry.metrics import Metrics
 
 
 @pytest.mark.parametrize(
@@ -12,3 +15,18 @@ from headrace.repository.config import ModelConfig
 def test_a_gpu_has_two_batches_under_way_for_each_instance(instances, gpu_device, executors):
     config = ModelConfig("m", instance_count=instances, gpu_device=gpu_device)
     assert executor_count(config) == executors
+
+
+@pytest.mark.parametrize("caller_header", [None, "x-caller"])
+def test_one_order_for_callers_who_have_fair_shares_is_loaded_with_a_warning(
+    caller_header, tmp_path
+):
+    settings = load_settings({"model_repository": tmp_path, "caller_header": caller_header})
+    config = ModelConfig("m", max_batch_size=4, preserve_ordering=True)
+
+    with structlog.testing.capture_logs() as logs:
+        order = VersionLoader(settings, None, None, Metrics())._order(config, 1)
+
+    assert order is not None
+    warned = [line["event"] for line in logs if line["log_level"] == "warning"]
+    assert warned == ([] if caller_header is None else ["callers_wait_for_one_another"])
