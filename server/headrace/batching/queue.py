@@ -438,10 +438,7 @@ class RequestQueue(Generic[RequestT]):
 
     def _is_all(self, request: RequestT) -> bool:
         """Say whether nothing waits but a request, or all parts of the one that it is a part of."""
-        if self.count == 1:
-            return True
-        split = getattr(request, "split", None)
-        return split is not None and self.count == len(split.parts)
+        return self.count == 1 or self.count == len(request.parts)
 
     def _pass_over(
         self,
