@@ -85,6 +85,8 @@ def fill(gateway, ask, model):
     futures = [first, *[ask.future(message(model), timeout=60) for _ in range(ROOM)]]
     until(lambda: served.waiting == ROOM)
     assert code(ask, message(model)) is EXHAUSTED
+    # Its caller hears of it before it is counted.
+    until(lambda: gateway.metrics._rpc_errors.get(("ModelInfer", "RESOURCE_EXHAUSTED")) == 1)
     return served, futures
 
 
@@ -109,7 +111,7 @@ def test_what_cannot_be_served_whatever_it_says_is_refused_with_pushback_and_cou
         assert b"OVERLOADED" in trailing["grpc-status-details-bin"]
         assert served._batcher.refused_full == refused + 1
         counted = (path.rpartition("/")[2], "RESOURCE_EXHAUSTED")
-        until(lambda: gateway.metrics._rpc_errors[counted] == errors.get(counted, 0) + 1)
+        until(lambda: gateway.metrics._rpc_errors.get(counted) == errors.get(counted, 0) + 1)
 
         serve.gate.set()
         assert all(future.code() is grpc.StatusCode.OK for future in futures)
