@@ -222,27 +222,35 @@ def judgements(sweep: Sweep, *, is_cheap_to_refuse: bool) -> list[Judgement]:
             )
         )
     flooded = sorted(share for share in sweep.points if share > 1)
-    # A load that the generator could not offer says nothing of recovery; the others do.
-    flooded = [s for s in flooded if not sweep.middle(s).is_generator_bottleneck] or flooded
-    for shares, figure, target, values in (
-        (judged, "refused within, p99 ms", REFUSED_P99_MS, _middles(sweep, "refused_p99_ms")),
-        (judged, "memory's growth, MiB", GROWTH_MIB, _middles(sweep, "growth_mib")),
-        (flooded, "recovery, s", RECOVERY_S, _middles(sweep, "recovered_s")),
+    telling = [share for share in flooded if _tells_of_recovery(sweep.middle(share))]
+    is_judged = not any(sweep.middle(share).is_generator_bottleneck for share in judged)
+    for shares, is_sound, figure, target, values in (
+        (judged, is_judged, "refused within, p99 ms", REFUSED_P99_MS, "refused_p99_ms"),
+        (judged, is_judged, "memory's growth, MiB", GROWTH_MIB, "growth_mib"),
+        (telling or flooded, bool(telling), "recovery, s", RECOVERY_S, "recovered_s"),
     ):
         if shares:
             what = ", ".join(f"{share:g}" for share in shares)
-            of_each = [values[share] for share in shares]
-            is_sound = not any(sweep.middle(share).is_generator_bottleneck for share in shares)
+            of_each = [getattr(sweep.middle(share), values) for share in shares]
             found.append(Judgement(what, figure, target, _worst(of_each), of_each, is_sound))
     return found
 
 
-def _middles(sweep: Sweep, figure: str) -> dict[float, float]:
-    return {share: getattr(sweep.middle(share), figure) for share in sweep.points}
+def _tells_of_recovery(middle: Point) -> bool:
+    """
+    Say whether a flood was one, and what came after it was the server's doing.
+
+    A generator that is late makes a recovery look longer, never shorter, if it floods at all.
+    """
+    if not middle.is_generator_bottleneck:
+        return True
+    is_flood = middle.offered_share * middle.achieved_per_s > middle.offered_per_s
+    return is_flood and RECOVERY_S.is_met_by(middle.recovered_s)
 
 
 def _worst(values: list[float]) -> float:
-    return math.nan if any(map(math.isnan, values)) else max(values)
+    """Return the largest of those that are numbers."""
+    return max((value for value in values if not math.isnan(value)), default=math.nan)
 
 
 def _median(values: tuple[float, ...]) -> float:

@@ -74,8 +74,13 @@ class Overload:
 
     @property
     def status(self) -> int:
-        """Of the process: 2 if something was not measured, 1 if a target is missed, else 0."""
-        return 2 if self.unmeasured else int(bool(self.missed))
+        """
+        Of the process: 2 if something was not measured, 1 if a target is missed, else 0.
+
+        On two cores no generator may keep up with a tiny model: that is said and fails nothing.
+        """
+        is_lacking = any(of.model == SLOW and not one.is_sound for of, one in self.judgements)
+        return 2 if self.failures or is_lacking else int(bool(self.missed))
 
 
 def section(overload: Overload) -> Section:
@@ -121,7 +126,9 @@ prediction streamed to a monitor. Each gateway has one model, as refusing calls 
   core: of a model whose row costs little more, nobody can serve 90 % at five times its peak. The
   tiny model is here to see that it refuses, and is well again afterwards.
 - Rounds in which the generator was late or had no core left judge nothing, if the others are most
-  of them. Where they are not, the row is marked * and its verdict is "not measured".
+  of them. Where they are not, the row is marked * and its verdict is "not measured"; but a recovery
+  in time counts, if more than the peak was sent: a late generator makes it look longer. On two
+  cores no generator may keep up with the tiny model.
 """,
     )
 

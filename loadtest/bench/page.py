@@ -263,12 +263,16 @@ def _notes(contest: Contest) -> Iterator[str]:
     if not contest.is_measured:
         return
     names = (question.first.server, question.second.server)
-    for name, idle in zip(names, contest.idle_shares, strict=True):
-        if idle is not None and idle < IDLE_SHARE_MIN:
-            yield (
-                f"{question.title}: beside the {name} the generator was full, its core idle for "
-                f"{idle:.1%}: the ratio is drawn towards 1"
-            )
+    full = [
+        f"the {name} ({idle:.1%} idle)"
+        for name, idle in zip(names, contest.idle_shares, strict=True)
+        if idle is not None and idle < IDLE_SHARE_MIN
+    ]
+    if full:
+        yield (
+            f"{question.title}: the generator's core was full beside {' and '.join(full)}: the "
+            "ratio by the wall clock is drawn towards 1"
+        )
     if question.figure == "mean_ms" and None not in contest.generator_ms:
         own = " : ".join(f"{ms:.3f}" for ms in contest.generator_ms)
         yield f"{question.title}: of each mean {own} ms are the generator's own processor time"

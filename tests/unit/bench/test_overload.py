@@ -124,12 +124,36 @@ def test_a_round_in_which_the_generator_was_late_judges_nothing_but_keeps_its_wr
 
 
 def test_what_a_late_generator_asked_in_most_rounds_is_not_measured_and_not_missed():
-    late = ran(offered(10.0, generator_is_bottleneck=True))
+    late = ran(offered(10.0, generator_is_bottleneck=True, achieved_per_s=90.0))
 
-    found = judged(ran(offered(95.0)), late)
+    found = judged(late, late)
 
     assert {one.verdict for one in found} == {"not measured"}
     assert not any(one.is_missed for one in found)
+
+
+@pytest.mark.parametrize(
+    ("achieved_per_s", "recovered_s", "verdict"),
+    [(150.0, 1.0, "met"), (150.0, 3.0, "not measured"), (90.0, 1.0, "not measured")],
+)
+def test_a_late_generator_that_floods_makes_a_recovery_look_longer_and_never_shorter(
+    achieved_per_s, recovered_s, verdict
+):
+    late = offered(
+        generator_is_bottleneck=True, achieved_per_s=achieved_per_s, recovered_s=recovered_s
+    )
+
+    (recovery,) = [one for one in judged(ran(late)) if one.figure == "recovery, s"]
+
+    assert recovery.verdict == verdict
+
+
+def test_a_tiny_model_that_no_generator_floods_is_said_and_fails_nothing():
+    late = offered(generator_is_bottleneck=True, achieved_per_s=90.0)
+    found = overload(sweep(ran(offered())), sweep(ran(late), model="tiny"))
+
+    assert found.status == 0
+    assert len(found.unmeasured) == 1
 
 
 def test_a_model_whose_rows_are_cheap_needs_to_recover_and_no_more():
@@ -160,7 +184,7 @@ def test_a_target_that_is_missed_is_said(more, missed):
 def test_the_worst_load_decides_where_several_have_one_target():
     points = {
         share: [goodput.point(share, PEAK, ran(offered(refused_p99_ms=p99_ms)))]
-        for share, p99_ms in ((1.5, 1.0), (2.0, 2.0), (5.0, 7.0))
+        for share, p99_ms in ((1.5, None), (2.0, 2.0), (5.0, 7.0))
     }
 
     found = goodput.judgements(goodput.Sweep("slow", 0.8, [PEAK], points), is_cheap_to_refuse=True)

@@ -71,8 +71,8 @@ def test_a_generator_that_was_full_is_said(bench, idle, is_said):
 
     page = page_of(bench, found)
 
-    assert ("beside the ceiling the generator was full" in page) is is_said
-    assert "beside the gateway the generator was full" not in page
+    assert ("the generator's core was full beside the ceiling (2.0% idle)" in page) is is_said
+    assert "beside the gateway (" not in page
     assert f"gateway 50%, ceiling {idle:.0%}" in page
 
 
