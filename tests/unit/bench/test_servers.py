@@ -78,13 +78,22 @@ def test_a_server_that_dies_in_its_warm_up_is_started_anew_and_only_its_window_c
     assert 0 < used_s < 0.8
 
 
-def test_what_a_gateway_did_not_tell_of_is_asked_of_itself(bench, stage):
-    name = bench.names.WITHOUT_STREAM
+def test_what_a_gateway_did_not_tell_of_is_asked_of_itself(bench, stage, monkeypatch):
+    """All that is counted is told of by a gateway with a monitor and a collector."""
+    texts = []
+    monkeypatch.setattr(bench.servers, "drops", lambda text: texts.append(text) or [])
+    name = bench.names.GATEWAY
     with bench.servers.Server(name, bench.peers.PEERS[name], stage) as server:
         server.measure(bench.contests.ALONE, 0.3)
-
         assert server.drops() == []
-        assert server._http_address
+
+    (text,) = texts
+    for counted in (
+        *("headrace_requests_total{", "headrace_call_records_dropped_total "),
+        *('headrace_stream_rows_total{result="dropped"}', 'spans_total{result="dropped"}'),
+    ):
+        assert counted in text
+    assert bench.drops.drops(text) == []
 
 
 def test_the_generator_tells_how_much_of_its_core_was_left(bench, stage):
