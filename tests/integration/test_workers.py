@@ -188,6 +188,7 @@ class Callers:
                 self.failures[i].append((error.code(), error.details()))
                 if "stopping" in error.details() or len(self.failures[i]) > 1_000:
                     return
+                time.sleep(0.01)  # a connection is made anew within a second, a call fails in none
 
     def join(self):
         for thread in self._threads:
