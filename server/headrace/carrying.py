@@ -9,16 +9,13 @@ import structlog
 from numpy.typing import NDArray
 
 from headrace.backends.base import Backend
-from headrace.batching.bisection import TOO_LONG_A_SEARCH, Bisection, Blame
+from headrace.batching.bisection import Blame
+from headrace.batching.culprits import try_whole
 from headrace.errors import (
     BackendError,
-    BackendUnavailable,
     ComputationFailed,
-    DeadlineExceeded,
-    FeatureStoreUnavailable,
     InvalidTensor,
     MissingFeatures,
-    Overloaded,
     ServingError,
 )
 from headrace.features.join import FeatureJoin
@@ -85,62 +82,12 @@ class BatchCarrier:
 
     def carry(self, batch: Sequence[Request]) -> None:
         """Answer every request of a batch, with a prediction or an error. Does not raise."""
-        blame: Blame[Request] | None = None
-        try:
-            blame = self._attempt(batch)
-            if blame is not None:
-                if len(blame.items) == 1:
-                    self._fail(blame.items, blame.error)
-                else:
-                    self._find_culprits(blame)
-        except Exception as error:  # noqa: BLE001 the thread must go on
-            self._fail(batch, error)
-        finally:
-            # Its error's traceback leads here, and to every request: references alone would free
-            # none of them.
-            del blame
+        try_whole(batch, self._attempt, self._fail)
 
     def take_number(self) -> tuple[int, str]:
         """Number a request that will come in parts; return its prediction id too."""
         number = self._observer.take_numbers(1)
         return number, f"{self._id_prefix}{number:010x}"
-
-    def _find_culprits(self, blame: Blame[Request]) -> None:
-        """Find the requests that are to blame; the others deserve their answer."""
-        error, found = blame.error, None
-        bisection = Bisection(blame.items)
-        try:
-            while part := bisection.next_part():
-                kept = self._without_expired(part)
-                if not kept:
-                    continue
-                try:
-                    found = self._attempt(kept)
-                except (FeatureStoreUnavailable, BackendUnavailable, Overloaded) as gone:
-                    self._fail(kept, gone)
-                    if time.time() < max([request.deadline_s for request in kept]):
-                        # Not for want of their time: the others would wait as long for as little.
-                        self._fail(bisection.rest(), gone)
-                    continue
-                except Exception as unexpected:  # noqa: BLE001 the others must be tried
-                    self._fail(kept, unexpected)
-                    continue
-                if found is not None:
-                    error = found.error
-                    self._fail(bisection.failed(found.items), error)
-            self._fail(bisection.rest(), error)
-        finally:
-            del blame, error, found  # as in `carry`
-
-    def _without_expired(self, part: Sequence[Request]) -> list[Request]:
-        """Fail those for whom the search takes too long: they had their run, and pay for it."""
-        now_s = time.time()
-        gone: list[Request] = []
-        kept: list[Request] = []
-        for request in part:  # asked once: whoever leaves after that is run
-            (gone if request.expired(now_s) else kept).append(request)
-        self._fail(gone, DeadlineExceeded(TOO_LONG_A_SEARCH))
-        return kept
 
     def _fail(self, requests: Sequence[Request], error: Exception) -> None:
         if not requests:

@@ -9,6 +9,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -17,15 +18,14 @@ import structlog
 from numpy.typing import NDArray
 
 from headrace.batching.batcher import Batcher
-from headrace.batching.bisection import TOO_LONG_A_SEARCH, Bisection, Blame
+from headrace.batching.bisection import Blame
 from headrace.batching.codel import Codel
+from headrace.batching.culprits import try_whole
 from headrace.batching.policy import BatchPolicy
 from headrace.batching.queued import QueuedRequest
 from headrace.errors import (
     BackendError,
     ComputationFailed,
-    DeadlineExceeded,
-    FeatureStoreUnavailable,
     InvalidRequest,
     ServingError,
 )
@@ -246,64 +246,14 @@ class FeatureReads:
         try:
             plan = self._plans.find(batch[0].batch_key)
         except Exception as error:  # noqa: BLE001 the thread must go on
-            self._fail(batch, _told(error))
+            self._fail(batch, error)
             return
         for part in _parts(batch, len(plan.features)):
             self._serve(plan, part)
 
     def _serve(self, plan: FeaturePlan, batch: Sequence[FeatureRequest]) -> None:
         """See to it that every request of a batch is answered, whatever happens."""
-        blame: Blame[FeatureRequest] | None = None
-        try:
-            blame = self._carry(plan, batch)
-            if blame is not None:
-                if len(blame.items) == 1:
-                    self._fail(blame.items, blame.error)
-                else:
-                    self._find_culprits(plan, blame)
-        except Exception as error:  # noqa: BLE001 the thread must go on
-            self._fail(batch, _told(error))
-        finally:
-            # Its error's traceback leads here, and to every request: references alone would free
-            # none of them.
-            del blame
-
-    def _find_culprits(self, plan: FeaturePlan, blame: Blame[FeatureRequest]) -> None:
-        """Find the requests whose values are to blame; the others deserve their answer."""
-        error, found = blame.error, None
-        bisection = Bisection(blame.items)
-        try:
-            while part := bisection.next_part():
-                kept = self._without_expired(part)
-                if not kept:
-                    continue
-                try:
-                    found = self._carry(plan, kept)
-                except FeatureStoreUnavailable as gone:
-                    self._fail(kept, gone)
-                    if time.time() < max([request.deadline_s for request in kept]):
-                        # Not for want of their time: the others would wait as long for as little.
-                        self._fail(bisection.rest(), gone)
-                    continue
-                except Exception as unexpected:  # noqa: BLE001 the others must be tried
-                    self._fail(kept, _told(unexpected))
-                    continue
-                if found is not None:
-                    error = found.error
-                    self._fail(bisection.failed(found.items), error)
-            self._fail(bisection.rest(), error)
-        finally:
-            del blame, error, found  # as in `_serve`
-
-    def _without_expired(self, part: Sequence[FeatureRequest]) -> list[FeatureRequest]:
-        """Fail those for whom the search takes too long: they had their read, and pay for it."""
-        now_s = time.time()
-        gone: list[FeatureRequest] = []
-        kept: list[FeatureRequest] = []
-        for request in part:  # asked once: whoever leaves after that is run
-            (gone if request.expired(now_s) else kept).append(request)
-        self._fail(gone, DeadlineExceeded(TOO_LONG_A_SEARCH))
-        return kept
+        try_whole(batch, partial(self._carry, plan), self._fail)
 
     def _carry(
         self, plan: FeaturePlan, batch: Sequence[FeatureRequest]
@@ -379,12 +329,14 @@ class FeatureReads:
             for column, whole in zip(plan.request_columns, values, strict=True)
         }
 
-    def _fail(self, batch: Sequence[FeatureRequest], error: ServingError) -> None:
-        if batch:
-            self._metrics.failed(len(batch))
+    def _fail(self, batch: Sequence[FeatureRequest], error: Exception) -> None:
+        if not batch:
+            return
+        told = _told(error)
+        self._metrics.failed(len(batch))
         for request in batch:
             try:
-                request.fail(error)
+                request.fail(told)
             except Exception:  # noqa: BLE001 the next one must hear of it all the same
                 _LOG.exception("reply_failed")
 

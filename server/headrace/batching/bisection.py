@@ -15,9 +15,6 @@ ItemT = TypeVar("ItemT")
 CULPRITS_SURE = 4
 """So many culprits are always found, whatever the size of the batch."""
 
-TOO_LONG_A_SEARCH = "the deadline passed while it was found out whose values made a batch fail"
-"""What callers are told whose time is over during the search."""
-
 
 def attempts_max(count: int) -> int:
     """
