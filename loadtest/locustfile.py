@@ -14,7 +14,13 @@ from shapes import *  # noqa: F403 Locust looks for a shape among this file's na
 from headrace.v1 import prediction_service_pb2 as pb
 from headrace.v1 import prediction_service_pb2_grpc as pb_grpc
 
-SALES = Path(__file__).parents[1] / "features" / "data" / "evaluation.csv"
+SALES_FILE = "HEADRACE_SALES_FILE"
+"""Where the homes are that are asked about, if not where `make demo` and `make up` leave them."""
+
+SALES = Path(
+    os.environ.get(SALES_FILE)
+    or Path(__file__).parents[1] / "features" / "data" / "evaluation.csv"
+)
 REQUESTS_PER_S = 10
 VERSIONS_FILE = "HEADRACE_VERSIONS_FILE"
 """Where to write which model versions answered, and how often."""
@@ -24,6 +30,8 @@ versions: dict[int, int] = {}
 
 def read_homes() -> list[tuple[int, int]]:
     """Read (home_id, area_id) of the demo's evaluation sales."""
+    if not SALES.is_file():
+        raise SystemExit(f"{SALES} is not there: `headrace up` makes it; see also {SALES_FILE}")
     with SALES.open(newline="") as file:
         return [(int(row["home_id"]), int(row["area_id"])) for row in csv.DictReader(file)]
 

@@ -134,11 +134,13 @@ def _run(options: argparse.Namespace, console: Console) -> int:
 def _ui(console: Console) -> int:
     with ExitStack() as exits:
         console.print("starting the server …")
-        address = exits.enter_context(_server(_copy(exits)))
+        root = _copy(exits)
+        address = exits.enter_context(_server(root))
         console.print(f"Locust's page: http://127.0.0.1:{UI_PORT}/  (Ctrl-C ends it)")
         command = [*_locust_command(address), "--web-host", "127.0.0.1"]
+        command += ["--web-port", str(UI_PORT)]
         try:
-            return subprocess.run([*command, "--web-port", str(UI_PORT)], check=False).returncode
+            return subprocess.run(command, env=_environment(root), check=False).returncode
         except KeyboardInterrupt:
             return 0
 
@@ -172,7 +174,7 @@ def _server(root: Path) -> Iterator[str]:
     try:
         yield _serving(up)
     finally:
-        up.send_signal(signal.SIGINT)
+        up.terminate()
         try:
             up.wait(START_TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -202,6 +204,11 @@ def _locust_command(address: str) -> list[str]:
     return [sys.executable, "-m", "locust", "-f", locustfile, "--host", f"grpc://{address}"]
 
 
+def _environment(root: Path) -> dict[str, str]:
+    """Return Locust's: it asks about the homes that this server has."""
+    return {**os.environ, "HEADRACE_SALES_FILE": str(root / "features/data/evaluation.csv")}
+
+
 def _locust(name: str, scenario: slo.Scenario, root: Path, address: str) -> Outcome:
     planned = stages.plan(scenario.shape, scenario.users, scenario.seconds)
     versions_file = root / "versions.json"
@@ -210,7 +217,7 @@ def _locust(name: str, scenario: slo.Scenario, root: Path, address: str) -> Outc
         *("--headless", "--json", "--skip-log", "--html", str(RESULTS / f"locust-{name}.html")),
     ]
     environment = {
-        **os.environ,
+        **_environment(root),
         stages.SHAPE: scenario.shape,
         stages.USERS: str(scenario.users),
         stages.SECONDS: str(scenario.seconds),

@@ -23,6 +23,9 @@ from trailers import UNKNOWN, TrailerReader
 
 RECEIVE_BYTES = 1 << 18
 REFILL_BYTES = 1 << 29
+WAITED_S = 0.001
+"""Of a shorter wait the server is not told: it would be longer headers for all."""
+
 _ENDS = (END_HEADERS, END_HEADERS | END_STREAM)
 
 # gRPC over HTTP/2, "Errors"; all others are INTERNAL.
@@ -48,7 +51,8 @@ class Connection:
         bodies: With gRPC's prefix.
         record: Of all connections.
         answers: Judges messages; None to take any.
-        timeout_s: A request that has waited so long is not sent any more.
+        timeout_s: A request that has waited so long is not sent any more, and of one that has
+            waited a while the server is told how much time is left.
         stall_s: Longest that the server may take to accept bytes, or to begin.
 
     Attributes:
@@ -75,7 +79,8 @@ class Connection:
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.is_refilled = False
         self.not_whole: list[int] = []
-        self._headers, self._next_headers = headers
+        self._header_blocks = headers
+        self._headers = headers.first
         self._bodies = bodies
         self._record = record
         self._answers = answers
@@ -111,24 +116,29 @@ class Connection:
         out = []
         while waiting and len(opened) < self._streams_max:
             number = waiting[0]
-            if self._timeout_s is not None and now_s - record.due_s[number] >= self._timeout_s:
-                waiting.popleft()
-                continue
+            headers = self._headers
+            if self._timeout_s is not None and now_s - record.due_s[number] > WAITED_S:
+                left_s = self._timeout_s - (now_s - record.due_s[number])
+                if left_s <= 0:
+                    waiting.popleft()
+                    continue
+                if headers is not self._header_blocks.first:
+                    headers = self._header_blocks.with_timeout(left_s)
             body = bodies[number % len(bodies)]
             if self._credit < len(body):
                 break
             waiting.popleft()
             stream = self._next_stream
             stream_bytes = struct.pack(">I", stream)
-            out.append(frames.head(len(self._headers), HEADERS, END_HEADERS) + stream_bytes)
-            out.append(self._headers)
+            out.append(frames.head(len(headers), HEADERS, END_HEADERS) + stream_bytes)
+            out.append(headers)
             out.append(frames.head(len(body), DATA, END_STREAM) + stream_bytes)
             out.append(body)
             self._credit -= len(body)
             record.sent_s[number] = now_s
             opened[stream] = number
             self._next_stream = stream + 2
-            self._headers = self._next_headers
+            self._headers = self._header_blocks.next
         if out:
             self.socket.sendall(b"".join(out))
         if waiting:

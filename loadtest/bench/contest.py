@@ -89,6 +89,8 @@ class Question:
         is_fresh: Whether both are started anew for each round. How a process happens to lie in
             memory makes it faster or slower by a percent for as long as it lives; where the
             question is one of percents, each round has to draw that anew.
+        rounds_times: How many times as many rounds as other questions it takes: a round between
+            fresh processes is off by five percent and more, and a target may be three.
     """
 
     name: str
@@ -98,6 +100,7 @@ class Question:
     figure: str
     target: Target | None = None
     is_fresh: bool = False
+    rounds_times: int = 1
 
 
 class Interval(NamedTuple):

@@ -34,6 +34,9 @@ PARAMETER = Load("parameter")
 ENTITY = Load("entity")
 RANKING = Load("ranking", connections=1, in_flight=1, rows=200)
 RANKING_MANY = Load("ranking", connections=4, in_flight=1, rows=200)
+THRICE = 3
+"""Where percents are to be told."""
+
 PER_WORKER = 8
 """Connections: the kernel deals them out by chance, and few would be dealt unevenly."""
 
@@ -94,6 +97,7 @@ QUESTIONS = (
         PER_CPU,
         Target(0.97),
         is_fresh=True,
+        rounds_times=THRICE,
     ),
     Question(
         "traces-all",
@@ -112,6 +116,7 @@ QUESTIONS = (
         PER_CPU,
         Target(0.97),
         is_fresh=True,
+        rounds_times=THRICE,
     ),
     Question(
         "metrics",
@@ -128,6 +133,7 @@ QUESTIONS = (
         Side(GATEWAY, LOADED),
         PER_CPU,
         is_fresh=True,
+        rounds_times=THRICE,
     ),
     Question(
         "workers",

@@ -35,7 +35,7 @@ def hold(question: Question, stage: Stage, rounds: int, seconds: float, tell: Te
     Args:
         question: The question.
         stage: What its servers are started on.
-        rounds: How many, one at least.
+        rounds: How many, one at least; times `question.rounds_times`.
         seconds: For each server, in each round.
         tell: Takes a line of progress.
 
@@ -43,6 +43,7 @@ def hold(question: Question, stage: Stage, rounds: int, seconds: float, tell: Te
         What came of it; `skipped` where a server is not here, `failure` where one did not serve.
     """
     contest = Contest(question)
+    rounds *= question.rounds_times
     sides = (question.first, question.second)
     try:
         absences = [PEERS[side.server].absence() for side in sides]

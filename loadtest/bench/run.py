@@ -1,6 +1,6 @@
 """Measure the gateway beside its ceiling, its floor and its peers, and under overload.
 
-    python loadtest/bench/run.py [--rounds 11] [--seconds 1.5] [--only NAME ...] [--list]
+    python loadtest/bench/run.py [--rounds 7] [--seconds 1] [--only NAME ...] [--list]
 
 Interleaved rounds of two servers for each question, then, of the gateway alone, what is still
 answered when more is asked than can be (`overload.py`). Writes a page under loadtest/results/, of
@@ -76,8 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=11, help="of each question")
-    parser.add_argument("--seconds", type=float, default=1.5, help="for each server in a round")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=7,
+        help="of each question; thrice as many where percents are told",
+    )
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each server in a round")
     parser.add_argument(
         "--overload-seconds", type=float, help="for each load; else 10/3 of --seconds"
     )

@@ -49,6 +49,9 @@ class BatchCarrier:
         feature_timeout_s: Longest that one batch waits for its features.
         max_feature_age_s: Older values are missing.
         buckets: Pads requests of different shapes to one; None to run them as they are.
+
+    Attributes:
+        is_store_bound: Whether the features of the last batch took longer than the model.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class BatchCarrier:
         max_feature_age_s: float | None,
         buckets: ShapeBuckets | None,
     ) -> None:
+        self.is_store_bound = False
         self._model = model
         self._signature = model.signature
         self._backend = backend
@@ -220,6 +224,7 @@ class BatchCarrier:
             else:
                 arrays = self._backend.infer(inputs)
             inferred_s = time.perf_counter()
+            self.is_store_bound = joined_s - started_s > inferred_s - joined_s
             outputs = self._blocks(arrays, rows)
             if self._buckets is not None:
                 self._buckets.check(outputs, batch[0].batch_key)

@@ -136,6 +136,7 @@ class VersionLoader:
             levels=[LevelPolicy(*level) for level in config.queue_levels],
             default_level=config.default_priority_level,
             executors=executor_count(config),
+            overlapping=overlapping_count(config),
             is_fair=self._settings.caller_header is not None,
             codel=None if config.queue_control is None else Codel(*config.queue_control),
         )
@@ -156,6 +157,7 @@ class VersionLoader:
             ),
             order=order,
             executor_count=executor_count(config),
+            overlapping_count=overlapping_count(config),
             latency_slo_s=config.latency_slo_s,
             feature_timeout_s=self._settings.feature_timeout_s,
             max_entities=self._settings.max_entities,
@@ -192,7 +194,7 @@ class VersionLoader:
             _LOG.warning(
                 "callers_wait_for_one_another", model=config.name, setting="preserve_ordering"
             )
-        running = executor_count(config) * config.max_batch_size
+        running = (executor_count(config) + overlapping_count(config)) * config.max_batch_size
         return ReplyOrder(
             f"replies-{config.name}-{version}",
             self._queue_sizes(config)[0] + running,
@@ -220,3 +222,8 @@ class VersionLoader:
 def executor_count(config: ModelConfig) -> int:
     """Two for an instance on a GPU: one batch is copied and assembled while the other computes."""
     return config.instance_count * (1 if config.gpu_device is None else 2)
+
+
+def overlapping_count(config: ModelConfig) -> int:
+    """One for each instance whose features are read: the next batch's, while this one's come."""
+    return 0 if config.feature_service is None else config.instance_count

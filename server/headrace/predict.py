@@ -50,7 +50,9 @@ class ServedModel:
         buckets: Pads requests of different shapes, so that they share batches.
         order: Sends replies in the order of requests; None to send each when it is there. This
             object starts and stops it.
-        executor_count: Threads that carry batches, one per model instance.
+        executor_count: Threads that carry batches.
+        overlapping_count: Threads that carry full batches beside those, as long as reading features
+            takes longer than running the model; see `Batcher`.
         latency_slo_s: Time budget of a request whose caller sets no deadline.
         feature_timeout_s: Longest that one batch waits for its features.
         max_entities: Most rows of one request to a model with features.
@@ -75,6 +77,7 @@ class ServedModel:
         buckets: ShapeBuckets | None = None,
         order: ReplyOrder | None = None,
         executor_count: int = 1,
+        overlapping_count: int = 0,
         latency_slo_s: float | None = None,
         feature_timeout_s: float = 1.0,
         max_entities: int = 10_000,
@@ -129,7 +132,7 @@ class ServedModel:
             threading.Thread(
                 target=self._execute, name=f"executor-{name}-{version}-{i}", daemon=True
             )
-            for i in range(executor_count)
+            for i in range(executor_count + overlapping_count)
         ]
 
     def start(self) -> None:
@@ -241,4 +244,5 @@ class ServedModel:
     def _execute(self) -> None:
         while (batch := self._batcher.take()) is not None:
             self._carrier.carry(batch)
+            self._batcher.overlaps = self._carrier.is_store_bound
             del batch  # while there is nothing to do, nobody's request is kept

@@ -3,7 +3,7 @@
 import pytest
 import structlog
 
-from headrace.loading import VersionLoader, executor_count
+from headrace.loading import VersionLoader, executor_count, overlapping_count
 from headrace.repository.config import ModelConfig
 from headrace.settings import load_settings
 from headrace.telemetry.metrics import Metrics
@@ -15,6 +15,16 @@ from headrace.telemetry.metrics import Metrics
 def test_a_gpu_has_two_batches_under_way_for_each_instance(instances, gpu_device, executors):
     config = ModelConfig("m", instance_count=instances, gpu_device=gpu_device)
     assert executor_count(config) == executors
+
+
+@pytest.mark.parametrize(
+    ("service", "instances", "beside"), [(None, 3, 0), ("s", 1, 1), ("s", 3, 3)]
+)
+def test_a_model_with_features_may_have_a_batch_more_under_way_for_each_instance(
+    service, instances, beside
+):
+    config = ModelConfig("m", instance_count=instances, feature_service=service)
+    assert overlapping_count(config) == beside
 
 
 @pytest.mark.parametrize("caller_header", [None, "x-caller"])

@@ -59,13 +59,19 @@ class Batcher(Generic[RequestT]):
     How long a batch takes is learned from the executors: from the end of one `take` to the
     beginning of the next by the same thread.
 
+    Where batches mostly wait for something else than a processor, one more may be under way while
+    `overlaps` is set. It begins only when it is full, as far as the sizes of those that wait can
+    tell: a batch that could still grow is better left until an executor is free.
+
     Args:
         policy: Decides what makes a batch.
         max_queue_size: Most requests waiting at once; one more is refused.
         max_queue_bytes: Most bytes of requests waiting at once, likewise.
         levels: Policies of the priority levels, of level 1 first.
         default_level: Of a request that names none.
-        executors: How many threads take.
+        executors: How many threads take whatever waits.
+        overlapping: How many more threads take, but only full batches and while `overlaps` is set,
+            when so many batches are under way already.
         is_fair: Whether callers take turns; otherwise whose a request is makes no difference.
         codel: Says when the queue stands; whoever has waited too long is given up then.
 
@@ -86,6 +92,7 @@ class Batcher(Generic[RequestT]):
         levels: Sequence[LevelPolicy] = (LevelPolicy(),),
         default_level: int = 1,
         executors: int = 1,
+        overlapping: int = 0,
         is_fair: bool = False,
         codel: Codel | None = None,
     ) -> None:
@@ -98,6 +105,9 @@ class Batcher(Generic[RequestT]):
         self._max_queue_size = max_queue_size
         self._max_queue_bytes = max_queue_bytes
         self._executors = executors
+        self._overlapping = overlapping
+        self._overlaps = False
+        self._rows_of_full = policy.max_batch_size or 1
         self._lock = threading.Lock()
         self._cost = BatchCost()
         self._queue: RequestQueue[RequestT]
@@ -147,7 +157,7 @@ class Batcher(Generic[RequestT]):
                     self.refused_full += 1
                     raise Overloaded(queue.REFUSAL)
                 request.waits_in = self
-                wake = self._idle > 0
+                wake = self._idle > 0 and self._may_begin()
                 if wake:
                     self._idle -= 1
             if wake:
@@ -209,7 +219,11 @@ class Batcher(Generic[RequestT]):
                 arrived_before_s = (
                     math.inf if self._closed or not self._has_delay else time.perf_counter()
                 )
-                batch, dropped, wait_s = self._queue.take(time.time(), arrived_before_s)
+                batch: list[RequestT] = []
+                dropped: list[RequestT] = []
+                wait_s: float | None = None
+                if self._may_begin():
+                    batch, dropped, wait_s = self._queue.take(time.time(), arrived_before_s)
                 if dropped:
                     self._give_up(dropped)
                 rests, telling_s = not batch and not self._untold, 0.0
@@ -223,7 +237,7 @@ class Batcher(Generic[RequestT]):
                         return None
                     self._idle += 1
                 # Whoever leaves with a batch leaves nobody asleep beside what still waits.
-                wake = bool(batch and self._idle and self._queue.count)
+                wake = bool(batch and self._idle and self._queue.count and self._may_begin())
                 if wake:
                     self._idle -= 1
             if wake:
@@ -281,7 +295,7 @@ class Batcher(Generic[RequestT]):
                 self._refuse_for_want_of_room(self._queue.REFUSAL)
             for request in requests:
                 request.waits_in = self
-            wake = min(self._idle, len(requests))
+            wake = min(self._idle, len(requests)) if self._may_begin() else 0
             self._idle -= wake
         for _ in range(wake):
             self._tokens.put(None)
@@ -317,6 +331,17 @@ class Batcher(Generic[RequestT]):
             idle, self._idle = self._idle, 0
         for _ in range(idle):
             self._tokens.put(None)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether full batches may begin beside those that all executors carry already."""
+        return self._overlaps
+
+    @overlaps.setter
+    def overlaps(self, overlaps: bool) -> None:
+        if overlaps is not self._overlaps:
+            self._overlaps = overlaps
+            self._queue.executors = self._executors + self._overlapping * overlaps
 
     def __len__(self) -> int:
         """Requests waiting now."""
@@ -375,10 +400,21 @@ class Batcher(Generic[RequestT]):
 
     def _free_in_s(self) -> float | None:
         """Return when an executor will be free, about; None when one is and nobody waits."""
-        if len(self._running) < self._executors:
+        if self._may_begin():
             return 0.0 if self._queue.count else None
         soonest_s = min([free_s for _, _, free_s in self._running.values()])
         return max(0.0, soonest_s - time.perf_counter())
+
+    def _may_begin(self) -> bool:
+        """Say whether a thread that takes may take now, if anything waits."""
+        beside = len(self._running) - self._executors
+        if beside < 0 or self._closed:
+            return True
+        if not self._overlaps or beside >= self._overlapping:
+            return False
+        # Full: one more request like those that wait, on average, would not fit.
+        rows, count = self._queue.rows, self._queue.count
+        return rows * (count + 1) > self._rows_of_full * count
 
     def _is_full(self, byte_count: int, places: int = 1) -> bool:
         queue = self._queue

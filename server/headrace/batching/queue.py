@@ -92,6 +92,7 @@ class RequestQueue(Generic[RequestT]):
         codel: Says when the queue stands; whoever has waited too long is dropped then.
 
     Attributes:
+        executors: As given; may be changed.
         shed: How many were dropped because the queue stood.
     """
 
@@ -117,7 +118,7 @@ class RequestQueue(Generic[RequestT]):
         self._cost = cost
         self._levels = levels
         self._default_level = default_level
-        self._executors = executors
+        self.executors = executors
         self._counts = [0] * (len(levels) + 1)
         self._lanes: dict[Hashable, Lane[RequestT]] = {}
         # A place for each lane's head; those of former heads are passed over.
@@ -157,7 +158,7 @@ class RequestQueue(Generic[RequestT]):
                 last = max(last, self._last_rows)
             last = min(most, last)
             most = min(most, self.rows + request.rows)
-        wait_s = before * cost.estimate_s(most or 1) / self._executors
+        wait_s = before * cost.estimate_s(most or 1) / self.executors
         return now_s + free_in_s + wait_s + cost.bound_s(last)
 
     def soonest_s(self, deadline_s: float, now_s: float, free_in_s: float) -> float:
@@ -180,7 +181,7 @@ class RequestQueue(Generic[RequestT]):
             if free_in_s or before:
                 last = min(most, max(last, self._last_rows))
             most = min(most, self.rows)
-        wait_s = before * cost.estimate_s(most or 1) / self._executors
+        wait_s = before * cost.estimate_s(most or 1) / self.executors
         return now_s + free_in_s + wait_s + cost.bound_s(last)
 
     def is_in_time(self, deadline_s: float, now_s: float) -> bool:

@@ -164,7 +164,8 @@ class World:
         self.numbers = numbers = random.Random(seed)
         self.size = numbers.choice((1, 4, 8))
         self.policy = BatchPolicy(self.size, numbers.choice((0.0, 0.0, 0.004, 0.04)))
-        self.executors = range(numbers.choice((1, 1, 2, 3)))
+        executors, self.overlapping = numbers.choice((1, 1, 2, 3)), numbers.choice((0, 0, 1, 2))
+        self.executors = range(executors + self.overlapping)
         levels = [
             LevelPolicy(
                 numbers.choice((0, 12)),
@@ -180,7 +181,8 @@ class World:
             max_queue_size=numbers.choice((8, 64, 1_000)),
             max_queue_bytes=numbers.choice((80, 1_000)),
             levels=levels,
-            executors=len(self.executors),
+            executors=executors,
+            overlapping=self.overlapping,
             is_fair=is_fair,
             codel=Codel(numbers.choice((0.005, 0.03)), self.INTERVAL_S) if has_codel else None,
         )
@@ -218,7 +220,7 @@ class World:
             self.at(when_s, self.arrive, number)
         while self.events:
             when_s, _, what, about = heapq.heappop(self.events)
-            if self.resting:
+            if len(self.resting) > self.overlapping:
                 self.idle_at_s = when_s
             CLOCK.now_s = when_s
             what(*about)
@@ -268,6 +270,7 @@ class World:
     def go_on(self, executor):
         """Let an executor take, as its thread would."""
         CLOCK.thread = executor
+        self.batcher.overlaps = self.numbers.random() < 0.5
         try:
             batch = self.batcher.take()
         except Rests as rests:
@@ -281,8 +284,9 @@ class World:
         self.at(CLOCK.now_s + took_s, self.end, executor, batch, took_s)
 
     def rest(self, executor, timeout_s):
-        self.idle_at_s = CLOCK.now_s
         self.resting[executor] = until_s = CLOCK.now_s + timeout_s
+        if len(self.resting) > self.overlapping:
+            self.idle_at_s = CLOCK.now_s
         if timeout_s < math.inf:
             assert 0 < timeout_s <= self.policy.max_queue_delay_s
             self.at(until_s + 1e-9, self.time_out, executor, until_s)
@@ -321,6 +325,10 @@ class World:
     def check_idle(self):
         if not self.resting or not len(self.batcher):
             return
+        queue = self.batcher._queue
+        has_full = self.batcher.overlaps and queue.rows + queue.rows / queue.count > self.size
+        if len(self.resting) <= self.overlapping and not has_full:
+            return  # all but those who would carry a full batch beside others are busy
         delay_s = self.policy.max_queue_delay_s
         assert delay_s, "an idle executor beside what may leave"
         until_s = min(self.resting.values())

@@ -1,6 +1,7 @@
 """The load generator against servers: real ones of gRPC's, and some that misbehave on purpose."""
 
 import contextlib
+import itertools
 import json
 import socket
 import struct
@@ -138,28 +139,52 @@ def test_a_call_whose_time_is_over_is_one_that_exceeded_its_deadline():
 
 
 def test_no_more_are_open_than_the_server_allows_and_the_others_are_counted():
-    lock, now, most = threading.Lock(), 0, 0
+    lock, running, most = threading.Lock(), [], 0
     ends = threading.Event()
 
     def handle(message, context):
-        nonlocal now, most
+        nonlocal most
         with lock:
-            now += 1
-            most = max(most, now)
+            running.append(context)
+            most = max(most, sum(one.is_active() for one in running))  # not those given up by now
         ends.wait(0.2)
         with lock:
-            now -= 1
+            running.remove(context)
         return b"fine"
 
     with serving(handle, max_concurrent_streams=2) as port:
-        figures = opened(port, [b"x"], rate_per_s=100.0, connections=1, timeout_s=1.0, is_even=True)
+        figures = opened(
+            *(port, [b"x"]),
+            rate_per_s=4_000.0,
+            seconds=0.01,
+            is_even=True,
+            connections=1,
+            timeout_s=1.0,
+        )
         ends.set()
 
     assert most == 2
     assert figures["held"] >= figures["offered"] - 4
     assert figures["offered"] == 40
-    assert figures["unsent"] > 0  # of 1.4 seconds, two at a time, 0.2 each
+    assert figures["unsent"] > 0  # of a second, two at a time, 0.2 each
     assert figures["requests"] + figures["unsent"] == 40
+
+
+def test_a_call_that_has_waited_for_its_turn_tells_the_server_how_much_time_is_left():
+    left_s = []
+
+    def handle(message, context):
+        left_s.append(context.time_remaining())
+        time.sleep(0.1)
+        return b"fine"
+
+    with serving(handle, max_concurrent_streams=1) as port:
+        opened(port, [b"x"], rate_per_s=50.0, connections=1, timeout_s=20.0, seconds=0.1)
+
+    # Five are due at once, about, and each waits for those before it: a tenth of a second each.
+    for before, after in itertools.pairwise(left_s):
+        assert 0.05 < before - after < 0.3
+    assert len(left_s) > 2
 
 
 def test_the_load_that_follows_tells_when_the_server_is_well_again():

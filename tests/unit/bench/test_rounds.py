@@ -44,10 +44,10 @@ def arena(bench, tmp_path, monkeypatch):
         launch = bench.peers.Launch([sys.executable, "-c", PROGRAM, what], is_program=True)
         peers[name] = bench.peers.Peer(lambda _stage, _port: launch, lambda: absence)
 
-    def hold(rounds=2, *, is_fresh=False):
+    def hold(rounds=2, **how):
         load = bench.contest.Load("tensor")
         sides = [bench.contest.Side(name, load) for name in ("one", "two")]
-        question = bench.contest.Question("q", "t", *sides, "requests_per_s", is_fresh=is_fresh)
+        question = bench.contest.Question("q", "t", *sides, "requests_per_s", **how)
         return bench.rounds.hold(question, Namespace(work=tmp_path), rounds, 1.0, told.append)
 
     def noted(what):
@@ -68,6 +68,10 @@ def test_each_is_as_often_first_as_second(arena):
     assert windows == ["one", "two", "two", "one", "one", "two", "two", "one"]
     assert arena.noted("starts") == ["one", "two"]
     assert len(contest.rounds) == 4
+
+
+def test_a_question_of_percents_is_asked_more_often_than_others(arena):
+    assert len(arena.hold(rounds=2, rounds_times=3).rounds) == 6
 
 
 def test_processes_that_must_be_fresh_are_started_in_turn_for_each_round(arena):
