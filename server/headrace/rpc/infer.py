@@ -37,7 +37,6 @@ _LARGE_BYTES = 64 << 10
 _RAW_OUTPUT = tag(6)
 _MEMO_SIZE_MAX = 4_096
 
-_NONE = 0, 0.0
 
 _TYPED_CONTENTS = {
     "BOOL": "bool_contents",
@@ -140,13 +139,14 @@ class ModelInfer:
         selection = model.signature.check_outputs(
             [_output_name(output, model.name) for output in outputs] if outputs else ()
         )
-        priority, timeout_s = _queue_parameters(request.parameters) if request.parameters else _NONE
-        known.learn(message, request, model, given, checked, selection)
+        queued = _queue_parameters(request.parameters) if request.parameters else None
+        known.learn(message, request, model, given, checked, selection, queued)
         request_id = request.id.encode()
         checked_request = self._request_class(
             call, self._calls, checked, call.deadline_s, request_id, selection, len(message)
         )
-        checked_request.priority, checked_request.timeout_s = priority, timeout_s
+        if queued is not None:
+            checked_request.priority, checked_request.timeout_s = queued
         checked_request.trace = trace
         call.on_gone = checked_request.leave
         if self._accounts is None:
@@ -230,7 +230,7 @@ def _again(
     """Make the request of a message that is known but for its id and its tensors' bytes."""
     raws = tuple([message[start:stop] for start, stop in known.raw_spans])
     span = known.id_span
-    return request_class(
+    request = request_class(
         call,
         calls,
         CheckedInputs(known.rows, raws, known.trailing),
@@ -239,6 +239,9 @@ def _again(
         known.selection,
         len(message),
     )
+    if known.queued is not None:
+        request.priority, request.timeout_s = known.queued
+    return request
 
 
 def _given(request: Any, signature: Signature) -> list[GivenTensor]:
@@ -314,14 +317,14 @@ def _output_name(output: Any, model: str) -> str:
     return str(output.name)
 
 
-def _queue_parameters(parameters: Any) -> tuple[int, float]:
+def _queue_parameters(parameters: Any) -> tuple[int, float] | None:
     """
     Read Triton's reserved `priority` and `timeout`; other `triton_` parameters are refused.
 
     But for the wish for an empty final response: every model here answers once, so none is needed.
 
     Returns:
-        The priority, 0 for the default, and the timeout in seconds, 0 for none.
+        The priority, 0 for the default, and the timeout in seconds, 0 for none; None for neither.
     """
     for name in parameters:
         if name.startswith("triton_") and name != "triton_enable_empty_final_response":
@@ -330,7 +333,7 @@ def _queue_parameters(parameters: Any) -> tuple[int, float]:
         _whole(name, parameters[name]) if name in parameters else 0
         for name in ("priority", "timeout")
     )
-    return priority, max(0.0, timeout_us / 1e6)
+    return (priority, max(0.0, timeout_us / 1e6)) if priority or timeout_us else None
 
 
 def _whole(name: str, parameter: Any) -> int:

@@ -6,6 +6,8 @@ needs neither: comparing the constant bytes, field tags and lengths among them, 
 would find the same fields in the same places. A look-up costs a tenth of parsing and checking.
 
 Only fixed-width tensors sent raw qualify: their contents need no check once their size is right.
+Parameters are constant bytes like others, once they have come twice as they are: a number that is
+another in each request is left to the parser.
 Source: Protocol Buffers documentation, "Encoding" (tag, length, payload).
 """
 
@@ -40,6 +42,7 @@ class KnownRequest(NamedTuple):
         rows: As `CheckedInputs.rows`.
         trailing: As `CheckedInputs.trailing`.
         selection: Requested outputs, by position.
+        queued: Its priority and timeout, as `Request` has them; None where it names neither.
         head: The message's first bytes, constant.
         more: Further constant bytes, by where they start.
         id_span: Where the id is; None when it has none.
@@ -50,6 +53,7 @@ class KnownRequest(NamedTuple):
     rows: int
     trailing: tuple[tuple[int, ...], ...]
     selection: tuple[int, ...]
+    queued: tuple[int, float] | None
     head: bytes
     more: tuple[tuple[int, bytes], ...]
     id_span: tuple[int, int] | None
@@ -67,6 +71,7 @@ class KnownRequests:
     def __init__(self, catalog: Catalog) -> None:
         self.catalog = catalog
         self._by_size: dict[int, tuple[KnownRequest, ...]] = {}
+        self._parameters: dict[int, list[tuple[str, bytes]]] = {}  # the last ones, by size
 
     def find(self, message: bytes) -> KnownRequest | None:
         """Find what is known of a message that nobody has parsed yet."""
@@ -88,25 +93,37 @@ class KnownRequests:
         given: Sequence[GivenTensor],
         checked: CheckedInputs,
         selection: tuple[int, ...],
+        queued: tuple[int, float] | None = None,
     ) -> None:
         """
         Remember a request that was parsed and checked, if it qualifies.
 
-        A size that is seen for the first time is only noted, so that messages which never repeat
-        cost little.
+        A size that is seen for the first time is only noted, and so are parameters, so that
+        messages which never repeat cost little.
         """
         size = len(message)
-        if size > LEARNED_BYTES_MAX or request.parameters or not request.raw_input_contents:
+        if size > LEARNED_BYTES_MAX or not request.raw_input_contents:
             return
         before = self._by_size.get(size)
         if before is None:
             if len(self._by_size) >= SIZES_MAX:
                 self._by_size.clear()
+                self._parameters.clear()
             self._by_size[size] = ()
             return
-        known = _generalize(message, request, model, given, checked, selection)
+        if request.parameters and not self._has_come(size, request.parameters):
+            return
+        known = _generalize(message, request, model, given, checked, selection, queued)
         if known is not None:
             self._by_size[size] = (known, *before[: REQUESTS_PER_SIZE_MAX - 1])
+
+    def _has_come(self, size: int, parameters: Any) -> bool:
+        """Note parameters; say whether the last ones with a message of that size were the same."""
+        before = self._parameters.get(size)
+        now = self._parameters[size] = sorted(
+            [(name, value.SerializeToString()) for name, value in parameters.items()]
+        )
+        return now == before
 
 
 def _match(message: bytes, pieces: Sequence[tuple[int, bytes]]) -> bool:
@@ -120,6 +137,7 @@ def _generalize(
     given: Sequence[GivenTensor],
     checked: CheckedInputs,
     selection: tuple[int, ...],
+    queued: tuple[int, float] | None,
 ) -> KnownRequest | None:
     """Find where the id and the tensors are; None when a later message may need a closer look."""
     places = {tensor.name: i for i, tensor in enumerate(given)}
@@ -161,6 +179,7 @@ def _generalize(
         rows=checked.rows,
         trailing=checked.trailing,
         selection=selection,
+        queued=queued,
         head=pieces[0][1],
         more=tuple(pieces[1:]),
         id_span=spans[0] if request.id else None,

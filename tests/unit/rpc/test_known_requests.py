@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2
 
 from headrace.errors import ServingError
-from headrace.rpc.infer import _given
+from headrace.rpc.infer import _given, _queue_parameters
 from headrace.rpc.known_requests import (
     LEARNED_BYTES_MAX,
     REQUESTS_PER_SIZE_MAX,
@@ -34,8 +34,10 @@ MODEL = Model()
 DTYPES = {"FP32": np.float32, "INT64": np.int64, "BYTES": None}
 
 
-def message(rows=1, names=("a", "b"), seed=0, request_id="", outputs=(), **fields):
+def message(rows=1, names=("a", "b"), seed=0, request_id="", outputs=(), parameters=None, **fields):
     request = service_pb2.ModelInferRequest(model_name="m", id=request_id, **fields)
+    for name, number in (parameters or {}).items():
+        request.parameters[name].int64_param = number
     rng = np.random.default_rng(seed)
     for name in names:
         datatype, width = ("FP32", 2) if name == "a" else ("INT64", 1)
@@ -54,16 +56,17 @@ def understood(raw):
         given_tensors = _given(request, MODEL.signature)
         checked = MODEL.signature.check(given_tensors)
         selection = MODEL.signature.check_outputs([o.name for o in request.outputs])
+        queued = _queue_parameters(request.parameters)
     except (ServingError, ValueError):
         return None
-    return request, given_tensors, checked, selection
+    return request, given_tensors, checked, selection, queued
 
 
 def learn(known, raw):
     found = understood(raw)
     if found is not None:
-        request, given_tensors, checked, selection = found
-        known.learn(raw, request, MODEL, given_tensors, checked, selection)
+        request, given_tensors, checked, selection, queued = found
+        known.learn(raw, request, MODEL, given_tensors, checked, selection, queued)
 
 
 def taught(*raws):
@@ -71,12 +74,14 @@ def taught(*raws):
     for raw in raws:
         learn(known, raw)
         learn(known, raw)  # a size seen once is only noted
+        learn(known, raw)  # and so are its parameters
     return known
 
 
 def assert_same(found, raw):
-    request, _, checked, selection = understood(raw)
+    request, _, checked, selection, queued = understood(raw)
     assert found.model is MODEL
+    assert found.queued == queued
     assert (found.rows, found.trailing) == (checked.rows, checked.trailing)
     assert tuple(raw[start:stop] for start, stop in found.raw_spans) == checked.raws
     assert found.selection == selection
@@ -135,11 +140,28 @@ def test_what_no_protobuf_library_writes_is_not_learned(raw):
     assert taught(raw).find(raw) is None
 
 
-def test_parameters_are_looked_at_each_time():
-    request = service_pb2.ModelInferRequest.FromString(message())
-    request.parameters["timeout"].int64_param = 5
+@pytest.mark.parametrize("parameters", [{"timeout": 500}, {"priority": 2}, {"caller": 7}])
+def test_parameters_that_come_again_as_they_are_are_understood(parameters):
+    known = taught(message(parameters=parameters))
+    later = message(parameters=parameters, seed=2)
 
-    assert taught(request.SerializeToString()).find(request.SerializeToString()) is None
+    assert_same(known.find(later), later)
+    assert known.find(message(parameters=dict.fromkeys(parameters, 501))) is None
+
+
+def test_a_parameter_that_is_another_each_time_is_left_to_the_parser():
+    known = KnownRequests(catalog=None)
+    for number in range(300, 320):
+        learn(known, message(parameters={"timeout": number}))
+
+    assert not any(known._by_size.values())
+
+
+def test_a_reserved_parameter_is_not_learned():
+    raw = message(parameters={"triton_x": 1})
+
+    assert understood(raw) is None
+    assert taught(raw).find(raw) is None
 
 
 def test_typed_contents_are_checked_each_time():
@@ -179,6 +201,7 @@ kinds = st.fixed_dictionaries(
         "request_id": st.text(max_size=4),
         "outputs": st.sampled_from([(), ("y",), ("z",), ("z", "y")]),
         "seed": st.integers(0, 5),
+        "parameters": st.sampled_from([{}, {"timeout": 5}, {"priority": 1, "timeout": 300}]),
     }
 )
 
