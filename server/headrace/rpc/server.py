@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent import futures
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import grpc
@@ -133,13 +134,13 @@ class GrpcServer:
                 ("grpc.max_send_message_length", max_message_bytes),
             ],
         )
-        hot = [
-            HotMethod(method.path, method.accept, Unread(catalog, calls, method.path[1:]).glance)
-            for method in (
-                infer.ModelInfer(catalog, calls, accounts),
-                prediction.Predict(catalog, calls, accounts),
-            )
-        ]
+        hot = []
+        for method in (
+            infer.ModelInfer(catalog, calls, accounts),
+            prediction.Predict(catalog, calls, accounts),
+        ):
+            unread = Unread(catalog, calls, method.path[1:])
+            hot.append(HotMethod(method.path, method.accept, unread.glance, unread.ended))
         streams = [
             HotStream(method.path, method.begin)
             for method in (
@@ -149,7 +150,10 @@ class GrpcServer:
         ]
         self._features = features
         if features is not None:
-            hot += features.hot_methods
+            hot += [
+                replace(method, ended=Unread(catalog, calls, method.path[1:]).ended)
+                for method in features.hot_methods
+            ]
             self._server.add_generic_rpc_handlers(features.handlers)
         self.ingress: Ingress = (
             ThreadIngress(self._server, hot, streams)
