@@ -18,8 +18,7 @@ SALES_FILE = "HEADRACE_SALES_FILE"
 """Where the homes are that are asked about, if not where `make demo` and `make up` leave them."""
 
 SALES = Path(
-    os.environ.get(SALES_FILE)
-    or Path(__file__).parents[1] / "features" / "data" / "evaluation.csv"
+    os.environ.get(SALES_FILE) or Path(__file__).parents[1] / "features" / "data" / "evaluation.csv"
 )
 REQUESTS_PER_S = 10
 VERSIONS_FILE = "HEADRACE_VERSIONS_FILE"
