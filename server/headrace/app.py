@@ -26,6 +26,7 @@ from headrace.loading import VersionLoader
 from headrace.monitoring.stream import PredictionStream
 from headrace.ports import refuse_taken_port
 from headrace.repository.manager import RepositoryManager
+from headrace.rpc.log_settings import ChangeLevel
 from headrace.rpc.oip import Repository
 from headrace.rpc.server import GrpcServer
 from headrace.settings import ServeSettings, join_address, split_address
@@ -37,6 +38,7 @@ from headrace.telemetry.feature_metrics import (
     ViewMetrics,
 )
 from headrace.telemetry.http import HttpEndpoint
+from headrace.telemetry.logs import set_log_level
 from headrace.telemetry.metrics import Metrics
 from headrace.telemetry.trace_context import Sampler
 from headrace.telemetry.tracing import SpanExporter, tracing_rule
@@ -73,11 +75,16 @@ class WorkerPlace:
         loaded: Models that callers have had loaded before it came (`explicit` only).
         shared: Makes the repository that callers reach, of the control mode: what they change is
             changed everywhere.
+        join: Called when all is loaded, and before anybody can connect, with what loads other
+            models instead; returns when this process has what the others have.
+        change_log_level: Changes it everywhere; see `rpc.log_settings.ChangeLevel`.
     """
 
     number: int
     loaded: Collection[str]
     shared: Callable[[str], Repository]
+    join: Callable[[Callable[[Collection[str]], None]], None]
+    change_log_level: ChangeLevel
 
 
 class Gateway:
@@ -186,6 +193,8 @@ class Gateway:
         )
         self.repository.load_all()
         self._look_at_features()
+        if place is not None:
+            place.join(self.repository.want)
         host, port = split_address(settings.grpc_address)
         self.grpc = GrpcServer(
             host=host,
@@ -193,6 +202,7 @@ class Gateway:
             ingress=settings.ingress,
             catalog=lambda: self._catalog,
             repository=self.repository if place is None else place.shared(self.repository.mode),
+            change_log_level=_change_log_level(settings, place),
             is_ready=self.is_ready,
             features=self._feature_services(),
             accounts=self._accounts,
@@ -422,6 +432,14 @@ class Gateway:
         if self._is_started:
             self._garbage.loaded()
             self.grpc.update_health()
+
+
+def _change_log_level(settings: ServeSettings, place: WorkerPlace | None) -> ChangeLevel | None:
+    if not settings.allow_log_settings:
+        return None
+    if place is not None:
+        return place.change_log_level
+    return lambda level, _timeout_s: set_log_level(level)
 
 
 def _call_recorder(metrics: Metrics, worker: int | None) -> CallRecorder:

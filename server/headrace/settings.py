@@ -75,6 +75,13 @@ class ServeSettings(Settings):
         "its own. By default one for each core but one, or one for each NVIDIA GPU where "
         "onnxruntime-gpu is installed.",
     )
+    worker_start_timeout_s: float = Field(
+        600.0,
+        ge=1,
+        le=86_400,
+        description="How long one of several workers may take to load models and serve, in "
+        "seconds; then it is ended and replaced, or at the first start everything ends.",
+    )
     model_control_mode: Literal["poll", "explicit", "none"] = Field(
         "poll",
         description="What loads and unloads models after the start: changes in the model "
@@ -217,6 +224,11 @@ class ServeSettings(Settings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe log line to write."
+    )
+    allow_log_settings: bool = Field(
+        default=False,
+        description="Whether callers may change the log level (LogSettings), of all workers; "
+        "anybody may ask for it.",
     )
 
     monitor_address: str | None = Field(

@@ -3,15 +3,15 @@
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import structlog
 
 from headrace.app import Gateway, WorkerPlace, open_gateway
 from headrace.errors import StartupError
 from headrace.settings import ServeSettings, load
-from headrace.telemetry.logs import set_up_logs
-from headrace.workers.channel import ChannelBrokenError
+from headrace.telemetry.logs import set_log_level, set_up_logs
+from headrace.workers.channel import ChannelBrokenError, Message
 from headrace.workers.link import SharedRepository, SupervisorLink
 from headrace.workers.numbers import Page, page_of
 
@@ -40,10 +40,22 @@ def run_worker(channel_fd: int) -> int:
     except (ChannelBrokenError, OSError) as error:
         raise StartupError(f"a worker is started by `headrace serve` only: {error}") from None
     settings = load(ServeSettings, start["settings"])
-    set_up_logs(settings.log_level, worker=start["worker"])
+    set_up_logs(start["log_level"], worker=start["worker"])
     link.start(settings.drain_delay_s + settings.drain_timeout_s)
+
+    def join(want: Callable[[Collection[str]], None]) -> None:
+        def catch_up(state: Message) -> None:
+            set_log_level(state["log_level"])
+            want(state["loaded"])
+
+        link.join(start, catch_up)
+
     place = WorkerPlace(
-        start["worker"], start["loaded"], shared=lambda mode: SharedRepository(link, mode)
+        start["worker"],
+        start["loaded"],
+        shared=lambda mode: SharedRepository(link, mode),
+        join=join,
+        change_log_level=lambda level, timeout_s: link.ask("log_level", level, timeout_s),
     )
     try:
         gateway = open_gateway(settings, place)

@@ -35,7 +35,19 @@ def test_server_metadata_names_only_what_is_implemented(client):
         "model_repository",
         "binary_tensor_data",
         "parameters",
+        "logging",
     }
+
+
+def test_what_is_logged_can_be_asked_for_and_not_changed_by_just_anybody(client):
+    assert set(client.get_log_settings().settings) == {
+        "log_info",
+        "log_warning",
+        "log_error",
+        "log_verbose_level",
+    }
+    with pytest.raises(triton.InferenceServerException, match="--allow-log-settings"):
+        client.update_log_settings({"log_verbose_level": 1})
 
 
 def test_model_metadata_shows_the_batch_dimension(client):

@@ -11,6 +11,7 @@ import time
 import grpc
 import numpy as np
 import pytest
+import tritonclient.grpc as triton
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
@@ -99,6 +100,32 @@ def test_health_says_not_serving_before_requests_are_refused(server):
         assert stub.ModelInfer(row(), timeout=5).model_name == "scores"
 
     assert server.wait(20) == 0
+
+
+def test_an_allowed_caller_changes_what_is_logged_while_it_runs(tmp_path):
+    process = start(
+        *("--model-repository", tmp_path, "--workers", 1, "--drain-delay-s", 0),
+        *("--log-level", "error", "--allow-log-settings"),
+    )
+    try:
+        client = triton.InferenceServerClient(serving(process)["grpc_address"])
+        client.update_log_settings({"log_verbose_level": 1, "log_error": True})
+        told = client.get_log_settings(as_json=True)["settings"]
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=20)
+        client.close()
+    finally:
+        process.kill()
+
+    assert told == {
+        "log_info": {"bool_param": True},
+        "log_warning": {"bool_param": True},
+        "log_error": {"bool_param": True},
+        "log_verbose_level": {"uint32_param": 1},
+    }
+    assert '"started"' not in log
+    assert "log_level_changed" in log
+    assert "draining_started" in log
 
 
 def test_a_second_signal_ends_it_at_once(model_repository):

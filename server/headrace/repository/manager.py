@@ -114,6 +114,12 @@ class RepositoryManager(Generic[ServedT]):
         if self._mode == "none":
             self._checker.close()
 
+    def want(self, names: Collection[str]) -> None:
+        """Load these models and no others, as they lie there now (`explicit` only). As above."""
+        if self._wanted is not None:
+            self._wanted = set(names)
+            self.load_all()
+
     def start(self) -> None:
         """Begin to follow the repository."""
         if self._mode != "none":
@@ -133,9 +139,13 @@ class RepositoryManager(Generic[ServedT]):
         if not self._thread.is_alive():
             self._checker.close()
 
-    def load(self, name: str, timeout_s: float) -> None:
+    def load(self, name: str, timeout_s: float | None) -> None:
         """
         Load a model as its configuration says, or load it anew if its files have changed.
+
+        Args:
+            name: Of its folder.
+            timeout_s: Longest to wait for it; None for as long as it takes.
 
         Raises:
             ModelLoadError: it is not there, or none of its versions can be loaded.
@@ -143,9 +153,13 @@ class RepositoryManager(Generic[ServedT]):
         """
         self._command(lambda: self._load_now(name), timeout_s)
 
-    def unload(self, name: str, timeout_s: float) -> None:
+    def unload(self, name: str, timeout_s: float | None) -> None:
         """
         Take a model out of service; requests that wait are finished.
+
+        Args:
+            name: Of its folder.
+            timeout_s: As for `load`.
 
         Raises:
             ModelLoadError: no such model.
@@ -162,7 +176,7 @@ class RepositoryManager(Generic[ServedT]):
         """What makes versions come and go."""
         return self._mode
 
-    def _command(self, what: Callable[[], None], timeout_s: float) -> None:
+    def _command(self, what: Callable[[], None], timeout_s: float | None) -> None:
         done: Future[None] = Future()
         with self._swapping:  # once stopping is said, nobody comes for what is put here
             if self._stopping.is_set():

@@ -18,12 +18,16 @@ from headrace.errors import (
     PreconditionFailed,
 )
 from headrace.predict import ServedModel
+from headrace.rpc.log_settings import ChangeLevel, LogSettings
 from headrace.rpc.status import status_of
 from headrace.tensors import TensorSpec
 
 SERVICE = "inference.GRPCInferenceService"
 
-EXTENSIONS = ("model_configuration", "model_repository", "binary_tensor_data", "parameters")
+EXTENSIONS = (
+    *("model_configuration", "model_repository", "binary_tensor_data", "parameters"),
+    "logging",
+)
 """Only what is implemented. Source: Triton, "Extensions" of the KServe protocol."""
 
 LOAD_TIMEOUT_S = 300.0
@@ -51,16 +55,23 @@ class OipServicer:
         catalog: Returns the models as they are now.
         repository: Loads and unloads on request.
         is_ready: Whether the server as a whole is ready.
+        change_log_level: On request; None where callers may not.
     """
 
     def __init__(
-        self, catalog: Callable[[], Catalog], repository: Repository, is_ready: Callable[[], bool]
+        self,
+        catalog: Callable[[], Catalog],
+        repository: Repository,
+        is_ready: Callable[[], bool],
+        change_log_level: ChangeLevel | None = None,
     ) -> None:
         self._catalog = catalog
         self._repository = repository
         self._is_ready = is_ready
+        self._log_settings = LogSettings(change_log_level)
         # Loads take their time: health and metadata must not wait behind them.
         self._slow_calls = futures.ThreadPoolExecutor(2, thread_name_prefix="model-control")
+        self._log_calls = futures.ThreadPoolExecutor(1, thread_name_prefix="log-control")
 
     def handler(self) -> "grpc.GenericRpcHandler[Any, Any]":
         """Return the handler to add to a server; methods not named here are UNIMPLEMENTED."""
@@ -74,6 +85,9 @@ class OipServicer:
                 "ModelMetadata": unary(self.model_metadata, service_pb2.ModelMetadataRequest),
                 "ModelConfig": unary(self.model_config, service_pb2.ModelConfigRequest),
                 "RepositoryIndex": unary(self.repository_index, service_pb2.RepositoryIndexRequest),
+                "LogSettings": unary(
+                    self._log_settings.answer, service_pb2.LogSettingsRequest, self._log_calls
+                ),
                 "RepositoryModelLoad": unary(
                     self.repository_model_load,
                     service_pb2.RepositoryModelLoadRequest,

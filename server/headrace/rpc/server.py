@@ -16,7 +16,7 @@ from headrace.batching.accounts import CallerAccounts
 from headrace.catalog import Catalog
 from headrace.errors import Draining, StartupError
 from headrace.ports import refuse_taken_port
-from headrace.rpc import infer, oip, prediction, stream_infer, stream_predict
+from headrace.rpc import infer, log_settings, oip, prediction, stream_infer, stream_predict
 from headrace.rpc.completion_queue import self_check
 from headrace.rpc.completion_queue.ingress import CompletionQueueIngress
 from headrace.rpc.ingress import HotMethod, HotStream, Ingress
@@ -73,6 +73,7 @@ class GrpcServer:
         ingress: `completion-queue` or `threads`.
         catalog: Returns the models as they are now.
         repository: Loads and unloads them on request.
+        change_log_level: On request; None where callers may not.
         is_ready: Whether the server as a whole is ready.
         metrics: Counts.
         calls: Is told of calls that fail, and decides which are traced.
@@ -101,6 +102,7 @@ class GrpcServer:
         max_message_bytes: int,
         max_concurrent_streams: int,
         with_reflection: bool,
+        change_log_level: log_settings.ChangeLevel | None = None,
         features: "FeatureServices | None" = None,
         accounts: CallerAccounts | None = None,
         shares_port: bool = False,
@@ -165,7 +167,7 @@ class GrpcServer:
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._server.add_generic_rpc_handlers(
-            (oip.OipServicer(catalog, repository, is_ready).handler(),)
+            (oip.OipServicer(catalog, repository, is_ready, change_log_level).handler(),)
         )
         if with_reflection:
             more = () if features is None else features.names

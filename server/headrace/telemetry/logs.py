@@ -12,6 +12,14 @@ from structlog.typing import EventDict
 
 from headrace.telemetry.line_limit import LineLimit
 
+LOG_LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
+"""The least severe first."""
+
 FLOODING = frozenset(
     {
         *("batch_failed", "feature_batch_failed", "onnx_runtime_failed", "oip_failed"),
@@ -42,9 +50,10 @@ def set_up_logs(level: str, worker: int | None = None) -> None:
     stdout stays free for what a command answers; log lines go to stderr.
 
     Args:
-        level: `debug`, `info`, `warning` or `error`.
+        level: One of `LOG_LEVELS`.
         worker: Said on every line, where several processes write to one stream.
     """
+    _least.level = level
 
     def say_worker(_logger: object, _method: str, event: EventDict) -> EventDict:
         event["worker"] = worker
@@ -56,6 +65,7 @@ def set_up_logs(level: str, worker: int | None = None) -> None:
     )
     structlog.configure(
         processors=[
+            drop_less_severe,
             hold_back_floods(),
             structlog.contextvars.merge_contextvars,
             *([] if worker is None else [say_worker]),
@@ -64,7 +74,8 @@ def set_up_logs(level: str, worker: int | None = None) -> None:
             *([] if is_terminal else [structlog.processors.format_exc_info]),
             renderer,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level.upper())),
+        # Loggers are made once: what of theirs is written is for a processor to say.
+        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
         logger_factory=structlog.PrintLoggerFactory(cast("TextIO", _Unfailing(sys.stderr))),
         cache_logger_on_first_use=True,
     )
@@ -75,6 +86,44 @@ def set_up_logs(level: str, worker: int | None = None) -> None:
         if worker is None
         else f"worker {worker}: %(name)s: %(message)s",
     )
+
+
+class _Least:
+    """What is written from, in this process; replaced whole, so that any thread may look."""
+
+    level = "info"
+
+
+_least = _Least()
+
+
+def log_level() -> str:
+    """Return the least severe of `LOG_LEVELS` that is written."""
+    return _least.level
+
+
+def set_log_level(level: str) -> None:
+    """
+    Write lines of this severity and above from now on; say so, at either level. Any thread may.
+
+    Args:
+        level: One of `LOG_LEVELS`.
+    """
+    before = _least.level
+    if level == before:
+        return
+    _least.level = min(before, level, key=LOG_LEVELS.__getitem__)
+    structlog.get_logger(__name__).log(
+        max(LOG_LEVELS[_least.level], logging.INFO), "log_level_changed", to=level, before=before
+    )
+    _least.level = level
+
+
+def drop_less_severe(_logger: object, method: str, event: EventDict) -> EventDict:
+    """Leave out, as a processor of structlog, what is below the level of now."""
+    if LOG_LEVELS.get(method, logging.CRITICAL) < LOG_LEVELS[_least.level]:
+        raise structlog.DropEvent
+    return event
 
 
 def hold_back_floods() -> structlog.typing.Processor:

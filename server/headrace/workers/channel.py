@@ -1,9 +1,10 @@
 """Messages between the supervisor and a worker: JSON, a line each, over a pair of sockets.
 
-From the supervisor: `start` (number, settings, loaded models), `look` (which `state` answers),
-`numbers` (id), `change` (id, what, model, timeout_s), `changed` (id, failure), `drain`.
-From a worker: `cannot_start` (reason), `started` and `state` (ready, notes), `numbers` (id,
-families), `ask` (id, what, model, timeout_s), `done` (id, failure).
+From the supervisor: `start` (worker, settings, and what `catch_up` has), `catch_up` (seen, loaded
+models, log_level) or `begin` (which `built` waits for), `look` (which `state` answers), `numbers`
+(id), `change` (id, what, name), `changed` (id, failure), `drain`.
+From a worker: `cannot_start` (reason), `built` (seen), `started` and `state` (ready, notes),
+`numbers` (id, families), `ask` (id, what, name, timeout_s), `done` (id, failure).
 """
 
 import json

@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from itertools import count
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 import structlog
 
 from headrace.errors import ModelLoadError
+from headrace.telemetry.logs import set_log_level
 from headrace.workers.channel import ChannelBrokenError, Decoder, Message, encode
 from headrace.workers.numbers import Page
 
@@ -41,9 +43,9 @@ class Served(Protocol):
 
     def numbers(self) -> Page: ...
 
-    def load(self, name: str, timeout_s: float) -> None: ...
+    def load(self, name: str, timeout_s: float | None) -> None: ...
 
-    def unload(self, name: str, timeout_s: float) -> None: ...
+    def unload(self, name: str, timeout_s: float | None) -> None: ...
 
     def hurry(self) -> None: ...
 
@@ -72,6 +74,7 @@ class SupervisorLink:
         self._asked: dict[int, Future[None]] = {}
         self._ids = count(1)
         self._is_cut = False
+        self._steps: SimpleQueue[Message] = SimpleQueue()
         self._changing = threading.Condition()
         self._changes: list[Message] = []
         self._thread = threading.Thread(target=self._run, name="supervisor-link", daemon=True)
@@ -114,6 +117,21 @@ class SupervisorLink:
         """Tell why, before exiting."""
         self._send({"type": "cannot_start", "reason": reason})
 
+    def join(self, state: Message, catch_up: Callable[[Message], None]) -> None:
+        """
+        Wait until this worker is as the others are; from then on it is asked for changes as they.
+
+        Args:
+            state: That it has: of the first message.
+            catch_up: Is told the state of now, as often as there is a newer one.
+        """
+        while True:
+            self._send({"type": "built", "seen": state["seen"]})
+            state = self._steps.get()
+            if state["type"] == "begin":
+                return
+            catch_up(state)
+
     def serving(self, served: Served) -> None:
         """Tell that requests are served from now on."""
         self._served = served
@@ -126,8 +144,8 @@ class SupervisorLink:
         Have a change made by all workers, this one too; wait for it.
 
         Args:
-            what: `load` or `unload`.
-            name: Of a model.
+            what: `load`, `unload` or `log_level`.
+            name: Of a model; the level.
             timeout_s: Longest that it may take; it goes on then.
 
         Raises:
@@ -140,7 +158,7 @@ class SupervisorLink:
             if self._is_cut:  # after the entry: whoever cuts first has seen it, or we see the cut
                 raise ModelLoadError("this server is stopping")
             message = {"type": "ask", "id": number, "what": what}
-            self._send({**message, "model": name, "timeout_s": timeout_s})
+            self._send({**message, "name": name, "timeout_s": timeout_s})
             future.result(timeout_s + ANSWER_MARGIN_S)
         finally:
             self._asked.pop(number, None)
@@ -191,6 +209,11 @@ class SupervisorLink:
                 self._tell(served)
             case "numbers" if served is not None:
                 self._send_numbers(served, message["id"])
+            case "begin" | "catch_up":
+                self._steps.put(message)
+            case "change" if message["what"] == "log_level":
+                set_log_level(message["name"])
+                self._done(message, None)
             case "change":
                 with self._changing:
                     self._changes.append(message)
@@ -213,8 +236,11 @@ class SupervisorLink:
                 message = self._changes.pop(0)
             assert self._served is not None
             change = {"load": self._served.load, "unload": self._served.unload}[message["what"]]
-            failure = failure_of(lambda: change(message["model"], message["timeout_s"]))  # noqa: B023 called at once
-            self._send({"type": "done", "id": message["id"], "failure": failure})
+            # However long it takes: the supervisor counts the time, and has to know the end of it.
+            self._done(message, failure_of(lambda: change(message["name"], None)))  # noqa: B023 called at once
+
+    def _done(self, change: Message, failure: dict[str, str] | None) -> None:
+        self._send({"type": "done", "id": change["id"], "failure": failure})
 
     def _state(self, served: Served) -> tuple[bool, tuple[str, ...]]:
         is_ready = served.is_ready() and not self.asked_to_stop.is_set()

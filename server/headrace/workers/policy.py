@@ -87,6 +87,20 @@ def restart_delay_s(deaths: int, chance: float) -> float:
     return longest_s * (1 + chance) / 2
 
 
+def starts_too_long(waited_s: float, limit_s: float) -> bool:
+    """
+    Say whether a worker that does not serve yet never will.
+
+    Nothing else tells one that hangs from one that loads: its channel's thread answers while a file
+    system, or a library, does not return.
+
+    Args:
+        waited_s: Since its process began.
+        limit_s: Longest that its start may take.
+    """
+    return waited_s >= limit_s
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerState:
     """

@@ -26,10 +26,17 @@ from headrace.errors import StartupError
 from headrace.ports import hold_port
 from headrace.settings import ServeSettings, join_address, split_address
 from headrace.telemetry.http import HttpEndpoint
+from headrace.telemetry.logs import set_log_level
 from headrace.workers.changes import Changes, Failure
 from headrace.workers.channel import Message
 from headrace.workers.numbers import Ledger, supervisor_families
-from headrace.workers.policy import STEADY_S, WorkerState, readiness, restart_delay_s
+from headrace.workers.policy import (
+    STEADY_S,
+    WorkerState,
+    readiness,
+    restart_delay_s,
+    starts_too_long,
+)
 from headrace.workers.process import WorkerProcess, describe_exit
 from headrace.workers.questions import TIMEOUT_S, Make, Questions
 
@@ -65,6 +72,7 @@ class _Place:
     restarts: int = 0
     deaths: int = 0
     start_at_s: float = 0.0
+    spawned_s: float = 0.0
     started_s: float = 0.0
     closed_s: float | None = None
     """When the channel of a process that is still there ended."""
@@ -93,7 +101,7 @@ class Supervisor:
         self._settings = settings.model_copy(update={"grpc_address": self.grpc_address})
         self._places = [_Place(number, device) for number, device in enumerate(devices, 1)]
         self._questions = Questions(Ledger(len(devices)), self._serving, self._send_to)
-        self._changes = Changes(self._running, self._send_to)
+        self._changes = Changes(self._send_to, settings.log_level)
         self._look_at_s = time.monotonic() + LOOK_PERIOD_S
         self._is_complete = False
         self._is_asked = self._is_stopping = False
@@ -208,7 +216,7 @@ class Supervisor:
             "type": "start",
             "worker": place.number,
             "settings": self._settings.model_dump(mode="json"),
-            "loaded": sorted(self._changes.loaded),
+            **self._changes.state(),
         }
         try:
             place.process = WorkerProcess(place.number, place.device, start)
@@ -217,10 +225,9 @@ class Supervisor:
                 raise StartupError(f"worker {place.number} cannot be started: {error}") from None
             self._schedule(place, f"it cannot be started: {error}")
             return
-        place.closed_s = None
+        place.closed_s, place.spawned_s = None, time.monotonic()
         self._selector.register(place.process.channel, selectors.EVENT_READ, place)
         self._mind_writing(place)
-        self._changes.started(place.number)
 
     def _serve_channel(self, place: _Place, events: int) -> None:
         process = place.process
@@ -247,9 +254,6 @@ class Supervisor:
                 events |= selectors.EVENT_WRITE
             self._selector.modify(process.channel, events, place)
 
-    def _running(self) -> list[int]:
-        return [place.number for place in self._places if place.process is not None]
-
     def _serving(self) -> list[int]:
         return [place.number for place in self._places if place.state.is_started]
 
@@ -266,6 +270,11 @@ class Supervisor:
         match message["type"]:
             case "cannot_start":
                 process.cannot_start = str(message["reason"])
+            case "built":
+                if self._changes.join(place.number, message["seen"]):
+                    self._send(place, {"type": "begin"})
+                else:
+                    self._send(place, {"type": "catch_up", **self._changes.state()})
             case "started":
                 process.is_started = True
                 place.started_s = time.monotonic()
@@ -285,6 +294,7 @@ class Supervisor:
                 )
             case "done":
                 self._changes.done(place.number, message, time.monotonic())
+                set_log_level(self._changes.log_level)
 
     def _answer(
         self, place: _Place, asker: WorkerProcess, number: int, failure: Failure | None
@@ -310,6 +320,7 @@ class Supervisor:
     # Processes that end
 
     def _look_at_processes(self, now_s: float) -> None:
+        limit_s = self._settings.worker_start_timeout_s
         for place in self._places:
             process = place.process
             if process is None:
@@ -318,6 +329,11 @@ class Supervisor:
             if code is not None:
                 self._ended(place, process, code, now_s)
             elif place.closed_s is not None and now_s - place.closed_s > EXIT_TIMEOUT_S:
+                process.kill()
+            elif not process.is_started and starts_too_long(now_s - place.spawned_s, limit_s):
+                process.cannot_start = (
+                    f"it does not serve after {limit_s:g} s; --worker-start-timeout-s allows more"
+                )
                 process.kill()
         if now_s < self._look_at_s:
             return
