@@ -29,6 +29,16 @@ dynamic_batching {
   priority_queue_policy { key: 2 value { max_queue_size: 40 } }
 }
 """
+STARVED = """
+max_batch_size: 1
+dynamic_batching {
+  priority_levels: 2
+  default_priority_level: 1
+  priority_queue_policy { key: 2 value { default_timeout_microseconds: 100000 } }
+}
+"""
+"""Calls of level 2 wait for a tenth of a second, at the most."""
+
 SLO = 'max_batch_size: 1\nparameters { key: "latency_slo_ms" value { string_value: "80" } }'
 
 
@@ -36,7 +46,12 @@ SLO = 'max_batch_size: 1\nparameters { key: "latency_slo_ms" value { string_valu
 def slow(request, tmp_path_factory, model_files):
     """A gateway whose models take `MODEL_S` for each request; what they ran is in `ran`."""
     root = tmp_path_factory.mktemp("models")
-    for name, config in (("plain", "max_batch_size: 1"), ("levels", LEVELS), ("slo", SLO)):
+    for name, config in (
+        ("plain", "max_batch_size: 1"),
+        ("levels", LEVELS),
+        ("starved", STARVED),
+        ("slo", SLO),
+    ):
         model_files.write_model(
             root,
             name,
@@ -219,6 +234,21 @@ def test_a_higher_priority_overtakes_and_its_level_is_not_full_of_others(slow, a
     assert slow.ran.index(99) < 20
     codes = [code(future) for future in low]
     assert codes.count(EXHAUSTED) == 60 - codes.count(grpc.StatusCode.OK) > 10
+
+
+def test_a_call_of_a_starved_level_is_answered_when_its_own_time_is_over(slow, ask):
+    slow.gate.clear()
+    ahead = [ask(i, "starved") for i in range(AHEAD)]  # two seconds of work
+    until(lambda: waiting(slow, "starved") == AHEAD - 1)
+    starved = ask(999, "starved", timeout_s=None, priority=2)
+    until(lambda: waiting(slow, "starved") == AHEAD)
+
+    slow.gate.set()
+
+    assert code(starved) is EXCEEDED
+    assert len(slow.ran) < AHEAD, "others have not been served before it was told"
+    assert {code(future) for future in ahead} == {grpc.StatusCode.OK}
+    assert 999 not in slow.ran
 
 
 def test_threads_that_wait_are_woken_after_a_queue_of_the_dead(slow, ask):

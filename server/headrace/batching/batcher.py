@@ -18,8 +18,9 @@ import structlog
 from headrace.batching.codel import Codel
 from headrace.batching.cost import BatchCost
 from headrace.batching.fair_queue import FairQueue
+from headrace.batching.lane import PATIENCE_S
 from headrace.batching.policy import BatchPolicy, LevelPolicy
-from headrace.batching.queue import PATIENCE_S, RequestQueue
+from headrace.batching.queue import RequestQueue
 from headrace.batching.waiting import Waiting
 from headrace.errors import DeadlineExceeded, Draining, Overloaded
 
@@ -153,7 +154,9 @@ class Batcher(Generic[RequestT]):
                 deadline_s = request.deadline_s
                 if deadline_s != math.inf and not queue.is_in_time(deadline_s, now_s):
                     self._refuse_if_late(request, now_s)
-                if not queue.add(request, now_s):
+                if not queue.add(request, now_s) and not (
+                    self._gives_up_overdue(now_s) and queue.add(request, now_s)
+                ):
                     self.refused_full += 1
                     raise Overloaded(queue.REFUSAL)
                 request.waits_in = self
@@ -165,6 +168,10 @@ class Batcher(Generic[RequestT]):
         finally:
             if self._untold:
                 self._tell(TOLD_BESIDE)
+
+    def binds(self, request: RequestT) -> bool:
+        """Say whether what a request says of its own timeout becomes a deadline in the queue."""
+        return self._queue.binds(request)
 
     def refuses(self, deadline_s: float, byte_count: int = 1) -> Overloaded | None:
         """
@@ -272,7 +279,9 @@ class Batcher(Generic[RequestT]):
                     queue.bind(request, now_s)
                 if request.deadline_s != math.inf:
                     self._refuse_if_late(request, now_s, parts)
-                if not queue.has_room(request, parts):
+                if not queue.has_room(request, parts) and not (
+                    self._gives_up_overdue(now_s) and queue.has_room(request, parts)
+                ):
                     self._refuse_for_want_of_room(queue.REFUSAL)
         finally:
             if self._untold:
@@ -373,6 +382,12 @@ class Batcher(Generic[RequestT]):
                 self.dropped += 1
                 self.shed += self._has_codel and request.is_shed
         self._untold += dropped
+
+    def _gives_up_overdue(self, now_s: float) -> bool:
+        """Make room of those whose own time is over; say whether there were any."""
+        overdue = self._queue.overdue(now_s)
+        self._give_up(overdue)
+        return bool(overdue)
 
     def _refuse_if_late(self, request: RequestT, now_s: float, parts: int = 1) -> None:
         if request.deadline_s <= now_s:

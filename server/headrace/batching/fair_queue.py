@@ -9,7 +9,6 @@ line-up when an executor comes, and those that it does not take go back. All oth
 line-up.
 """
 
-import heapq
 import itertools
 import math
 from collections.abc import Hashable, Iterable, Sequence
@@ -18,16 +17,11 @@ from typing import Final
 from headrace.batching.callers import Caller
 from headrace.batching.codel import Codel
 from headrace.batching.cost import BatchCost
+from headrace.batching.fronts import Fronts
+from headrace.batching.lane import PATIENCE_S, REQUEST, START_BY, Entry, Lane
 from headrace.batching.line_up import LineUp, rank_of
 from headrace.batching.policy import UNLIMITED, BatchPolicy, LevelPolicy
-from headrace.batching.queue import (
-    PATIENCE_S,
-    REQUEST,
-    START_BY,
-    Entry,
-    Lane,
-    RequestQueue,
-)
+from headrace.batching.queue import RequestQueue
 from headrace.batching.shares import Shares
 from headrace.batching.waiting import RequestT
 
@@ -79,8 +73,7 @@ class FairQueue(RequestQueue[RequestT]):
         self._max_queue_size = max_queue_size
         self._max_queue_bytes = max_queue_bytes
         self._line_ups: dict[Hashable, LineUp[RequestT]] = {}
-        # A place for each line-up's front; those of former fronts are passed over.
-        self._fronts: list[tuple[int, int, int, float, int, Hashable]] = []
+        self._order = Fronts(self._lanes, self._line_ups)
         self._shares: dict[int, Shares] = {}
         self._held: dict[Caller, tuple[int, int]] = {}  # requests and bytes that each has waiting
 
@@ -156,7 +149,7 @@ class FairQueue(RequestQueue[RequestT]):
         requests, byte_count = self._held.get(request.caller, (0, 0))
         self._held[request.caller] = requests + 1, byte_count + request.byte_count
         if is_head:
-            self._file(lane)
+            self._order.file(lane)
 
     def _left(self, lane: Lane[RequestT], entries: Sequence[Entry[RequestT]]) -> None:
         super()._left(lane, entries)
@@ -176,27 +169,6 @@ class FairQueue(RequestQueue[RequestT]):
 
     def _entries(self, lane: Lane[RequestT]) -> Iterable[Entry[RequestT]]:
         return itertools.chain(lane.entries, self._line_ups[lane.key])
-
-    def _file(self, lane: Lane[RequestT]) -> None:
-        line_up = self._line_ups[lane.key]
-        front = line_up.front()
-        if front is not None and front != line_up.filed:
-            line_up.filed = front
-            heapq.heappush(self._fronts, (*front, lane.key))
-
-    def _next_lane(self) -> Lane[RequestT] | None:
-        while self._fronts:
-            *filed, key = heapq.heappop(self._fronts)
-            line_up = self._line_ups.get(key)
-            if line_up is None or tuple(filed) != line_up.filed:  # gone, or filed anew since
-                continue
-            is_right = line_up.front() == line_up.filed
-            line_up.filed = None
-            lane = self._lanes[key]
-            if is_right:
-                return lane
-            self._file(lane)
-        return None
 
     def _drop_hopeless(self, lane: Lane[RequestT], now_s: float, dropped: list[RequestT]) -> int:
         """
@@ -237,6 +209,6 @@ class FairQueue(RequestQueue[RequestT]):
         line_up.settle(taken, lane.entries)
         lane.entries.clear()
         if line_up:
-            self._file(lane)
+            self._order.file(lane)
         else:
             del self._lanes[lane.key], self._line_ups[lane.key]

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Generic, TypeAlias
 
 from headrace.batching.callers import Caller
-from headrace.batching.queue import DUE, LEVEL, NUMBER, REQUEST, Entry
+from headrace.batching.lane import DUE, LEVEL, NUMBER, REQUEST, Entry
+from headrace.batching.places import SPARE_PLACES, prune
 from headrace.batching.shares import Share, Shares
 from headrace.batching.waiting import RequestT
 
@@ -175,15 +176,17 @@ class LineUp(Generic[RequestT]):
 
     def _push(self, line: _Line[RequestT]) -> None:
         line.filed = turn = line.turn
-        heapq.heappush(self._heap, (*turn, line.entries[0][NUMBER], line))
+        heap = self._heap
+        heapq.heappush(heap, (*turn, line.entries[0][NUMBER], line))
+        if len(heap) > 2 * len(self._lines) + SPARE_PLACES:
+            prune(heap, _counts)
 
     def _first(self) -> _Line[RequestT] | None:
         """Return the line whose turn it is; it is at the top of the heap."""
         heap = self._heap
         while heap:
-            *turn, _, line = heap[0]
-            own = line.turn
-            if not line.entries or tuple(turn) != line.filed:  # gone, or filed anew since
+            line, own = heap[0][-1], heap[0][-1].turn
+            if not _counts(heap[0]):
                 heapq.heappop(heap)
             elif own != line.filed:  # charged since
                 line.filed = own
@@ -191,3 +194,9 @@ class LineUp(Generic[RequestT]):
             else:
                 return line
         return None
+
+
+def _counts(place: tuple[int, int, int, int, _Line[Any]]) -> bool:
+    """Say whether a line is not gone, and was not filed anew since."""
+    line = place[-1]
+    return bool(line.entries) and place[:3] == line.filed

@@ -8,73 +8,36 @@ Order: by priority level, in a level by when a request is due (earliest deadline
 times by arrival. Requests share a batch only with those of the same `batch_key`, which have a lane.
 """
 
-import heapq
 import itertools
 import math
 from bisect import bisect_left, insort
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, Final, Generic, NamedTuple
+from typing import Generic
 
 from headrace.batching.codel import Codel
 from headrace.batching.cost import BatchCost
+from headrace.batching.heads import Heads, LaneOrder
+from headrace.batching.lane import (
+    LEVEL,
+    NUMBER,
+    PATIENCE_S,
+    REQUEST,
+    START_BY,
+    Entry,
+    Lane,
+    Taken,
+    rows_behind,
+)
+from headrace.batching.limits import Limits
 from headrace.batching.policy import BatchPolicy, LevelPolicy
 from headrace.batching.standing import Standing
 from headrace.batching.waiting import RequestT
 
-PATIENCE_S = 1.0
-"""
-A request without a deadline, or with a later one, has its turn as if it were due after so long:
-whoever asks with a short deadline goes first, and nobody waits for ever.
-"""
-
-
 SPARE_S = 0.002
 """So long before its last moment a request waits for company no more: waking takes a while."""
 
-_NONE = -1
-
-Entry = tuple[int, float, int, float, RequestT]
-"""
-A request in line: its level, when it is due, its number, until when it waits for a batch under its
-level's policy, itself. A plain tuple: one is made for each request. They sort by the first three,
-and no two numbers are equal. Times are Unix seconds.
-"""
-
-LEVEL: Final = 0
-DUE: Final = 1
-NUMBER: Final = 2
-START_BY: Final = 3
-REQUEST: Final = 4
-
 _rows, _byte_count = attrgetter("rows"), attrgetter("byte_count")
-
-
-@dataclass(slots=True)
-class Lane(Generic[RequestT]):
-    """Requests that may share a batch, in the order in which they go."""
-
-    key: Hashable
-    entries: list[Entry[RequestT]] = field(default_factory=list)
-    rows: int = 0
-    filed: int = _NONE
-    """Number of the head that was filed last, while it has its place among the heads."""
-
-
-class Taken(NamedTuple, Generic[RequestT]):
-    """
-    What an executor gets.
-
-    Args:
-        batch: Requests of one lane; none when nothing may leave yet.
-        dropped: Those that were passed over, and have left the queue.
-        wait_s: How long to wait for more when `batch` is empty; None for as long as it takes.
-    """
-
-    batch: list[RequestT]
-    dropped: list[RequestT]
-    wait_s: float | None
 
 
 class RequestQueue(Generic[RequestT]):
@@ -121,21 +84,27 @@ class RequestQueue(Generic[RequestT]):
         self.executors = executors
         self._counts = [0] * (len(levels) + 1)
         self._lanes: dict[Hashable, Lane[RequestT]] = {}
-        # A place for each lane's head; those of former heads are passed over.
-        self._heads: list[tuple[int, float, int, Hashable]] = []
+        self._order: LaneOrder[RequestT] = Heads(self._lanes)
         self._numbers = itertools.count()
         self._last_rows = 0
         self._takes_everything = policy.takes_everything
         self._is_plain = len(levels) == 1 and levels[0] == LevelPolicy()
+        # Where nothing but deadlines counts, whoever's time is over has his turn soon.
+        self._has_limits = not (self._is_plain and self.is_impartial)
+        self._limits: Limits[RequestT] = Limits()
 
     def level_of(self, request: RequestT) -> int:
         """Return the level at which a request waits; Source: Triton, `InferenceRequest`."""
         given = request.priority
         return given if 1 <= given <= len(self._levels) else self._default_level
 
+    def binds(self, request: RequestT) -> bool:
+        """Say whether `bind` gives a request a deadline; may be called by any thread."""
+        return bool(request.timeout_s) and not self._is_delayed(self.level_of(request))
+
     def bind(self, request: RequestT, now_s: float) -> None:
         """Make what a request says of its own timeout a part of its deadline, where it counts."""
-        if request.timeout_s and not self._levels[self.level_of(request) - 1].is_delayed:
+        if self.binds(request):
             request.deadline_s = min(request.deadline_s, now_s + request.timeout_s)
 
     def finish_s(self, request: RequestT, now_s: float, free_in_s: float) -> float:
@@ -175,7 +144,7 @@ class RequestQueue(Generic[RequestT]):
         cost, most = self._cost, self._policy.max_batch_size
         ahead, last = 0, 1
         for lane in lanes:
-            ahead = lane.rows - _rows_behind(lane, self._default_level, deadline_s, now_s)
+            ahead = lane.rows - rows_behind(lane, self._default_level, deadline_s, now_s)
         before = ahead // most if most else ahead
         if most:
             if free_in_s or before:
@@ -241,17 +210,29 @@ class RequestQueue(Generic[RequestT]):
             del self._lanes[lane.key]
         return True
 
+    def overdue(self, now_s: float) -> list[RequestT]:
+        """
+        Take out those whose own time is over, be it by their deadline or by their level's policy.
+
+        Where nothing but deadlines counts they are left to `take`: their turn comes soon.
+        """
+        gone = self._limits.over(now_s)
+        for request in gone:
+            self.remove(request)
+        return gone
+
     def sweep(self, now_s: float) -> list[RequestT]:
         """Take out every request that has expired. Walks the whole queue."""
-        gone = [
+        gone = self.overdue(now_s)
+        expired = [
             request
             for lane in self._lanes.values()
             for *_, request in self._entries(lane)
             if request.expired(now_s)
         ]
-        for request in gone:
+        for request in expired:
             self.remove(request)
-        return gone
+        return gone + expired
 
     def _entries(self, lane: Lane[RequestT]) -> Iterable[Entry[RequestT]]:
         """Return all of a lane's, in any order."""
@@ -265,7 +246,7 @@ class RequestQueue(Generic[RequestT]):
             now_s: Unix seconds.
             arrived_before_s: Now, on the clock of `arrival_s`; infinite to wait for no company.
         """
-        dropped: list[RequestT] = []
+        dropped: list[RequestT] = self.overdue(now_s) if self._has_limits else []
         standing = self._standing
         if standing is not None:
             self._shed(standing, now_s, dropped)
@@ -284,7 +265,7 @@ class RequestQueue(Generic[RequestT]):
         held: list[Lane[RequestT]] = []
         batch: list[RequestT] = []
         wait_s: float | None = None
-        while not batch and (lane := self._next_lane()) is not None:
+        while not batch and (lane := self._order.pop()) is not None:
             most = self._drop_hopeless(lane, now_s, dropped)
             if not lane.entries:
                 self._settle(lane)
@@ -333,7 +314,7 @@ class RequestQueue(Generic[RequestT]):
             insort(entries, entry)
         self._came(lane, entry)
         if entries[0] is entry:
-            self._file(lane)
+            self._order.file(lane)
 
     def _came(self, lane: Lane[RequestT], entry: Entry[RequestT]) -> None:
         """Count a request in that was put into its lane."""
@@ -342,15 +323,26 @@ class RequestQueue(Generic[RequestT]):
         self.rows += request.rows
         self.count += 1
         self.byte_count += request.byte_count
-        if not self._is_plain:
-            self._counts[entry[LEVEL]] += 1
+        if self._has_limits:
+            level, _, number, limit_s, _ = entry
+            if not self._is_plain:
+                self._counts[level] += 1
+                if limit_s != math.inf and self._is_delayed(level):
+                    limit_s = math.inf
+            limit_s = min(limit_s, request.deadline_s)
+            if limit_s != math.inf:
+                self._limits.came(number, limit_s, request)
+
+    def _is_delayed(self, level: int) -> bool:
+        """Say whether one that has waited as long as its level allows goes last, and is kept."""
+        return self._levels[level - 1].is_delayed
 
     def _rows_ahead(self, request: RequestT, now_s: float) -> int:
         """Return how many rows go before a request's own, about, if it is added now."""
         lane = self._lanes.get(request.batch_key)
         if lane is None:
             return self.rows
-        return self.rows - _rows_behind(lane, self.level_of(request), request.deadline_s, now_s)
+        return self.rows - rows_behind(lane, self.level_of(request), request.deadline_s, now_s)
 
     def _shed(self, standing: Standing[RequestT], now_s: float, dropped: list[RequestT]) -> None:
         """Drop those who have waited too long, while the queue stands; a batch is always left."""
@@ -366,41 +358,20 @@ class RequestQueue(Generic[RequestT]):
             dropped += whole
 
     def _put_back(self, lane: Lane[RequestT]) -> None:
-        """Note that nothing leaves a lane now that `_next_lane` returned."""
+        """Note that nothing leaves a lane now that was taken out of the order."""
 
     def _settle(self, lane: Lane[RequestT], taken: Sequence[Entry[RequestT]] = ()) -> None:  # noqa: ARG002 a fair queue asks
         """
-        Give a lane its place among the others again, if it has any left, after `_next_lane`.
+        Give a lane that was taken out its place among the others again, if anybody is left.
 
         Args:
             lane: Theirs.
             taken: Entries that were taken out of it to be served.
         """
         if lane.entries:
-            self._file(lane)
+            self._order.file(lane)
         else:
             del self._lanes[lane.key]
-
-    def _file(self, lane: Lane[RequestT]) -> None:
-        level, due_s, number, _, _ = lane.entries[0]
-        if number == lane.filed:
-            return
-        lane.filed = number
-        heapq.heappush(self._heads, (level, due_s, number, lane.key))
-
-    def _next_lane(self) -> Lane[RequestT] | None:
-        """Pop the lane whose head goes first."""
-        while self._heads:
-            _, _, number, key = heapq.heappop(self._heads)
-            lane = self._lanes.get(key)
-            if lane is not None:
-                head = lane.entries[0][NUMBER]
-                if head == number:
-                    lane.filed = _NONE
-                    return lane
-                if head != lane.filed:
-                    self._file(lane)
-        return None
 
     def _drop_hopeless(self, lane: Lane[RequestT], now_s: float, dropped: list[RequestT]) -> int:
         """
@@ -451,7 +422,7 @@ class RequestQueue(Generic[RequestT]):
         """Let go of a request that was taken out of its lane, or put it behind the others."""
         self._left(lane, (entry,))
         level, _, number, _, request = entry
-        if self._levels[level - 1].is_delayed and not request.expired(soonest_s):
+        if self._is_delayed(level) and not request.expired(soonest_s):
             self._insert((level, math.inf, number, math.inf, request))
         else:
             dropped.append(request)
@@ -466,9 +437,12 @@ class RequestQueue(Generic[RequestT]):
         self.byte_count -= sum(map(_byte_count, requests))
         for request in requests:  # it leads back here: references alone would not free it
             request.place = None
-        if not self._is_plain:
-            for entry in entries:
-                self._counts[entry[LEVEL]] -= 1
+        if self._has_limits:
+            if not self._is_plain:
+                for entry in entries:
+                    self._counts[entry[LEVEL]] -= 1
+            if self._limits:
+                self._limits.left([entry[NUMBER] for entry in entries])
         if self._standing is not None:
             for entry in entries:
                 self._standing.left(entry[NUMBER])
@@ -513,11 +487,3 @@ class RequestQueue(Generic[RequestT]):
             self._pass_over(lane, entry, soonest_s, dropped)
         self._last_rows = rows
         return [entry[REQUEST] for entry in taken]
-
-
-def _rows_behind(lane: Lane[Any], level: int, deadline_s: float, now_s: float) -> int:
-    """Count the rows of a lane that a request would overtake: exact where all have one."""
-    entries, place = lane.entries, (level, min(deadline_s, now_s + PATIENCE_S))
-    if place >= entries[-1][:2]:
-        return 0
-    return lane.rows * (len(entries) - bisect_left(entries, place)) // len(entries)

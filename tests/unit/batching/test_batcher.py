@@ -10,7 +10,7 @@ import structlog
 
 from headrace.batching.batcher import TELLING_SHARE, TOLD_AT_ONCE, TOLD_BESIDE, Batcher
 from headrace.batching.codel import Codel
-from headrace.batching.policy import BatchPolicy
+from headrace.batching.policy import BatchPolicy, LevelPolicy
 from headrace.errors import Draining, Overloaded
 
 
@@ -414,3 +414,17 @@ def test_who_waited_too_long_in_a_queue_that_stands_is_given_up_and_counted():
 
     assert batcher.shed == batcher.dropped == sum(caller.drops for caller in callers) == 48
     assert all(caller.is_shed for caller in callers if caller.drops)
+
+
+def test_a_level_is_not_full_of_those_whose_time_is_over():
+    levels = [LevelPolicy(), LevelPolicy(max_queue_size=1, timeout_s=0.001)]
+    batcher = Batcher(BatchPolicy(1), max_queue_size=8, levels=levels)
+    starved, newcomer = Caller("starved", priority=2), Caller("newcomer", priority=2)
+    batcher.put(Caller("first", priority=1))
+    batcher.put(starved)
+    time.sleep(0.01)  # at least: its time is over
+
+    batcher.put(newcomer)
+
+    assert starved.drops == 1
+    assert (batcher.dropped, len(batcher)) == (1, 2)

@@ -11,6 +11,7 @@ import itertools
 import math
 import random
 import threading
+from bisect import bisect_right
 from queue import Empty
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from headrace import carrying
 from headrace.batching import batcher as batcher_module
 from headrace.batching.batcher import Batcher
 from headrace.batching.codel import Codel
+from headrace.batching.places import SPARE_PLACES
 from headrace.batching.policy import BatchPolicy, LevelPolicy
 from headrace.carrying import BatchCarrier
 from headrace.errors import BackendError, ServingError
@@ -94,7 +96,16 @@ def virtual(monkeypatch):
 class Caller(Request):
     """Sends rows that nobody else sends, and keeps what it is told for `check_end`."""
 
-    __slots__ = ("answers", "has_begun", "has_left", "is_poison", "number", "tell", "values")
+    __slots__ = (
+        "answers",
+        "has_begun",
+        "has_left",
+        "is_poison",
+        "limit_s",
+        "number",
+        "tell",
+        "values",
+    )
 
     def __init__(self, number, numbers, size, tell):
         rows = numbers.choice((1, 1, 1, 2, 4, size, ROWS_MAX if numbers.random() < 0.3 else 1))
@@ -115,6 +126,7 @@ class Caller(Request):
         self.timeout_s = numbers.choice((0.0, 0.0, 0.0, 0.02))
         self.caller = numbers.choice("aaab")
         self.has_left = self.has_begun = False
+        self.limit_s = math.inf
         self.answers, self.tell = [], tell
 
     def expired(self, now_s):
@@ -166,7 +178,7 @@ class World:
         self.policy = BatchPolicy(self.size, numbers.choice((0.0, 0.0, 0.004, 0.04)))
         executors, self.overlapping = numbers.choice((1, 1, 2, 3)), numbers.choice((0, 0, 1, 2))
         self.executors = range(executors + self.overlapping)
-        levels = [
+        self.levels = [
             LevelPolicy(
                 numbers.choice((0, 12)),
                 numbers.choice((math.inf, 0.03)),
@@ -180,7 +192,7 @@ class World:
             self.policy,
             max_queue_size=numbers.choice((8, 64, 1_000)),
             max_queue_bytes=numbers.choice((80, 1_000)),
-            levels=levels,
+            levels=self.levels,
             executors=executors,
             overlapping=self.overlapping,
             is_fair=is_fair,
@@ -205,7 +217,11 @@ class World:
         self.resting = {}  # by executor: until when, at most
         self.idle_at_s = -math.inf
         self.callers = []
-        self.shed_beside_idle = self.shed_begun = 0
+        self.shed_beside_idle = self.shed_begun = self.told_late = 0
+        # Where nothing but deadlines counts, whose time is over has his turn soon, if not next.
+        self.has_limits = is_fair or self.levels != [LevelPolicy()]
+        self.taken_s = []
+        self.most_lanes = self.most_waiting = 0
         self.runs = 0
 
     def at(self, when_s, what, *about):
@@ -226,6 +242,7 @@ class World:
             what(*about)
             self.wake()
             self.check_idle()
+            self.check_size()
         self.check_end(arrivals)
 
     def arrive(self, number):
@@ -237,14 +254,27 @@ class World:
                 self.put(caller)
             except ServingError as refused:
                 error = refused
+        queue = self.batcher._queue
+        self.most_waiting = max(self.most_waiting, len(self.batcher))
+        self.most_lanes = max(self.most_lanes, len(queue._lanes))
         if error is not None:
             caller.fail(error)
         elif self.numbers.random() < 0.2:
             when_s = CLOCK.now_s + self.numbers.expovariate(1 / 0.01)
             self.at(when_s, self.leave, caller, self.numbers.random() < 0.5)
 
+    def limit_of(self, caller):
+        """Return when the time of one is over that is put now."""
+        limit_s, level = math.inf, self.levels[self.batcher._queue.level_of(caller) - 1]
+        if not level.is_delayed:
+            limit_s = level.timeout_s
+            if caller.timeout_s:
+                limit_s = min(limit_s, caller.timeout_s)
+        return min(caller.deadline_s, CLOCK.now_s + limit_s)
+
     def put(self, caller):
         """Put it as `ServedModel` does."""
+        caller.limit_s = self.limit_of(caller)
         if caller.rows <= self.size:
             self.batcher.put(caller)
             return
@@ -266,6 +296,9 @@ class World:
         was_busy = CLOCK.now_s - self.idle_at_s >= self.INTERVAL_S - 1e-9
         self.shed_beside_idle += caller.is_shed and not was_busy
         self.shed_begun += caller.is_shed and caller.has_begun
+        if self.has_limits and not caller.has_begun:  # one that runs ends with its batch
+            after = bisect_right(self.taken_s, caller.limit_s)
+            self.told_late += any(taken_s < CLOCK.now_s for taken_s in self.taken_s[after:])
 
     def go_on(self, executor):
         """Let an executor take, as its thread would."""
@@ -277,6 +310,7 @@ class World:
             self.rest(executor, math.inf if rests.timeout_s is None else rests.timeout_s)
             return
         assert batch, "only a closed batcher hands out nothing"
+        self.taken_s.append(CLOCK.now_s)
         self.check_batch(batch)
         rows = sum(request.rows for request in batch)
         fixed_s, per_row_s = self.true_cost
@@ -336,6 +370,13 @@ class World:
         for lane in self.batcher._queue._lanes.values():
             assert lane.rows < self.size, "an idle executor beside a full batch"
 
+    def check_size(self):
+        """Check that what the queue holds grows with those who wait, not with who has waited."""
+        queue = self.batcher._queue
+        assert len(queue._order) <= 2 * self.most_lanes + SPARE_PLACES
+        assert len(queue._limits._heap) <= 2 * self.most_waiting + SPARE_PLACES
+        assert len(queue._limits._waiting) <= len(self.batcher)
+
     def check_end(self, arrivals):
         assert len(self.callers) == arrivals
         for caller in self.callers:
@@ -345,6 +386,7 @@ class World:
             assert isinstance(answer, ServingError) or not caller.is_poison
             assert "internal" not in str(answer)
         assert not self.shed_begun, "nobody is shed of whom a part has run"
+        assert not self.told_late, "whose time is over is told when a batch is taken next"
         assert not self.shed_beside_idle, "nobody is shed where an executor had nothing to do"
         queue = self.batcher._queue
         assert queue.count == queue.rows == queue.byte_count == 0

@@ -8,8 +8,9 @@ import pytest
 from headrace.batching.codel import Codel
 from headrace.batching.cost import BatchCost
 from headrace.batching.fair_queue import FairQueue
+from headrace.batching.lane import PATIENCE_S
 from headrace.batching.policy import BatchPolicy, LevelPolicy
-from headrace.batching.queue import PATIENCE_S, RequestQueue
+from headrace.batching.queue import RequestQueue
 
 ONE_LEVEL = (LevelPolicy(),)
 KINDS = pytest.mark.parametrize("kind", [RequestQueue, FairQueue], ids=["plain", "fair"])
@@ -331,3 +332,108 @@ def test_a_lane_whose_head_leaves_keeps_its_turn():
 
     assert [names(waiting.take(0).batch) for _ in range(2)] == ["a", "b"]
     assert not waiting.take(0).batch
+
+
+LEVEL_2 = LevelPolicy(max_queue_size=1)
+
+
+@KINDS
+def test_where_others_always_go_first_what_is_noted_does_not_grow_with_the_batches(kind):
+    waiting = kind(BatchPolicy(4), BatchCost(), [LevelPolicy()] * 2)
+    for step in range(1_000):
+        waiting.add(Caller("b", priority=2), step)
+        waiting.add(Caller("a", priority=1), step)
+        assert names(waiting.take(step).batch) == "ab"
+        assert len(waiting._order) < 100
+
+
+@KINDS
+def test_nor_with_those_who_came_and_left_behind_them(kind):
+    waiting = kind(BatchPolicy(4), BatchCost(), [LevelPolicy()] * 2)
+    waiting.add(Caller("a", priority=1), 0)
+    for step in range(1_000):
+        leaving = Caller("b", 9_000 - step, priority=2)
+        waiting.add(leaving, 0)
+        assert waiting.remove(leaving)
+
+    assert len(waiting._order) < 100
+    assert len(waiting._limits._heap) < 100
+    for line_up in getattr(waiting, "_line_ups", {}).values():
+        assert len(line_up._heap) < 100
+    assert names(waiting.take(0).batch) == "a"
+
+
+@KINDS
+@pytest.mark.parametrize("key", ["x", "y"], ids=["in their lane", "in another lane"])
+@pytest.mark.parametrize(
+    ("level", "due", "timeout_s"),
+    [
+        pytest.param(LEVEL_2._replace(timeout_s=1.0), math.inf, 0.0, id="by its level"),
+        pytest.param(
+            LEVEL_2._replace(timeout_s=9.0, may_override=True), math.inf, 1.0, id="by its timeout"
+        ),
+        pytest.param(LEVEL_2, 1.0, 0.0, id="by its deadline"),
+        pytest.param(LEVEL_2._replace(is_delayed=True), 1.0, 0.0, id="by its deadline, delayed"),
+    ],
+)
+def test_whose_time_is_over_waits_no_longer_although_others_always_go_first(
+    kind, key, level, due, timeout_s
+):
+    waiting = kind(BatchPolicy(1), BatchCost(), [LevelPolicy(), level])
+    waiting.add(Caller("b", due, priority=2, key=key, timeout_s=timeout_s), 0.0)
+    given_up = {}
+    for now_s in (0.5, 1.0, 1.5, 2.0):
+        for _ in range(2):
+            waiting.add(Caller("a", priority=1), now_s)
+        taken = waiting.take(now_s)
+        assert names(taken.batch) == "a"
+        given_up[now_s] = names(taken.dropped)
+
+    assert given_up == {0.5: "", 1.0: "", 1.5: "b", 2.0: ""}
+    assert waiting.add(Caller("c", priority=2), 2.0), "its level has room again"
+
+
+@KINDS
+def test_who_is_only_put_behind_the_others_of_his_level_is_kept(kind):
+    level = LevelPolicy(timeout_s=1.0, is_delayed=True)
+    waiting = kind(BatchPolicy(1), BatchCost(), [LevelPolicy(), level])
+    waiting.add(Caller("b", priority=2), 0.0)
+    waiting.add(Caller("a", priority=1), 5.0)
+
+    assert [names(waiting.take(5.0).batch) for _ in range(2)] == ["a", "b"]
+
+
+def test_whose_level_s_time_is_over_waits_no_longer_behind_earlier_deadlines():
+    waiting = queue(Caller("p"), levels=[LevelPolicy(timeout_s=0.3)], size=1)
+    for now_s, given_up in ((0.2, ""), (0.4, "p")):
+        for _ in range(2):
+            waiting.add(Caller("h", now_s + 0.5), now_s)
+        taken = waiting.take(now_s)
+        assert (names(taken.batch), names(taken.dropped)) == ("h", given_up)
+
+
+@KINDS
+def test_a_sweep_takes_out_whose_level_s_time_is_over(kind):
+    levels = [LevelPolicy(timeout_s=1.0), LevelPolicy(timeout_s=1.0, is_delayed=True)]
+    waiting = kind(BatchPolicy(1), BatchCost(), levels)
+    for name, due, priority in (("a", math.inf, 1), ("b", 1.0, 2), ("c", math.inf, 2)):
+        waiting.add(Caller(name, due, priority=priority), 0.0)
+
+    assert names(waiting.sweep(0.9)) == ""
+    assert sorted(names(waiting.sweep(1.1))) == ["a", "b"]
+    assert (waiting.count, waiting.rows) == (1, 1)
+
+
+@KINDS
+def test_a_request_in_parts_whose_time_is_over_leaves_with_all_of_them(kind):
+    levels = [LevelPolicy(), LevelPolicy(timeout_s=1.0)]
+    waiting = kind(BatchPolicy(1), BatchCost(), levels)
+    whole = split(*[Part("p", priority=2) for _ in range(3)])
+    assert waiting.add_all(whole, 0.0)
+    for _ in range(2):
+        waiting.add(Caller("a", priority=1), 2.0)
+
+    taken = waiting.take(2.0)
+
+    assert (names(taken.batch), names(taken.dropped)) == ("a", "ppp")
+    assert waiting.count == 1

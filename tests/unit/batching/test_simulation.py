@@ -14,11 +14,15 @@ import pytest
 from headrace.batching.codel import Codel
 from headrace.batching.cost import BatchCost
 from headrace.batching.fair_queue import FairQueue
+from headrace.batching.places import SPARE_PLACES
 from headrace.batching.policy import BatchPolicy, LevelPolicy
 from headrace.batching.queue import RequestQueue
 
 QUEUES = pytest.mark.parametrize("kind", [RequestQueue, FairQueue], ids=["plain", "fair"])
 CODEL = pytest.mark.parametrize("has_codel", [False, True], ids=["", "codel"])
+
+LINES_MAX = 2 * 2 * 3
+"""Of one shape: two callers, each with requests in turn and delayed, on three levels."""
 
 
 class LimitedFairQueue(FairQueue):
@@ -58,7 +62,7 @@ class World:
         self.size = numbers.choice((1, 4, 8))
         self.policy = BatchPolicy(self.size, numbers.choice((0.0, 0.0, 0.005)))
         self.executors = numbers.choice((1, 1, 2, 3))
-        levels = [
+        self.levels = [
             LevelPolicy(
                 numbers.choice((0, 3)),
                 numbers.choice((math.inf, 0.03)),
@@ -67,9 +71,11 @@ class World:
             )
             for _ in range(numbers.choice((1, 3)))
         ]
+        # Where nothing but deadlines counts, whose time is over has his turn soon, if not next.
+        self.is_plain = self.levels == [LevelPolicy()] and kind is RequestQueue
         self.cost = BatchCost()
         codel = Codel(numbers.choice((0.005, 0.03)), 0.02) if has_codel else None
-        self.queue = kind(self.policy, self.cost, levels, 1, self.executors, codel)
+        self.queue = kind(self.policy, self.cost, self.levels, 1, self.executors, codel)
         self.true_cost = numbers.uniform(0.001, 0.03), numbers.uniform(0, 0.004)
         self.now_s, self.events, self.ties = 100.0, [], 0
         self.busy = 0
@@ -77,6 +83,7 @@ class World:
         self.wake_s = math.inf
         self.answers = Counter()
         self.waiting = set()
+        self.most_lanes = self.most_waiting = 0
 
     def at(self, when_s, what, *about):
         self.ties += 1
@@ -91,11 +98,13 @@ class World:
             self.now_s, _, what, about = heapq.heappop(self.events)
             what(*about)
             self.dispatch()
+            self.check_size()
         assert self.answers == Counter(range(arrivals)), "each caller gets exactly one answer"
         assert not self.waiting
         assert self.queue.count == self.queue.rows == self.queue.byte_count == 0
         assert not self.queue._lanes
         assert not any(self.queue._counts)
+        assert not self.queue._limits._waiting
         if isinstance(self.queue, FairQueue):
             assert not self.queue._line_ups
             assert not self.queue._held
@@ -117,8 +126,21 @@ class World:
             self.answers[number] += 1
             return
         self.waiting.add(caller)
+        self.most_waiting = max(self.most_waiting, len(self.waiting))
+        self.most_lanes = max(self.most_lanes, len(self.queue._lanes))
+        caller.limit_s = self.limit_s(caller)
         if self.numbers.random() < 0.2:
             self.at(self.now_s + self.numbers.expovariate(1 / 0.01), self.leave, caller)
+
+    def limit_s(self, caller):
+        """Return when its time is over; it has just been added."""
+        level = self.levels[self.queue.level_of(caller) - 1]
+        if level.is_delayed:
+            return caller.deadline_s
+        timeout_s = level.timeout_s
+        if caller.timeout_s and level.may_override:
+            timeout_s = min(timeout_s, caller.timeout_s)
+        return min(caller.deadline_s, self.now_s + timeout_s)
 
     def leave(self, caller):
         """Notice that a caller has left, at once or when its turn comes."""
@@ -133,6 +155,8 @@ class World:
             for caller in taken.dropped:
                 self.answers[caller.number] += 1
                 self.waiting.remove(caller)
+            for caller in () if self.is_plain else self.waiting - set(taken.batch):
+                assert caller.limit_s >= self.now_s, "nobody waits on whose time was over"
             if not taken.batch:
                 if self.queue.count:
                     assert taken.wait_s is not None, "an idle executor beside what may leave"
@@ -140,6 +164,16 @@ class World:
                     self.at(self.now_s + taken.wait_s + 1e-9, lambda: None)
                 return
             self.begin(taken.batch)
+
+    def check_size(self):
+        """Check that what the queue holds grows with those who wait, not with who has waited."""
+        queue = self.queue
+        assert len(queue._order) <= 2 * self.most_lanes + SPARE_PLACES
+        assert len(queue._limits._heap) <= 2 * self.most_waiting + SPARE_PLACES
+        assert len(queue._limits._waiting) <= len(self.waiting)
+        if isinstance(queue, FairQueue):
+            for line_up in queue._line_ups.values():
+                assert len(line_up._heap) <= 2 * LINES_MAX + SPARE_PLACES
 
     def begin(self, batch):
         rows = sum(caller.rows for caller in batch)
