@@ -124,22 +124,7 @@ class VersionLoader:
             *(config.name, inputs, config.outputs, config.max_batch_size, config.max_request_rows)
         )
         metrics = self._metrics.model(config.name, str(version.number))
-        batcher: Batcher[Request] = Batcher(
-            BatchPolicy(
-                config.max_batch_size,
-                config.max_queue_delay_s,
-                config.preferred_batch_sizes,
-                config.allowed_batch_sizes,
-            ),
-            max_queue_size=self._queue_sizes(config)[0],
-            max_queue_bytes=self._settings.max_queue_bytes,
-            levels=[LevelPolicy(*level) for level in config.queue_levels],
-            default_level=config.default_priority_level,
-            executors=executor_count(config),
-            overlapping=overlapping_count(config),
-            is_fair=self._settings.caller_header is not None,
-            codel=None if config.queue_control is None else Codel(*config.queue_control),
-        )
+        batcher = self._batcher(config)
         order = self._order(config, version.number)
         served = ServedModel(
             name=config.name,
@@ -186,6 +171,24 @@ class VersionLoader:
         levels = config.queue_levels
         own = [level.max_queue_size for level in levels if level.max_queue_size]
         return [max_queue_size(levels) or self._settings.max_queue_size, *own]
+
+    def _batcher(self, config: ModelConfig) -> Batcher[Request]:
+        return Batcher(
+            BatchPolicy(
+                config.max_batch_size,
+                config.max_queue_delay_s,
+                config.preferred_batch_sizes,
+                config.allowed_batch_sizes,
+            ),
+            max_queue_size=self._queue_sizes(config)[0],
+            max_queue_bytes=self._settings.max_queue_bytes,
+            levels=[LevelPolicy(*level) for level in config.queue_levels],
+            default_level=config.default_priority_level,
+            executors=executor_count(config),
+            overlapping=overlapping_count(config),
+            is_fair=self._settings.caller_header is not None,
+            codel=None if config.queue_control is None else Codel(*config.queue_control),
+        )
 
     def _order(self, config: ModelConfig, version: int) -> ReplyOrder | None:
         if not config.preserve_ordering:

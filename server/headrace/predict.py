@@ -197,7 +197,7 @@ class ServedModel:
         if (
             self._latency_slo_s is not None
             and request.deadline_s == math.inf
-            and not request.timeout_s
+            and not (request.timeout_s and self._batcher.binds(request))
         ):
             request.deadline_s = time.time() + self._latency_slo_s
         if self._order is not None:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from headrace.backends.stub import StubBackend
 from headrace.batching.batcher import Batcher
+from headrace.batching.lane import PATIENCE_S
 from headrace.batching.policy import BatchPolicy, LevelPolicy
-from headrace.batching.queue import PATIENCE_S
 from headrace.errors import BackendError, DeadlineExceeded, Draining, InvalidTensor, Overloaded
 from headrace.monitoring.records import from_wire, to_wire
 from headrace.predict import ServedModel
