@@ -23,6 +23,8 @@ DRIVER = ("driver_id", "driver_id", ValueType.INT64)
 VIEW = ViewSource("v", (DRIVER,), (FeatureSource("f", ValueType.FLOAT),))
 PLAN = compile_plan("service", "demo", "1", [VIEW])
 FULL = (1, 2, 3, 4)
+A_WHILE_S = 0.2
+"""To see that nothing happens: what is asserted then fails seldom rather than wrongly."""
 
 
 class Caller(Request):
@@ -97,9 +99,9 @@ class Served:
         self.model.submit(caller)
         return caller
 
-    def has_asked(self):
+    def has_asked(self, within_s=10.0):
         """Say whether a batch more is with the store, soon."""
-        return self.store.entered.acquire(timeout=0.2)
+        return self.store.entered.acquire(timeout=within_s)
 
     def learn(self):
         """Answer a batch, so that what takes longer is known; then hold the store."""
@@ -142,7 +144,7 @@ def test_what_could_grow_waits_for_company_until_the_executor_is_free(start):
     callers = [served.ask(*FULL), served.ask(5, 6)]
 
     assert served.has_asked()
-    assert not served.has_asked()
+    assert not served.has_asked(A_WHILE_S)
 
     served.store.gate.set()
     assert all(caller.answered.wait(5) for caller in callers)
@@ -154,7 +156,7 @@ def test_beside_a_model_that_takes_longer_than_its_features_nothing_is_read_ahea
     callers = [served.ask(*FULL), served.ask(5, 6, 7, 8)]
 
     assert served.has_asked()
-    assert not served.has_asked()
+    assert not served.has_asked(A_WHILE_S)
 
     served.store.gate.set()
     assert all(caller.answered.wait(5) for caller in callers)
