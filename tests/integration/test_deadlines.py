@@ -18,6 +18,12 @@ MODEL_S = 0.02
 AHEAD, LATE_S = 100, 1.2
 """Two seconds of work in the queue, and a deadline that would be behind it."""
 
+LEFT_WITHIN_S = 2.0
+"""
+The issue says 0.1 s, which a thousand cancellations alone may take on a busy machine: caller and
+server are one process here. The model could run a hundred of the requests meanwhile.
+"""
+
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 EXCEEDED = grpc.StatusCode.DEADLINE_EXCEEDED
 
@@ -204,24 +210,30 @@ def test_a_model_s_latency_objective_is_the_budget_of_callers_without_a_deadline
     assert refused.refused_late + refused.dropped >= 6
 
 
+@pytest.mark.alone
 def test_a_thousand_callers_who_leave_are_out_of_the_queue_at_once_and_cost_nothing(slow, ask):
     slow.gate.clear()
     first = ask(1)
     until(lambda: slow.ran == [1])
     leaving = [ask(2, timeout_s=None) for _ in range(1_000)]
-    # With threads some of them wait for a thread, out of sight.
-    until(lambda: waiting(slow) >= 200)
+    until(lambda: waiting(slow) + without_a_thread(slow) == 1_000, 20.0)
 
     for future in leaving:
         future.cancel()
-    # The last of them may only be arriving.
-    until(lambda: waiting(slow) == 0 and slow.grpc.ingress.open_calls == 1)
+    until(lambda: waiting(slow) == without_a_thread(slow) == 0, LEFT_WITHIN_S)
+    until(lambda: slow.grpc.ingress.open_calls == 1)
     slow.gate.set()
 
     assert code(first) is grpc.StatusCode.OK
     assert code(ask(3)) is grpc.StatusCode.OK
     assert slow.ran == [1, 3]
     until(lambda: slow.grpc.ingress.open_calls == 0)
+
+
+def without_a_thread(gateway):
+    """Return how many calls have come and wait for one, before they can wait for the model."""
+    pool = getattr(gateway.grpc.ingress, "_pool", None)
+    return 0 if pool is None else pool._work_queue.qsize()
 
 
 def test_a_higher_priority_overtakes_and_its_level_is_not_full_of_others(slow, ask):

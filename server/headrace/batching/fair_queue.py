@@ -77,9 +77,9 @@ class FairQueue(RequestQueue[RequestT]):
         self._shares: dict[int, Shares] = {}
         self._held: dict[Caller, tuple[int, int]] = {}  # requests and bytes that each has waiting
 
-    def add(self, request: RequestT, now_s: float) -> bool:
+    def add(self, request: RequestT, now_s: float, later_s: float = 0.0) -> bool:
         """Put a request in line, unless its level is full, or its caller's part of the queue."""
-        return self._has_room(request) and super().add(request, now_s)
+        return self._has_room(request) and super().add(request, now_s, later_s)
 
     def has_room(self, request: RequestT, places: int) -> bool:
         """

@@ -30,6 +30,7 @@ from headrace.batching.lane import (
     rows_behind,
 )
 from headrace.batching.limits import Limits
+from headrace.batching.parts import turns_apart_s
 from headrace.batching.policy import BatchPolicy, LevelPolicy
 from headrace.batching.standing import Standing
 from headrace.batching.waiting import RequestT
@@ -158,9 +159,16 @@ class RequestQueue(Generic[RequestT]):
         most = self._policy.max_batch_size or 1
         return now_s + (self.rows // most + 3) * self._cost.bound_s(most) <= deadline_s
 
-    def add(self, request: RequestT, now_s: float) -> bool:
-        """Put a request in line, unless its level is full; `now_s` in Unix seconds."""
-        due_s, start_by_s, level = now_s + PATIENCE_S, math.inf, 1
+    def add(self, request: RequestT, now_s: float, later_s: float = 0.0) -> bool:
+        """
+        Put a request in line, unless its level is full.
+
+        Args:
+            request: Not in the queue.
+            now_s: Unix seconds.
+            later_s: So much later its turn is than that of one that comes now.
+        """
+        due_s, start_by_s, level = now_s + later_s + PATIENCE_S, math.inf, 1
         due_s = min(due_s, request.deadline_s)
         if not self._is_plain:
             level = self.level_of(request)
@@ -188,11 +196,20 @@ class RequestQueue(Generic[RequestT]):
         return not most or self._counts[level] + places <= most
 
     def add_all(self, parts: Sequence[RequestT], now_s: float) -> bool:
-        """Put all parts of one request in line, unless there is no room for all of them."""
+        """
+        Put all parts of one request in line, unless there is no room for all of them.
+
+        Each has its turn as if it came when those before it have been run, as far as the request
+        has time for that: who comes meanwhile need not wait for all of it.
+        """
         if not self.has_room(parts[0], len(parts)):
             return False
-        for part in parts:
-            RequestQueue.add(self, part, now_s)
+        most, spare_s = self._policy.max_batch_size or 1, parts[0].deadline_s - now_s
+        apart_s = turns_apart_s(
+            self._cost, most, len(parts), self.rows / most, self.executors, spare_s
+        )
+        for i, part in enumerate(parts):
+            RequestQueue.add(self, part, now_s, i * apart_s)
         return True
 
     def remove(self, request: RequestT) -> bool:

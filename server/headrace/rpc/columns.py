@@ -18,12 +18,13 @@ def encode_column(array: NDArray[Any], *, as_bytes: bool | None = None) -> bytes
         as_bytes: Whether text is BYTES rather than STRING; None to see by the elements.
     """
     dtype = array.dtype
-    if dtype in (np.float32, np.float16):
-        return delimited(_FLOATS, delimited(_VALUES, array.astype("<f4").tobytes()))
-    if dtype == np.float64:
-        return delimited(_DOUBLES, delimited(_VALUES, array.astype("<f8").tobytes()))
-    if dtype == np.bool_:  # one byte each, 0 or 1: its own varint
-        return delimited(_BOOLS, delimited(_VALUES, array.tobytes()))
+    fields = FIXED_COLUMNS.get(dtype)
+    if fields is not None:
+        values, kind = fields
+        return delimited(kind, delimited(values, array.tobytes()))
+    if dtype.kind == "f":
+        wider = array.astype("<f8" if dtype.itemsize > 4 else "<f4")
+        return encode_column(wider)
     flat = array.ravel().tolist()
     column = pb.Column()
     if dtype == np.object_ or dtype.kind in "SU":
@@ -53,7 +54,12 @@ def _tag_of(message: Any, field: str) -> bytes:
     return tag(message.DESCRIPTOR.fields_by_name[field].number)
 
 
-_FLOATS = _tag_of(pb.Column, "floats")
-_DOUBLES = _tag_of(pb.Column, "doubles")
-_BOOLS = _tag_of(pb.Column, "bools")
 _VALUES = _tag_of(pb.FloatColumn, "values")
+FIXED_COLUMNS = {
+    np.dtype("<f4"): (_VALUES, _tag_of(pb.Column, "floats")),
+    np.dtype("<f8"): (_VALUES, _tag_of(pb.Column, "doubles")),
+    np.dtype(np.bool_): (_VALUES, _tag_of(pb.Column, "bools")),  # 0 or 1: its own varint
+}
+"""
+Columns that are an array's bytes: the tags of their values in their kind, and of that in `Column`.
+"""

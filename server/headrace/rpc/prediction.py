@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from google.protobuf import duration_pb2
 from google.protobuf.message import DecodeError
 
 from headrace.batching.accounts import CallerAccounts
@@ -13,15 +12,15 @@ from headrace.catalog import Catalog
 from headrace.errors import Draining, InvalidRequest, InvalidTensor, ServingError
 from headrace.features.plan import FeatureStatus
 from headrace.predict import ServedModel
-from headrace.request import AnsweredBatch, OutputBlock, Request
-from headrace.rpc.columns import encode_column
+from headrace.request import AnsweredBatch, Request
 from headrace.rpc.ingress import HotCall
+from headrace.rpc.prediction_reply import write_reply
 from headrace.rpc.refusal import refuse
 from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.trace_context import Trace
 from headrace.tensors import CheckedInputs, GivenTensor, TensorSpec, encode
 from headrace.v1 import prediction_service_pb2 as pb
-from headrace.wire import delimited, refuse_costly_parse, tag
+from headrace.wire import refuse_costly_parse
 
 METHOD = "headrace.v1.PredictionService/Predict"
 PATH = f"/{METHOD}"
@@ -142,35 +141,19 @@ class PredictRequest(Request):
         return self._call.gone or self.deadline_s <= now_s
 
     def answer(self, batch: AnsweredBatch, start: int, prediction_id: str) -> None:
-        stop = start + self.rows
-        reply = pb.PredictResponse(
+        reply = write_reply(
+            batch,
+            self._selection,
+            start,
+            start + self.rows,
             prediction_id=prediction_id,
-            model_name=batch.model.name,
-            model_version=int(batch.model.version),
-            timings=self._timings(batch),
+            arrival_s=self.arrival_s,
+            include_features=self._include_features,
         )
-        if batch.missing_per_row is not None and batch.stale_per_row is not None:
-            reply.missing_feature_count = sum(batch.missing_per_row[start:stop])
-            reply.stale_feature_count = sum(batch.stale_per_row[start:stop])
-        parts = [reply.SerializeToString()]
-        batched = bool(batch.model.signature.max_batch_size)
-        parts.extend(
-            _output(batch.outputs[i], start, stop, batched=batched) for i in self._selection
-        )
-        if self._include_features and batch.features is not None:
-            parts.extend(_features(batch, start, stop))
-        self._call.reply(b"".join(parts))
+        self._call.reply(reply)
 
     def fail(self, error: ServingError) -> None:
         refuse(self._call, error, self._calls, self.method, self.trace, self)
-
-    def _timings(self, batch: AnsweredBatch) -> pb.Timings:
-        return pb.Timings(
-            queue=_duration(batch.started_s - self.arrival_s),
-            features=_duration(batch.features_s),
-            infer=_duration(batch.infer_s),
-            total=_duration(batch.inferred_s - self.arrival_s),
-        )
 
 
 def _given(column: Any, specs: dict[str, TensorSpec], model: ServedModel) -> GivenTensor:
@@ -212,47 +195,6 @@ def _raw(name: str, spec: TensorSpec, values: Any) -> bytes:
         ) from None
 
 
-def _output(block: OutputBlock, start: int, stop: int, *, batched: bool) -> bytes:
-    shape = (stop - start, *block.trailing) if batched else block.trailing
-    head = pb.OutputColumn(name=block.spec.name, shape=shape).SerializeToString()
-    return delimited(
-        _OUTPUTS, head + delimited(_VALUES_OF_OUTPUT, encode_column(block.rows(start, stop)))
-    )
-
-
-def _features(batch: AnsweredBatch, start: int, stop: int) -> list[bytes]:
-    assert batch.join is not None
-    assert batch.features is not None
-    plan, rows = batch.join.plan, batch.features
-    ages_s = (batch.now_s - rows.event_times_s[:, start:stop]).astype("<f8")
-    return [
-        delimited(
-            _FEATURES,
-            pb.FeatureColumn(name=feature.name).SerializeToString()
-            + delimited(_VALUES_OF_FEATURE, encode_column(rows.values[i][start:stop]))
-            # A status is one byte, and so is its varint.
-            + delimited(_STATUSES, rows.statuses[i, start:stop].tobytes())
-            + delimited(_AGES, ages_s[feature.view_index].tobytes()),
-        )
-        for i, feature in enumerate(plan.features)
-    ]
-
-
-def _duration(seconds: float) -> duration_pb2.Duration:
-    whole = int(seconds)
-    return duration_pb2.Duration(seconds=whole, nanos=int((seconds - whole) * 1e9))
-
-
-def _tag_of(message: Any, field: str) -> bytes:
-    return tag(message.DESCRIPTOR.fields_by_name[field].number)
-
-
-_OUTPUTS = _tag_of(pb.PredictResponse, "outputs")
-_FEATURES = _tag_of(pb.PredictResponse, "features")
-_VALUES_OF_OUTPUT = _tag_of(pb.OutputColumn, "values")
-_VALUES_OF_FEATURE = _tag_of(pb.FeatureColumn, "values")
-_STATUSES = _tag_of(pb.FeatureColumn, "statuses")
-_AGES = _tag_of(pb.FeatureColumn, "ages_s")
 assert {FeatureStatus(number).name for number in range(1, 5)} == {
     name.removeprefix("FEATURE_STATUS_") for name in pb.FeatureStatus.keys()[1:]
 }

@@ -255,6 +255,62 @@ def test_parts_of_a_request_go_in_line_together_or_not_at_all():
     assert waiting.count == 4
 
 
+def in_parts(kind, due=math.inf, known=None, executors=1):
+    """Return a queue in which a request of ten parts waits, of which each takes 0.1 s by itself."""
+    made = kind(BatchPolicy(4), known or cost(0.1), executors=executors)
+    assert made.add_all(split(*[Part("p", due, rows=4) for _ in range(10)]), 0.0)
+    return made
+
+
+def order(waiting, *coming):
+    """Return who is taken, a batch each 0.1 s, while callers come at their times."""
+    coming, taken = list(coming), []
+    for step in range(30):
+        while coming and coming[0][0] <= step * 0.1:
+            at_s, caller = coming.pop(0)
+            assert waiting.add(caller, at_s)
+        taken.append(names(waiting.take(step * 0.1).batch))
+    assert waiting.count == 0
+    return " ".join(taken).split()
+
+
+@KINDS
+def test_who_comes_while_a_request_in_parts_is_run_waits_for_none_of_the_parts_that_are_left(kind):
+    taken = order(in_parts(kind), (0.25, Caller("a")), (0.65, Caller("b")), (0.66, Caller("c")))
+
+    # Each part that was overtaken is late by then, and goes before who comes later than its turn.
+    assert taken == [*"ppp", "a", *"pppp", "bc", *"ppp"]
+
+
+@KINDS
+def test_as_many_parts_as_there_are_executors_run_before_who_comes_at_the_same_time(kind):
+    waiting = in_parts(kind, executors=2)
+    waiting.add(Caller("a"), 0.06)
+
+    assert [names(waiting.take(at_s).batch) for at_s in (0.0, 0.0, 0.1)] == ["p", "p", "a"]
+
+
+@KINDS
+def test_what_the_parts_of_a_request_have_to_spare_is_how_far_they_are_overtaken(kind):
+    known = cost(0.1)
+    needs_s = 10 * known.bound_s(4)
+    coming = [(0.05, Caller("a"))]
+
+    assert order(in_parts(kind, needs_s + 0.001, known), *coming).index("a") == 10
+    assert order(in_parts(kind, needs_s + 60, known), *coming).index("a") == 1
+
+
+@KINDS
+def test_parts_are_not_put_off_by_who_comes_later_than_they_would_have_run(kind):
+    """More comes than can be run: small ones, of which each batch is full."""
+    late = [(0.1 * i + 0.05, Caller("n", rows=4)) for i in range(19)]
+
+    taken = order(in_parts(kind), *late)
+
+    assert taken.count("p") == 10
+    assert "".join(taken).rindex("p") <= 18  # half of what was run while they waited
+
+
 def test_what_is_ahead_is_waited_for_and_what_is_behind_is_not():
     known = cost(0.1)
     waiting = queue(*[Caller("w", 0.8) for _ in range(8)], known=known)
