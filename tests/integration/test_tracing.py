@@ -264,6 +264,33 @@ def test_a_call_that_expires_in_the_queue_has_a_span(collector, serve, channels)
     assert span.status.code == Status.STATUS_CODE_ERROR
 
 
+def test_a_call_whose_caller_leaves_has_a_span_that_says_so(collector, serve, channels):
+    gateway = serve()
+    stub = service_pb2_grpc.GRPCInferenceServiceStub(channels(gateway))
+    model = gateway.catalog.find("scores", "")
+    busy, gate, infer = threading.Event(), threading.Event(), model._backend.infer
+
+    def held_up(inputs):
+        busy.set()
+        assert gate.wait(30)
+        return infer(inputs)
+
+    model._backend.infer = held_up
+    first = stub.ModelInfer.future(scores(), timeout=30)
+    assert busy.wait(15)
+    leaving = stub.ModelInfer.future(scores(), metadata=TRACEPARENT, timeout=30)
+    collector.wait_for(lambda _: model.waiting == 1)
+
+    leaving.cancel()
+
+    span = collector.wait_for(of_trace)["headrace.request"]
+    gate.set()
+    first.result()
+    attributes = {pair.key: pair.value.string_value for pair in span.attributes}
+    assert attributes["rpc.response.status_code"] == "CANCELLED"
+    assert span.status.message == "the caller left while the request waited"
+
+
 def test_a_failed_batch_has_a_span_that_names_its_model(collector, serve, channels):
     stub = service_pb2_grpc.GRPCInferenceServiceStub(channels(serve()))
     with pytest.raises(grpc.RpcError):
