@@ -7,6 +7,7 @@ from concurrent import futures
 import grpc
 import numpy as np
 import pytest
+import structlog
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
 from tritonclient.grpc import service_pb2, service_pb2_grpc
@@ -27,13 +28,15 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
         self.resources, self.spans = [], []
         self.answers = threading.Event()
         self.answers.set()
+        self.asked = threading.Event()
         self.server = grpc.server(futures.ThreadPoolExecutor(4))
         trace_service_pb2_grpc.add_TraceServiceServicer_to_server(self, self.server)
         self.port = self.server.add_insecure_port("127.0.0.1:0")
         self.server.start()
 
     def Export(self, request, context):
-        assert self.answers.wait(20)
+        self.asked.set()
+        assert self.answers.wait(60)
         for of in request.resource_spans:
             self.resources.append(of.resource)
             for scope in of.scope_spans:
@@ -377,6 +380,29 @@ def test_a_collector_that_is_away_or_hangs_costs_no_answer(collector, serve, cha
     collector.server.stop(0).wait()
     for _ in range(50):
         stub.ModelInfer(scores(), metadata=TRACEPARENT, timeout=5)
+
+
+def test_a_call_that_fails_has_its_line_while_the_collector_hangs(
+    collector, serve, channels, monkeypatch
+):
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "60")
+    gateway = serve()
+    stub = service_pb2_grpc.GRPCInferenceServiceStub(channels(gateway))
+    collector.answers.clear()
+    stub.ModelInfer(scores(), metadata=TRACEPARENT, timeout=5)
+    assert collector.asked.wait(15)
+    with structlog.testing.capture_logs() as lines:
+        for _ in range(5):
+            with pytest.raises(grpc.RpcError):
+                stub.ModelInfer(scores(model="nobody"), metadata=TRACEPARENT, timeout=5)
+
+        collector.wait_for(lambda _: [line.get("code") for line in lines].count("NOT_FOUND") == 5)
+
+    assert not collector.answers.is_set()
+    assert not collector.spans
+    collector.answers.set()
+    collector.wait_for(lambda spans: sum(s.name == "headrace.request" for s in spans) == 6)
+    assert not gateway.calls.exporter.dropped
 
 
 def test_a_collector_that_comes_back_gets_spans_again(collector, serve, channels, monkeypatch):
