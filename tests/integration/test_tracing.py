@@ -228,6 +228,26 @@ def test_who_does_not_ask_leaves_no_span(collector, serve, channels):
     assert {span.trace_id.hex() for span in collector.spans if span.name != "batch.run"} == {TRACE}
 
 
+@pytest.mark.parametrize("ingress", ["completion-queue", "threads"])
+def test_a_hundred_calls_that_are_answered_and_not_sampled_leave_no_line(
+    collector, serve, channels, ingress
+):
+    channel = channels(serve(ingress=ingress))
+    stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+    predictions = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+    with structlog.testing.capture_logs() as lines:
+        for _ in range(40):
+            stub.ModelInfer(scores(), timeout=10)
+            predictions.Predict(trips(), timeout=10)
+        assert len(list(stub.ModelStreamInfer(iter([scores()] * 20), timeout=10))) == 20
+        with pytest.raises(grpc.RpcError):  # its line comes after all that were to come before
+            stub.ModelInfer(scores(model="nobody"), timeout=10)
+        collector.wait_for(lambda _: any(line.get("code") == "NOT_FOUND" for line in lines))
+
+    assert [line["code"] for line in lines if line["event"] == "request"] == ["NOT_FOUND"]
+    assert len(lines) < 10
+
+
 @pytest.mark.parametrize(
     ("spoil", "status"),
     [
