@@ -10,7 +10,7 @@ from headrace.app import Gateway
 from headrace.settings import load_settings
 from headrace.v1 import prediction_service_pb2 as pb
 
-MODEL_S = 0.5
+MODEL_S = 1.0
 PREDICT = "/headrace.v1.PredictionService/Predict"
 
 
@@ -62,6 +62,7 @@ def predict_request():
     return request.SerializeToString()
 
 
+@pytest.mark.alone
 def test_a_call_that_is_refused_for_its_deadline_reads_no_feature(slow):
     with grpc.insecure_channel(slow.grpc_address) as channel:
         predict = channel.unary_unary(PREDICT)
