@@ -20,6 +20,7 @@
     ├── Overloaded                too much work here: slow down
     │   └── QuotaExceeded             too much work of this caller's
     ├── DeadlineExceeded          ran out of the caller's time before it cost anything
+    ├── CallerLeft                nobody waits for the answer any more
     ├── DependencyUnavailable     something behind this server does not answer
     │   ├── FeatureStoreUnavailable
     │   └── BackendUnavailable        the model runs elsewhere, and does not answer there
@@ -114,6 +115,10 @@ class QuotaExceeded(Overloaded):
 
 class DeadlineExceeded(ServingError):
     """The caller's time ran out before the work began."""
+
+
+class CallerLeft(ServingError):
+    """The caller cancelled, or its connection was lost, with time left. Nobody hears it."""
 
 
 class DependencyUnavailable(ServingError):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 
 import grpc
 import pytest
@@ -49,9 +50,10 @@ def gateway(tmp_path, valkey):
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    address = json.loads(process.stdout.readline())["grpc_address"]
+    said = json.loads(process.stdout.readline())
+    process.http_address = said["http_address"]
     process.stdout.close()
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(said["grpc_address"]) as channel:
         yield process, channel
     if process.poll() is None:
         process.kill()
@@ -117,18 +119,26 @@ def test_a_hanging_store_holds_up_neither_health_nor_sigterm_and_writes_go_on_af
 
 
 def test_a_writer_that_left_is_not_written(gateway, valkey):
-    _, channel = gateway
+    process, channel = gateway
     stub = GrpcFeatureServerStub(channel)
     assert stub.WriteToOnlineStore(row(), timeout=60).status
     os.kill(valkey.pid, signal.SIGSTOP)
     first = stub.WriteToOnlineStore.future(row(1), timeout=60)
+    leaving = stub.WriteToOnlineStore.future(row(98), timeout=60)
     impatient = [stub.WriteToOnlineStore.future(row(99), timeout=0.2) for _ in range(5)]
     assert all(call.code() is grpc.StatusCode.DEADLINE_EXCEEDED for call in impatient)
 
+    leaving.cancel()
+    healthy(channel)  # what was sent before has come
     os.kill(valkey.pid, signal.SIGCONT)
     first.code()
     assert stub.WriteToOnlineStore(row(2), timeout=30).status  # behind those, if they were written
 
+    with urllib.request.urlopen(f"http://{process.http_address}/metrics") as page:
+        metrics = page.read().decode()
+    for code, count in [("CANCELLED", 1), ("DEADLINE_EXCEEDED", 5)]:
+        assert f'{{code="{code}",method="WriteToOnlineStore"}} {count}.0' in metrics
+    assert not _keys_of(valkey, 98)
     assert not _keys_of(valkey, 99)
     assert _keys_of(valkey, 2)
 

@@ -174,6 +174,17 @@ def test_a_deadline_shorter_than_the_model_costs_the_caller_no_longer_and_others
     assert slow.ran == [1, 3]
 
 
+@pytest.mark.alone
+def test_an_idle_server_runs_hardly_any_call_that_cannot_be_answered_in_time(slow, ask):
+    start_s = time.perf_counter()
+
+    codes = {code(ask(2, timeout_s=MODEL_S / 2)) for _ in range(30)}
+
+    assert codes <= {EXCEEDED, EXHAUSTED}
+    assert len(slow.ran) <= 1 + time.perf_counter() - start_s  # seconds; one is tried in each
+    assert code(ask(3)) is grpc.StatusCode.OK
+
+
 def test_triton_s_timeout_counts_as_a_deadline(slow, ask):
     ahead = queue_up(slow, ask)
 

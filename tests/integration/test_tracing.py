@@ -7,6 +7,7 @@ from concurrent import futures
 import grpc
 import numpy as np
 import pytest
+import structlog
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
 from tritonclient.grpc import service_pb2, service_pb2_grpc
@@ -27,13 +28,15 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
         self.resources, self.spans = [], []
         self.answers = threading.Event()
         self.answers.set()
+        self.asked = threading.Event()
         self.server = grpc.server(futures.ThreadPoolExecutor(4))
         trace_service_pb2_grpc.add_TraceServiceServicer_to_server(self, self.server)
         self.port = self.server.add_insecure_port("127.0.0.1:0")
         self.server.start()
 
     def Export(self, request, context):
-        assert self.answers.wait(20)
+        self.asked.set()
+        assert self.answers.wait(60)
         for of in request.resource_spans:
             self.resources.append(of.resource)
             for scope in of.scope_spans:
@@ -225,6 +228,26 @@ def test_who_does_not_ask_leaves_no_span(collector, serve, channels):
     assert {span.trace_id.hex() for span in collector.spans if span.name != "batch.run"} == {TRACE}
 
 
+@pytest.mark.parametrize("ingress", ["completion-queue", "threads"])
+def test_a_hundred_calls_that_are_answered_and_not_sampled_leave_no_line(
+    collector, serve, channels, ingress
+):
+    channel = channels(serve(ingress=ingress))
+    stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+    predictions = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+    with structlog.testing.capture_logs() as lines:
+        for _ in range(40):
+            stub.ModelInfer(scores(), timeout=10)
+            predictions.Predict(trips(), timeout=10)
+        assert len(list(stub.ModelStreamInfer(iter([scores()] * 20), timeout=10))) == 20
+        with pytest.raises(grpc.RpcError):  # its line comes after all that were to come before
+            stub.ModelInfer(scores(model="nobody"), timeout=10)
+        collector.wait_for(lambda _: any(line.get("code") == "NOT_FOUND" for line in lines))
+
+    assert [line["code"] for line in lines if line["event"] == "request"] == ["NOT_FOUND"]
+    assert len(lines) < 10
+
+
 @pytest.mark.parametrize(
     ("spoil", "status"),
     [
@@ -262,6 +285,33 @@ def test_a_call_that_expires_in_the_queue_has_a_span(collector, serve, channels)
     attributes = {pair.key: pair.value.string_value for pair in span.attributes}
     assert attributes["rpc.response.status_code"] == "DEADLINE_EXCEEDED"
     assert span.status.code == Status.STATUS_CODE_ERROR
+
+
+def test_a_call_whose_caller_leaves_has_a_span_that_says_so(collector, serve, channels):
+    gateway = serve()
+    stub = service_pb2_grpc.GRPCInferenceServiceStub(channels(gateway))
+    model = gateway.catalog.find("scores", "")
+    busy, gate, infer = threading.Event(), threading.Event(), model._backend.infer
+
+    def held_up(inputs):
+        busy.set()
+        assert gate.wait(30)
+        return infer(inputs)
+
+    model._backend.infer = held_up
+    first = stub.ModelInfer.future(scores(), timeout=30)
+    assert busy.wait(15)
+    leaving = stub.ModelInfer.future(scores(), metadata=TRACEPARENT, timeout=30)
+    collector.wait_for(lambda _: model.waiting == 1)
+
+    leaving.cancel()
+
+    span = collector.wait_for(of_trace)["headrace.request"]
+    gate.set()
+    first.result()
+    attributes = {pair.key: pair.value.string_value for pair in span.attributes}
+    assert attributes["rpc.response.status_code"] == "CANCELLED"
+    assert span.status.message == "the caller left while the request waited"
 
 
 def test_a_failed_batch_has_a_span_that_names_its_model(collector, serve, channels):
@@ -350,6 +400,29 @@ def test_a_collector_that_is_away_or_hangs_costs_no_answer(collector, serve, cha
     collector.server.stop(0).wait()
     for _ in range(50):
         stub.ModelInfer(scores(), metadata=TRACEPARENT, timeout=5)
+
+
+def test_a_call_that_fails_has_its_line_while_the_collector_hangs(
+    collector, serve, channels, monkeypatch
+):
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "60")
+    gateway = serve()
+    stub = service_pb2_grpc.GRPCInferenceServiceStub(channels(gateway))
+    collector.answers.clear()
+    stub.ModelInfer(scores(), metadata=TRACEPARENT, timeout=5)
+    assert collector.asked.wait(15)
+    with structlog.testing.capture_logs() as lines:
+        for _ in range(5):
+            with pytest.raises(grpc.RpcError):
+                stub.ModelInfer(scores(model="nobody"), metadata=TRACEPARENT, timeout=5)
+
+        collector.wait_for(lambda _: [line.get("code") for line in lines].count("NOT_FOUND") == 5)
+
+    assert not collector.answers.is_set()
+    assert not collector.spans
+    collector.answers.set()
+    collector.wait_for(lambda spans: sum(s.name == "headrace.request" for s in spans) == 6)
+    assert not gateway.calls.exporter.dropped
 
 
 def test_a_collector_that_comes_back_gets_spans_again(collector, serve, channels, monkeypatch):

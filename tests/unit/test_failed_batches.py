@@ -271,6 +271,22 @@ def test_who_is_out_of_time_during_the_search_has_failed_and_pays_for_the_run():
     assert account.refunded == 0
 
 
+def test_who_leaves_during_the_search_is_told_apart_from_who_is_out_of_time():
+    model, metrics = model_of()
+    outcomes = []
+    batch = [Caller(number, outcomes) for number in (-1, 2, 3)]
+
+    def run_then_leave(inputs):
+        batch[1].has_left = True
+        return run(inputs)
+
+    model._backend._function = run_then_leave
+    model._carrier.carry(batch)
+
+    assert sorted(outcomes) == ["BackendError", "CallerLeft", "answered"]
+    assert metrics.requests_failed == 2
+
+
 def test_and_likewise_where_features_are_read_without_a_model():
     store = Store()
     reads = reads_of(store)

@@ -9,6 +9,7 @@ import weakref
 import pytest
 
 from headrace.errors import (
+    CallerLeft,
     ComputationFailed,
     DeadlineExceeded,
     FeaturesNotFound,
@@ -233,7 +234,7 @@ def test_a_caller_who_has_left_is_not_read_for_during_the_search(reads, store):
 
     reads._serve(plan_of(1), callers)
 
-    assert isinstance(callers[1].result(), DeadlineExceeded)
+    assert isinstance(callers[1].result(), CallerLeft)
     assert callers[2].result() == [FeatureStatus.NOT_FOUND]
     assert store.reads == [3, 1, 1]
 
@@ -276,7 +277,8 @@ def test_a_caller_who_left_or_whose_time_is_over_costs_no_read(reads, store):
 
     assert here.result() == NOT_FOUND
     assert store.reads == [1]
-    assert all(isinstance(one.result(), DeadlineExceeded) for one in (gone, late))
+    assert isinstance(gone.result(), CallerLeft)
+    assert isinstance(late.result(), DeadlineExceeded)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,13 @@ from headrace.backends.stub import StubBackend
 from headrace.batching.batcher import Batcher
 from headrace.batching.bisection import attempts_max
 from headrace.batching.policy import BatchPolicy
-from headrace.errors import BackendError, BackendUnavailable, DeadlineExceeded, Draining
+from headrace.errors import (
+    BackendError,
+    BackendUnavailable,
+    CallerLeft,
+    DeadlineExceeded,
+    Draining,
+)
 from headrace.predict import ServedModel
 from headrace.request import Request
 from headrace.telemetry.metrics import Metrics
@@ -129,7 +135,7 @@ def test_a_caller_who_has_left_costs_nothing_and_does_not_disturb_its_batch(serv
     served.gate.set()
 
     assert told(staying) == [12]
-    assert isinstance(told(leaving), DeadlineExceeded)
+    assert isinstance(told(leaving), CallerLeft)
     assert served.batches == [[0], [6]]
 
 
@@ -221,7 +227,7 @@ def test_a_caller_who_leaves_during_the_search_for_who_is_to_blame_is_not_run(se
     served.gate.set()
 
     assert told(callers[2]) == [12]
-    assert isinstance(told(callers[1]), DeadlineExceeded)
+    assert isinstance(told(callers[1]), CallerLeft)
     assert [5] not in served.batches
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from headrace.backends.stub import StubBackend
 from headrace.batching.batcher import Batcher
 from headrace.batching.policy import BatchPolicy
-from headrace.errors import BackendError, DeadlineExceeded, Draining, Overloaded
+from headrace.errors import BackendError, CallerLeft, Draining, Overloaded
 from headrace.predict import ServedModel
 from headrace.reply_order import OrderedRequest, ReplyOrder
 from headrace.request import Request
@@ -181,7 +181,7 @@ def test_a_caller_who_leaves_is_out_at_once_and_nobody_waits_for_him():
         leaving.has_left = True
         leaving.leave()
 
-        assert isinstance(leaving.outcome, DeadlineExceeded)
+        assert isinstance(leaving.outcome, CallerLeft)
         assert served.model.waiting == 1
         let_go()
         let_other_go()

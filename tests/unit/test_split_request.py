@@ -14,7 +14,14 @@ from headrace.backends.stub import StubBackend
 from headrace.batching.batcher import Batcher
 from headrace.batching.lane import PATIENCE_S
 from headrace.batching.policy import BatchPolicy, LevelPolicy
-from headrace.errors import BackendError, DeadlineExceeded, Draining, InvalidTensor, Overloaded
+from headrace.errors import (
+    BackendError,
+    CallerLeft,
+    DeadlineExceeded,
+    Draining,
+    InvalidTensor,
+    Overloaded,
+)
 from headrace.monitoring.records import from_wire, to_wire
 from headrace.predict import ServedModel
 from headrace.request import Request
@@ -221,7 +228,7 @@ def test_a_caller_who_leaves_takes_all_parts_out_of_the_queue_at_once():
         large.leave()
 
         assert served.model.waiting == 1
-        assert isinstance(large.outcome(), DeadlineExceeded)
+        assert isinstance(large.outcome(), CallerLeft)
         served.gate.set()
         assert other.outcome() == [10]
     assert served.batches == [[0], [5]]
@@ -235,9 +242,10 @@ def test_a_caller_who_leaves_while_a_part_runs_is_told_once():
         served.model.submit(large)
         assert served.backend.entered.acquire(timeout=TIMEOUT_S)
 
+        large.has_left = True
         large.leave()
 
-        assert isinstance(large.outcome(), DeadlineExceeded)
+        assert isinstance(large.outcome(), CallerLeft)
     assert served.batches == [[0, 1, 2, 3]]
     assert large.told == [large.outcome()]
 

@@ -31,6 +31,7 @@ _LOG = structlog.get_logger(__name__)
 _FULL = Overloaded("too many requests are already waiting")
 _LATE = Overloaded("too much is waiting to answer this request before its deadline")
 """To be told and never raised: that would collect every traceback."""
+_SLOW = "answering takes longer than what is left until this request's deadline"
 
 READ_OF_LATE = 16
 """Of so many requests that seem too late unread, one is read: it may name a `timeout`."""
@@ -122,7 +123,7 @@ class Batcher(Generic[RequestT]):
         self._untold: deque[RequestT] = deque()
         self._refused_since_sweep = 0
         self._closed = False
-        self._learned_s = time.perf_counter()
+        self._learned_s = time.perf_counter()  # or that something was tried
         # By thread: (when it took a batch, its rows, when it will be free), `time.perf_counter`.
         self._running: dict[int, tuple[float, int, float]] = {}
         # A taker with nothing to do counts itself idle under the lock, then waits for a token; who
@@ -138,7 +139,8 @@ class Batcher(Generic[RequestT]):
         Raises:
             Overloaded: too many requests already wait, or too many bytes of them; or it could not
                 be answered before its deadline.
-            DeadlineExceeded: its deadline has passed already.
+            DeadlineExceeded: its deadline has passed already; or it is so soon that even an
+                executor with nothing else to do could not make it.
             Draining: the batcher is closed.
         """
         try:
@@ -394,9 +396,15 @@ class Batcher(Generic[RequestT]):
             raise DeadlineExceeded("the deadline had passed when the request came")
         free_in_s = self._free_in_s()
         if free_in_s is None:
-            # It would begin now: whatever is expected, this is how expectations mend. Its other
-            # parts would not: they are judged, unless it is long ago that anything was learned.
-            if parts == 1 or time.perf_counter() - self._learned_s > PATIENCE_S:
+            # It would begin now. Where it is long ago that anything was learned it is tried,
+            # whatever is expected: this is how expectations mend.
+            if time.perf_counter() - self._learned_s > PATIENCE_S:
+                self._learned_s = time.perf_counter()  # the next one is not, until it is known
+                return
+            if parts == 1:
+                if now_s + self._cost.hoped_s(request.rows) > request.deadline_s:
+                    self.refused_late += 1
+                    raise Overloaded(_SLOW)
                 return
             free_in_s = 0.0
         if self._queue.finish_s(request, now_s, free_in_s) > request.deadline_s:

@@ -44,13 +44,14 @@ class BatchCost:
         self.per_row_s = 0.0
         self.margin = 1.0
         """What 95 % of the batches take at most, as a multiple of the estimate."""
+        self._latest = 1.0  # how long the last batch took, as a multiple of the estimate; at most 1
         self._batches = 0
         self._rows = self._seconds = 0.0  # means
         self._rows_variance = self._covariance = 0.0
 
     def observe(self, rows: int, seconds: float) -> None:
         """Learn from a batch of `rows` that took `seconds`, both above 0."""
-        expected_s = seconds
+        took_s = expected_s = seconds
         if self._batches:
             expected_s = self.estimate_s(rows)
             self._follow_quantile(seconds / expected_s)
@@ -72,10 +73,15 @@ class BatchCost:
         slope = (self._covariance + self.per_row_s) / (self._rows_variance + 1.0)
         self.per_row_s = min(max(slope, 0.0), self._seconds / self._rows)
         self.fixed_s = self._seconds - self.per_row_s * self._rows
+        self._latest = min(1.0, took_s / self.estimate_s(rows))
 
     def estimate_s(self, rows: float) -> float:
         """Return how long a batch of `rows` takes on average, in seconds."""
         return self.fixed_s + self.per_row_s * rows
+
+    def hoped_s(self, rows: float) -> float:
+        """Return how long it takes if it goes as well as the last one did; `estimate_s` at most."""
+        return self._latest * self.estimate_s(rows)
 
     def bound_s(self, rows: float) -> float:
         """Return how long a batch of `rows` takes at most, 19 times in 20."""

@@ -8,6 +8,7 @@ from headrace.batching.bisection import Bisection, Blame
 from headrace.batching.queued import QueuedRequest
 from headrace.errors import (
     BackendUnavailable,
+    CallerLeft,
     DeadlineExceeded,
     FeatureStoreUnavailable,
     Overloaded,
@@ -28,6 +29,7 @@ _GONE = FeatureStoreUnavailable, BackendUnavailable, Overloaded
 """What a batch needs does not answer: another part would not fare better."""
 
 _TOO_LONG_A_SEARCH = "the deadline passed while it was found out whose values made a batch fail"
+_LEFT = "the caller left while it was found out whose values made a batch fail"
 
 
 def try_whole(batch: Sequence[RequestT], attempt: Attempt[RequestT], fail: Fail[RequestT]) -> None:
@@ -83,9 +85,14 @@ def _search(blame: Blame[RequestT], attempt: Attempt[RequestT], fail: Fail[Reque
 def _without_expired(part: Sequence[RequestT], fail: Fail[RequestT]) -> list[RequestT]:
     """Fail those for whom the search takes too long: they had their run, and pay for it."""
     now_s = time.time()
-    gone: list[RequestT] = []
+    left: list[RequestT] = []
+    late: list[RequestT] = []
     kept: list[RequestT] = []
     for request in part:  # asked once: whoever leaves after that is run
-        (gone if request.expired(now_s) else kept).append(request)
-    fail(gone, DeadlineExceeded(_TOO_LONG_A_SEARCH))
+        if not request.expired(now_s):
+            kept.append(request)
+        else:
+            (left if request.left_early() else late).append(request)
+    fail(left, CallerLeft(_LEFT))
+    fail(late, DeadlineExceeded(_TOO_LONG_A_SEARCH))
     return kept

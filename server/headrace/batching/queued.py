@@ -1,12 +1,14 @@
 """What every request that waits for a batch has, whatever it asks for."""
 
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
 
 from headrace.batching.callers import NOBODY, Caller
-from headrace.errors import DeadlineExceeded, Overloaded, ServingError
+from headrace.batching.leaving import ran_out
+from headrace.errors import CallerLeft, DeadlineExceeded, Overloaded, ServingError
 
 
 class WaitingPlace(Protocol):
@@ -97,12 +99,20 @@ class QueuedRequest(ABC):
 
     def drop(self) -> None:
         """Give up on a request that waits: whoever still listens learns that its time is over."""
-        if not self.expired(-math.inf):  # who leaves has had what he asked for
-            self.refund()
+        if self.left_early():  # he has had what he asked for
+            self.fail(CallerLeft("the caller left while the request waited"))
+            return
+        self.refund()
         if self.is_shed:
             self.fail(Overloaded("too much has been waiting for too long"))
         else:
             self.fail(DeadlineExceeded("the deadline came too close while the request waited"))
+
+    def left_early(self) -> bool:
+        """Say whether the caller gave up although there was time left."""
+        return self.expired(-math.inf) and not ran_out(
+            self.deadline_s - time.time(), time.perf_counter() - self.arrival_s
+        )
 
     def refund(self) -> None:
         """Give back, once, what the request took of its caller's quota."""

@@ -17,7 +17,9 @@ import structlog
 from feast.protos.feast.serving import GrpcServer_pb2 as pb
 from google.protobuf.message import DecodeError
 
+from headrace.batching.leaving import ran_out
 from headrace.errors import (
+    CallerLeft,
     DeadlineExceeded,
     Draining,
     FeatureStoreUnavailable,
@@ -165,7 +167,12 @@ class FeatureWrites:
         if self._is_stopping:
             raise Draining("this server is stopping")
         call = write.call
-        if call.gone or call.deadline_s <= time.time():
+        unix_s = time.time()
+        if call.gone and not ran_out(
+            call.deadline_s - unix_s, time.perf_counter() - call.arrival_s
+        ):
+            raise CallerLeft("the caller left while the write waited; it was not done")
+        if call.gone or call.deadline_s <= unix_s:
             raise DeadlineExceeded("the deadline passed while the write waited; it was not done")
         left_s = TIMEOUT_S - (time.perf_counter() - call.arrival_s)
         future: Future[bytes] = Future()

@@ -41,6 +41,7 @@ CODES: dict[type[errors.ServingError], grpc.StatusCode] = {
     errors.NotReady: grpc.StatusCode.UNAVAILABLE,
     errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.CallerLeft: grpc.StatusCode.CANCELLED,
     errors.DependencyUnavailable: grpc.StatusCode.UNAVAILABLE,
     errors.ComputationFailed: grpc.StatusCode.INTERNAL,
     errors.BackendError: grpc.StatusCode.INTERNAL,

@@ -1,7 +1,7 @@
 """What is told of single calls: one line for each that failed or was sampled, and its spans.
 
 Callers hand over what happened and go on; a thread of its own writes lines and spans, a few times a
-second.
+second. It waits for nobody: spans are sent by the exporter's thread.
 """
 
 import threading
@@ -30,6 +30,9 @@ CALLS_MAX = 16_384
 Sampled and failed calls that wait to be told of; newer ones are dropped and counted. Three times as
 many as one core answers between two tellings, if every call is traced.
 """
+
+LINES_MAX = 1_024
+"""Failed calls that have a line, beyond those: what is sampled does not crowd them out."""
 
 PERIOD_S = 0.2
 SLICE_CALLS = 256
@@ -108,7 +111,8 @@ class CallRecorder:
                 limit = self._failure_lines[call.code] = LineLimit(LINES_PER_S)
             suppressed = limit.take(call.failed_s)
             if suppressed is not None or call.trace is not None:
-                is_kept = self._put(_Failure(call, suppressed), 1)
+                most = CALLS_MAX if suppressed is None else CALLS_MAX + LINES_MAX
+                is_kept = self._put(_Failure(call, suppressed), 1, most)
                 if suppressed is not None and not is_kept:
                     limit.lose(suppressed)
 
@@ -119,17 +123,22 @@ class CallRecorder:
 
     def start(self) -> None:
         """Begin to tell."""
+        if self._exporter is not None:
+            self._exporter.start()
         self._thread.start()
 
     def stop(self, timeout_s: float) -> None:
         """Tell of what waits, if it can be done in time; end."""
+        deadline_s = time.monotonic() + timeout_s
         self._stopping.set()
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
+        if self._exporter is not None:
+            self._exporter.stop(max(0.0, deadline_s - time.monotonic()))
 
-    def _put(self, record: "TracedBatch | _Failure", calls: int) -> bool:
+    def _put(self, record: "TracedBatch | _Failure", calls: int, most: int = CALLS_MAX) -> bool:
         """Let a record wait, if there is room for it."""
-        if self._waiting + calls > CALLS_MAX:
+        if self._waiting + calls > most:
             self.dropped += calls
             return False
         self._waiting += calls
@@ -145,8 +154,6 @@ class CallRecorder:
             except Exception:  # noqa: BLE001 the next ones may fare better
                 _LOG.exception("call_records_failed")
             if is_last:
-                if self._exporter is not None:
-                    self._exporter.close()
                 return
 
     def _tell(self) -> None:

@@ -1,10 +1,12 @@
 """Spans on their way to a collector, through OpenTelemetry's OTLP exporter."""
 
 import os
+import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from ipaddress import ip_address
+from queue import SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -31,6 +33,12 @@ TIMEOUT_S = 2.0
 
 PAUSE_S = 10.0
 """After a failed export nothing is tried for so long; spans of that time are dropped."""
+
+WAITING_BYTES_MAX = 16 << 20
+"""
+Of spans that wait for their export or are in it; newer ones are dropped. A second of a core that
+traces every call, about: as long as an export may well take.
+"""
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
@@ -76,8 +84,10 @@ class SpanExporter:
     """
     Sends spans; endpoint, headers, TLS and compression are those of the environment.
 
-    One thread's own. An export takes at most its timeout; after one that failed, spans are dropped
-    for `PAUSE_S`, so that a collector that hangs costs next to nothing.
+    `export` never blocks and may be called by any thread: a thread of its own waits for the
+    collector, and nobody waits for it but spans. An export takes at most its timeout; after one
+    that failed, spans are dropped for `PAUSE_S`, so that a collector that hangs costs next to
+    nothing.
 
     Args:
         worker: Which of several processes this is.
@@ -100,27 +110,59 @@ class SpanExporter:
             named = named.merge(Resource(worker_attributes(named.attributes, worker)))
         self._envelope = _Envelope(named)
         self._resume_s = 0.0
+        self._lock = threading.Lock()
+        self._waiting: SimpleQueue[Sequence[Spans] | None] = SimpleQueue()
+        self._waiting_bytes = 0
+        self._thread = threading.Thread(target=self._run, name="span-export", daemon=True)
         self.exported = 0
         self.dropped = 0
         """Not exported: the collector did not take them, or had not taken others."""
 
-    def export(self, spans: Sequence[Spans]) -> None:
-        """Send spans, or count them as dropped."""
-        count = sum([some.span_count for some in spans])
-        if time.monotonic() < self._resume_s:
-            self.dropped += count
-            return
-        message = self._envelope.enclose([some.data for some in spans])
-        if self._exporter.export(message) is SpanExportResult.SUCCESS:  # type: ignore[arg-type]
-            self.exported += count
-        else:
-            self.dropped += count
-            self._resume_s = time.monotonic() + PAUSE_S
-            _LOG.warning("spans_not_exported", spans=count, retry_in_s=PAUSE_S)
+    def start(self) -> None:
+        """Begin to send."""
+        self._thread.start()
 
-    def close(self) -> None:
-        """Close the connection."""
+    def export(self, spans: Sequence[Spans]) -> None:
+        """Have spans sent in one message, or count them as dropped when too many wait."""
+        size = _size(spans)
+        with self._lock:
+            if self._waiting_bytes + size > WAITING_BYTES_MAX:
+                self.dropped += _count(spans)
+                return
+            self._waiting_bytes += size
+        self._waiting.put(spans)
+
+    def stop(self, timeout_s: float) -> None:
+        """Send what waits, if it can be done in time; close the connection."""
+        self._waiting.put(None)
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while (spans := self._waiting.get()) is not None:
+            is_sent = time.monotonic() >= self._resume_s and self._send(spans)
+            with self._lock:
+                self._waiting_bytes -= _size(spans)
+                if is_sent:
+                    self.exported += _count(spans)
+                else:
+                    self.dropped += _count(spans)
+            del spans  # while there is nothing to do, none are kept
         self._exporter.shutdown()
+
+    def _send(self, spans: Sequence[Spans]) -> bool:
+        """Say whether the collector has taken spans; if not, none are sent for a while."""
+        try:
+            message = self._envelope.enclose([some.data for some in spans])
+            result = self._exporter.export(message)  # type: ignore[arg-type]
+        except Exception:  # noqa: BLE001 the next ones may fare better
+            _LOG.exception("span_export_failed")
+            result = SpanExportResult.FAILURE
+        if result is SpanExportResult.SUCCESS:
+            return True
+        self._resume_s = time.monotonic() + PAUSE_S
+        _LOG.warning("spans_not_exported", spans=_count(spans), retry_in_s=PAUSE_S)
+        return False
 
 
 class _Exporter(OTLPSpanExporter):
@@ -168,6 +210,14 @@ class _Envelope:
 
 _SCOPE_SPANS = tag(ResourceSpans.SCOPE_SPANS_FIELD_NUMBER)
 _RESOURCE_SPANS = tag(ExportTraceServiceRequest.RESOURCE_SPANS_FIELD_NUMBER)
+
+
+def _size(spans: Sequence[Spans]) -> int:
+    return sum([len(some.data) for some in spans])
+
+
+def _count(spans: Sequence[Spans]) -> int:
+    return sum([some.span_count for some in spans])
 
 
 def _is_loopback(endpoint: str) -> bool:

@@ -1,20 +1,23 @@
 """Who is let in, what it costs him, and when he gets it back."""
 
 import math
+import time
 
 import pytest
 
 from headrace.batching.accounts import CallerAccounts
 from headrace.batching.queued import QueuedRequest
 from headrace.batching.quotas import Quotas
-from headrace.errors import DeadlineExceeded, Overloaded, QuotaExceeded
+from headrace.errors import CallerLeft, DeadlineExceeded, Overloaded, QuotaExceeded
 
 A, B = [("x-caller", "a")], [("x-caller", "b")]
 
 
 class Request(QueuedRequest):
     def __init__(self, rows=1):
-        super().__init__(rows, "x", deadline_s=math.inf, arrival_s=0.0, byte_count=1)
+        super().__init__(
+            rows, "x", deadline_s=math.inf, arrival_s=time.perf_counter(), byte_count=1
+        )
         self.has_left = False
         self.errors = []
 
@@ -103,11 +106,33 @@ def test_a_request_that_waited_in_vain_costs_nothing(accounts):
 
 def test_who_leaves_has_had_what_he_asked_for(accounts):
     leaving = take(accounts, 5)
+    leaving.deadline_s = time.time() + 1_000
     leaving.has_left = True
     leaving.drop()
 
     with pytest.raises(QuotaExceeded):
         accounts.enter(A)
+    assert leaving.errors == [CallerLeft]
+
+
+def test_who_leaves_a_call_without_a_deadline_has_had_what_he_asked_for(accounts):
+    leaving = take(accounts, 5)
+    leaving.has_left = True
+    leaving.drop()
+
+    with pytest.raises(QuotaExceeded):
+        accounts.enter(A)
+    assert leaving.errors == [CallerLeft]
+
+
+def test_a_call_that_ends_at_its_own_deadline_costs_nothing(accounts):
+    ended = take(accounts, 5)
+    ended.deadline_s = time.time() - 0.001
+    ended.has_left = True  # gRPC closes it then, as if he had
+    ended.drop()
+
+    accounts.enter(A)
+    assert ended.errors == [DeadlineExceeded]
 
 
 def test_nothing_is_given_back_twice(accounts):

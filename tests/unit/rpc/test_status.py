@@ -32,6 +32,7 @@ CODE = grpc.StatusCode
         (errors.Draining, CODE.UNAVAILABLE),
         (errors.Overloaded, CODE.RESOURCE_EXHAUSTED),
         (errors.DeadlineExceeded, CODE.DEADLINE_EXCEEDED),
+        (errors.CallerLeft, CODE.CANCELLED),
         (errors.FeatureStoreUnavailable, CODE.UNAVAILABLE),
         (errors.BackendError, CODE.INTERNAL),
     ],

@@ -73,11 +73,26 @@ def test_what_comes_while_too_much_waits_is_dropped_and_counted(recorder):
     assert recorder.dropped == 7
 
 
-def test_failures_that_are_dropped_with_their_lines_are_told_of_later():
+def full_of_sampled_calls():
     sampler = Sampler(Rule(1.0))
     recorder = CallRecorder(Metrics(), sampler)
     batch = [TracedCall(sampler.begin(), "p.S/M", 0.0, 1, "id")] * calls.CALLS_MAX
     recorder.answered(TracedBatch("m", "1", 1, 1, 1.0, 2.0, 3.0, 4.0, False, False, batch))
+    return recorder
+
+
+def test_a_failed_call_has_its_line_however_many_sampled_ones_wait():
+    recorder = full_of_sampled_calls()
+    recorder.failed(failed_at(1.0, message="why"))
+
+    lines = [line for line in lines_of(recorder) if line["code"] != "OK"]
+    assert [line["message"] for line in lines] == ["why"]
+    assert recorder.dropped == 0
+
+
+def test_failures_that_are_dropped_with_their_lines_are_told_of_later(monkeypatch):
+    monkeypatch.setattr(calls, "LINES_MAX", 0)
+    recorder = full_of_sampled_calls()
     for _ in range(15):
         recorder.failed(failed_at(1.0))
     recorder._tell()  # there is room again
