@@ -12,7 +12,7 @@ from page import Section, bullets, table
 
 SUBHEADS = (
     *("offered, of peak", "offered/s", "sent in time/s", "generator's processor / idle"),
-    *("goodput, of peak", "in rounds", "per CPU second", "refused", "served p99 ms"),
+    *("goodput, of peak", "in rounds", "per CPU second", "refused", "too late", "served p99 ms"),
     *("refused p50 / p99 ms", "from send p99 ms", "recovery s", "memory MiB"),
 )
 
@@ -112,6 +112,8 @@ prediction streamed to a monitor. Each gateway has one model, as refusing calls 
   the generator is late.
 - *Refused* is RESOURCE_EXHAUSTED or UNAVAILABLE, timed from when the request was due; *from send*
   leaves out what the generator and the server's limits added before it left.
+- *Too late* is all that was neither served in time nor refused: its deadline passed at the client,
+  on the way or with the server, which may have answered then.
 - *Recovery*: after the flood half the peak is asked; from when on 99 % of that was served.
 - *Memory*: most of it in a flood's second half less most of it in the first.
 - Targets, at 1.5, 2 and 5 times the peak of the slow model: goodput {goodput.GOODPUT_SHARE} of it,
@@ -124,7 +126,9 @@ prediction streamed to a monitor. Each gateway has one model, as refusing calls 
   share the other. Loopback, no TLS, a few connections.
 - A refusal costs the server 0.02 to 0.2 ms, depending on the machine, and comes out of the same
   core: of a model whose row costs little more, nobody can serve 90 % at five times its peak. The
-  tiny model is here to see that it refuses, and is well again afterwards.
+  tiny model is here to see that its server stays up, and is well again afterwards: more calls come
+  than can even be read, so that most are over before anybody can refuse them
+  (docs/performance.md, "What did not help").
 - Rounds in which the generator was late or had no core left judge nothing, if the others are most
   of them. Where they are not, the row is marked * and its verdict is "not measured"; but a recovery
   in time counts, if more than the peak was sent: a late generator makes it look longer. On two
@@ -200,6 +204,7 @@ def _row(sweep: Sweep, share: float) -> list[str]:
         f"{min(goodputs):.3f} to {max(goodputs):.3f}",
         f"{middle.cpu_goodput_share:.3f}",
         f"{middle.refused_share:.0%}",
+        f"{max(0.0, 1 - middle.goodput_share / middle.offered_share - middle.refused_share):.0%}",
         _figure(middle.served_p99_ms, 0),
         f"{_figure(middle.refused_p50_ms, 2)} / {_figure(middle.refused_p99_ms, 1)}",
         _figure(middle.refused_from_send_p99_ms, 1),

@@ -8,10 +8,8 @@ from concurrent import futures
 import grpc
 import pytest
 
-from headrace.rpc.completion_queue import ingress as completion_queue_ingress
 from headrace.rpc.completion_queue.ingress import CompletionQueueIngress
 from headrace.rpc.completion_queue.self_check import unusable_because
-from headrace.rpc.completion_queue.triage import Triage
 from headrace.rpc.ingress import HotMethod
 from headrace.rpc.status import Status
 from headrace.rpc.threads import ThreadIngress
@@ -27,7 +25,6 @@ class Port:
     def __init__(self, ingress_class):
         self.accept = lambda call, message: call.reply(b"echo:" + message)
         self.glance = lambda call: None
-        self.ended = []
         self.server = grpc.server(
             futures.ThreadPoolExecutor(2),
             options=[
@@ -41,7 +38,6 @@ class Port:
             PATH,
             lambda call, message: self.accept(call, message),
             lambda call: self.glance(call),
-            lambda call, status: self.ended.append(status),
         )
         self.ingress = ingress_class(self.server, [method])
         self.port = self.server.add_insecure_port("127.0.0.1:0")
@@ -373,41 +369,6 @@ def test_a_call_that_is_refused_at_a_glance_may_be_of_any_size_or_none(port):
     until(lambda: port.ingress.open_calls == 0)
     port.glance = lambda call: None
     assert port.hot(b"x", timeout=5) == b"echo:x"
-
-
-@pytest.fixture
-def port_that_is_behind(monkeypatch):
-    class Behind(Triage):
-        def lets_go(self, left_s, now_s):
-            return left_s < 10
-
-    monkeypatch.setattr(completion_queue_ingress, "Triage", Behind)
-    port = Port(CompletionQueueIngress)
-    yield port
-    port.close()
-
-
-def test_an_ingress_that_is_behind_refuses_unread_whoever_has_little_time_and_tells_of_it(
-    port_that_is_behind,
-):
-    port, accepted = port_that_is_behind, []
-
-    def accept(call, message):
-        accepted.append(message)
-        call.reply(message)
-
-    port.accept = accept
-
-    with pytest.raises(grpc.RpcError) as refused:
-        port.hot(b"hurried", timeout=5)
-
-    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert ("grpc-retry-pushback-ms", "100") in refused.value.trailing_metadata()
-    assert port.hot(b"patient", timeout=60) == b"patient"
-    assert port.hot(b"for ever") == b"for ever"
-    assert accepted == [b"patient", b"for ever"]
-    assert [status.code.name for status in port.ended] == ["RESOURCE_EXHAUSTED"]
-    until(lambda: port.ingress.open_calls == 0)
 
 
 def test_a_call_that_never_sends_its_message_does_not_hold_up_a_stop(port):

@@ -2,7 +2,6 @@
 
 import socket
 import time
-import urllib.request
 
 import bench_modules
 import grpc
@@ -47,11 +46,11 @@ def gateway(request, model_repository, monkeypatch):
 class Caller:
     """A connection on which calls of one method are begun, and sent no message."""
 
-    def __init__(self, address, path, timeout_s=None):
+    def __init__(self, address, path):
         host, _, port = address.rpartition(":")
         self._socket = socket.create_connection((host, int(port)), TIMEOUT_S)
         self._received = self._socket.makefile("rb")
-        self._blocks = bench.header_blocks.header_blocks(path, timeout_s=timeout_s)
+        self._blocks = bench.header_blocks.header_blocks(path)
         self._stream = -1
         self._socket.sendall(frames.PREFACE + frames.frame(frames.SETTINGS, 0, 0))
         self._read_until(lambda kind, flags, _: kind == frames.SETTINGS and flags & frames.ACK)
@@ -152,23 +151,3 @@ def test_predictions_that_are_reset_leave_nothing(gateway):
         assert_served(gateway)
 
         until(lambda: not known and live(*kinds) <= before)
-
-
-def test_calls_whose_time_is_over_when_they_come_are_counted_and_leave_nothing(gateway):
-    with nothing_collected(), Caller(gateway.grpc_address, INFER, timeout_s=1e-6) as caller:
-        for _ in range(CALLS // AT_ONCE):
-            caller.begin(AT_ONCE)
-        assert_served(gateway)
-
-        until(lambda: not live(completion_queue._Call, threads._Call))
-    assert_served(gateway)
-    if gateway.grpc.ingress.name == "completion-queue":  # with threads gRPC does not tell of them
-        assert 0 < expired(gateway) <= CALLS  # some come within the millisecond that they have
-
-
-def expired(gateway):
-    with urllib.request.urlopen(f"http://{gateway.http_address}/metrics") as reply:
-        text = reply.read().decode()
-    name = 'headrace_rpc_errors_total{code="DEADLINE_EXCEEDED",method="ModelInfer"} '
-    found = [line for line in text.splitlines() if line.startswith(name)]
-    return float(found[0].removeprefix(name)) if found else 0

@@ -73,14 +73,11 @@ class HotMethod:
         accept: Takes each call.
         glance: Asked about each call before its message is read, on the ingress thread; returns
             the status to refuse it with, or None to take it. Must cost next to nothing.
-        ended: Told of each call that the ingress ends by itself, unread, because its time is over
-            or nearly so and more come than can be read; and how. Must not raise.
     """
 
     path: str
     accept: Accept
     glance: Glance | None = None
-    ended: Callable[[HotCall, Status], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent import futures
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import grpc
@@ -136,13 +135,13 @@ class GrpcServer:
                 ("grpc.max_send_message_length", max_message_bytes),
             ],
         )
-        hot = []
-        for method in (
-            infer.ModelInfer(catalog, calls, accounts),
-            prediction.Predict(catalog, calls, accounts),
-        ):
-            unread = Unread(catalog, calls, method.path[1:])
-            hot.append(HotMethod(method.path, method.accept, unread.glance, unread.ended))
+        hot = [
+            HotMethod(method.path, method.accept, Unread(catalog, calls, method.path[1:]).glance)
+            for method in (
+                infer.ModelInfer(catalog, calls, accounts),
+                prediction.Predict(catalog, calls, accounts),
+            )
+        ]
         streams = [
             HotStream(method.path, method.begin)
             for method in (
@@ -152,10 +151,7 @@ class GrpcServer:
         ]
         self._features = features
         if features is not None:
-            hot += [
-                replace(method, ended=Unread(catalog, calls, method.path[1:]).ended)
-                for method in features.hot_methods
-            ]
+            hot += features.hot_methods
             self._server.add_generic_rpc_handlers(features.handlers)
         self.ingress: Ingress = (
             ThreadIngress(self._server, hot, streams)

@@ -44,12 +44,8 @@ class Unread:
         status = self._statuses.get(error)
         if status is None:  # there are two errors, always the same objects
             status = self._statuses[error] = status_of(error)
-        self.ended(call, status)
-        return status
-
-    def ended(self, call: HotCall, status: Status) -> None:
-        """Tell of a call that is answered unread."""
         trace = None if self._sample is None else self._sample(call.metadata)
         self._calls.failed(
             failed_call(self._method, status.code.name, status.details, call.arrival_s, trace=trace)
         )
+        return status

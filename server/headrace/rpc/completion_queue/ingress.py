@@ -15,7 +15,6 @@ from typing import Any
 import grpc
 import structlog
 
-from headrace.errors import DeadlineExceeded, Overloaded
 from headrace.rpc.completion_queue.core import (
     FAR_FUTURE_S,
     NO_STATE,
@@ -25,9 +24,8 @@ from headrace.rpc.completion_queue.core import (
     loop_thread,
 )
 from headrace.rpc.completion_queue.streams import Streams
-from headrace.rpc.completion_queue.triage import Triage
 from headrace.rpc.ingress import Accept, HotMethod, HotStream, Metadata
-from headrace.rpc.status import Status, status_of
+from headrace.rpc.status import Status
 
 _LOG = structlog.get_logger(__name__)
 
@@ -48,8 +46,6 @@ ATTENDANT_PATIENCE_S = 1.0
 """How long the attendant looks for calls to watch, with none there, before it sleeps."""
 
 _NO_MESSAGE = Status(grpc.StatusCode.INVALID_ARGUMENT, "expected one request message")
-_EXPIRED = status_of(DeadlineExceeded("the deadline had passed when the call came"))
-_BEHIND = status_of(Overloaded("more calls come than can be read"))
 
 
 class CompletionQueueIngress:
@@ -88,7 +84,6 @@ class CompletionQueueIngress:
         self._attendant = threading.Thread(target=self._attend, name="call-attendant", daemon=True)
         self._stream_methods = streams
         self._streams = Streams(server)
-        self._triage = Triage()
         for path in [*(method.path for method in methods), *(stream.path for stream in streams)]:
             self._state.server.register_method(path)  # after start it would abort
 
@@ -162,14 +157,13 @@ class CompletionQueueIngress:
 class _CallTaker(Taker):
     """Asks C-core for calls of one method and begins each."""
 
-    __slots__ = ("_accept", "_ended", "_glance", "_ingress")
+    __slots__ = ("_accept", "_glance", "_ingress")
 
     def __init__(self, ingress: CompletionQueueIngress, method: HotMethod) -> None:
         super().__init__(ingress._state, method.path)
         self._ingress = ingress
         self._accept = method.accept
         self._glance = method.glance
-        self._ended = method.ended
 
     def on_call(self, event: Any) -> Any:
         if not event.success:  # the server stops: outstanding requests come back
@@ -180,11 +174,6 @@ class _CallTaker(Taker):
             ingress, glance = self._ingress, self._glance
             call = _Call(ingress, event, self._accept)
             refusal = ingress._refusal
-            if call.deadline_s != math.inf:
-                left_s = call.deadline_s - time.time()
-                if ingress._triage.lets_go(left_s, call.arrival_s):
-                    self._let_go(call, left_s)
-                    return NO_STATE
             if refusal is None and glance is not None:
                 refusal = glance(call)
             if refusal is None:
@@ -199,14 +188,6 @@ class _CallTaker(Taker):
             else:
                 call._refuse_internal()
         return NO_STATE
-
-    def _let_go(self, call: "_Call", left_s: float) -> None:
-        status = _EXPIRED if left_s <= 0 else _BEHIND
-        if left_s > 0:
-            call.refuse(status)
-        # Otherwise C-core has ended it: nothing was begun, and what is left is freed with it.
-        if self._ended is not None:
-            self._ended(call, status)
 
 
 class _Call:
@@ -311,7 +292,6 @@ class _Call:
 
     def _on_message(self, event: Any) -> Any:
         try:
-            self._ingress._triage.message_came(time.perf_counter() - self.arrival_s)
             message = event.batch_operations[0].message()
             if message is None:
                 self.refuse(_NO_MESSAGE)
