@@ -44,9 +44,14 @@ def run_worker(channel_fd: int) -> int:
     link.start(settings.drain_delay_s + settings.drain_timeout_s)
 
     def join(want: Callable[[Collection[str]], None]) -> None:
+        models_seen = start["models_seen"]
+
         def catch_up(state: Message) -> None:
+            nonlocal models_seen
             set_log_level(state["log_level"])
-            want(state["loaded"])
+            if state["models_seen"] != models_seen:  # the repository is looked through
+                models_seen = state["models_seen"]
+                want(state["loaded"])
 
         link.join(start, catch_up)
 

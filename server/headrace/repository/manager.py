@@ -115,9 +115,15 @@ class RepositoryManager(Generic[ServedT]):
             self._checker.close()
 
     def want(self, names: Collection[str]) -> None:
-        """Load these models and no others, as they lie there now (`explicit` only). As above."""
+        """
+        Load these models and no others, as they lie there now (`explicit` only). As above.
+
+        What has failed before is tried again: somebody asked for it since.
+        """
         if self._wanted is not None:
             self._wanted = set(names)
+            for name in self._wanted & self._models.keys():
+                self._models[name].failed.clear()
             self.load_all()
 
     def start(self) -> None:

@@ -30,6 +30,9 @@ EXTENSIONS = (
 )
 """Only what is implemented. Source: Triton, "Extensions" of the KServe protocol."""
 
+NAME_BYTES_MAX = 255
+"""Of a model that is loaded or unloaded, as of a folder. Source: `NAME_MAX`, limits.h."""
+
 LOAD_TIMEOUT_S = 300.0
 """How long a call waits for the load that it asked for. The load goes on when its caller leaves."""
 
@@ -174,6 +177,9 @@ class OipServicer:
                 "explicit model load / unload is not allowed; start the server with "
                 "--model-control-mode explicit"
             )
+        size = len(name.encode())
+        if size > NAME_BYTES_MAX:  # it would go to every worker, and into the log
+            raise InvalidRequest(f"a model's name has at most {NAME_BYTES_MAX} bytes, not {size}")
         try:
             change(name, LOAD_TIMEOUT_S)
         except ModelLoadError as error:

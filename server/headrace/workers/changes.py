@@ -37,6 +37,11 @@ class _Change:
     def line(self) -> str:
         return _LINES[self.what]
 
+    @property
+    def subject(self) -> str:
+        """What `_made` has it under."""
+        return self.name if self.line == "models" else _LOG_LEVEL
+
 
 @dataclass(frozen=True, slots=True)
 class _Made:
@@ -70,8 +75,8 @@ class Changes:
         """Those that some worker has not done yet, the oldest first."""
         self._made: dict[str, _Made] = {}
         """Of each model, and under `_LOG_LEVEL`, the newest that a worker has made."""
-        self._seen = 0
-        """Counts what becomes of `_made`."""
+        self._seen = self._models_seen = 0
+        """Count what becomes of `_made`, and of the models in it."""
         self._ids = count(1)
 
     @property
@@ -88,7 +93,12 @@ class Changes:
     def state(self) -> Message:
         """Return what a worker is to begin with, and what it says when it wants to `join`."""
         loaded = [change.name for change in self._made.values() if change.what == "load"]
-        return {"seen": self._seen, "loaded": sorted(loaded), "log_level": self.log_level}
+        return {
+            "seen": self._seen,
+            "models_seen": self._models_seen,
+            "loaded": sorted(loaded),
+            "log_level": self.log_level,
+        }
 
     def join(self, worker: int, seen: int) -> bool:
         """
@@ -105,7 +115,9 @@ class Changes:
             return False
         self._workers.add(worker)
         for change in self._open.values():
-            self._ask(change, worker)
+            made = self._made.get(change.subject)
+            if made is None or made.id < change.id:  # else the state has it, or a newer one
+                self._ask(change, worker)
         return True
 
     def ask(self, message: Message, now_s: float, answer: Callable[[Failure | None], None]) -> None:
@@ -138,11 +150,11 @@ class Changes:
         if failure is not None:
             change.failures[worker] = failure
         else:
-            subject = change.name if change.line == "models" else _LOG_LEVEL
-            newest = self._made.get(subject)
+            newest = self._made.get(change.subject)
             if newest is None or newest.id < change.id:
-                self._made[subject] = _Made(change.id, change.what, change.name)
+                self._made[change.subject] = _Made(change.id, change.what, change.name)
                 self._seen += 1
+                self._models_seen += change.line == "models"
         if change.is_answered:
             kind = None if failure is None else failure["kind"]
             _LOG.warning(

@@ -102,6 +102,15 @@ def test_settings_that_are_none_are_refused_before_anything_changes(settings, sa
     assert changed == []
 
 
+def test_what_is_so_already_undoes_no_change_that_is_under_way():
+    changed = []
+    logs = LogSettings(lambda level, _: changed.append(level))
+
+    logs.answer(request(log_error=True))
+
+    assert changed == []
+
+
 def test_whoever_may_not_change_it_may_ask_for_it():
     logs = LogSettings(None)
 

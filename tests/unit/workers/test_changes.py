@@ -231,6 +231,32 @@ def test_a_model_that_is_loaded_anew_while_a_worker_starts_is_looked_at_again():
     assert not world.changes.join(2, started_with["seen"])
 
 
+def test_a_worker_is_not_asked_again_for_what_it_has_begun_with():
+    world = World(workers=[1, 2])
+    for what in ("load", "unload"):
+        world.ask(what)
+        world.done(1)
+        if what == "load":
+            world.done(2)
+    world.begin(3)  # without the model: 1 has unloaded it, and 2 is still at it
+    assert world.asked(3) == []
+
+    world.done(2)
+
+    assert world.answers == [None, None]
+
+
+def test_a_log_level_is_no_reason_to_look_at_models_again():
+    world = World(workers=[1])
+    before = world.changes.state()
+    world.ask("log_level", "debug")
+    world.done(1)
+    after = world.changes.state()
+
+    assert after["seen"] != before["seen"]
+    assert after["models_seen"] == before["models_seen"]
+
+
 def test_a_worker_that_begins_during_a_change_makes_it_and_is_waited_for():
     world = World(workers=[1])
     world.ask()
@@ -307,8 +333,14 @@ class Server:
         if self.queues.get(worker):
             change = self.queues[worker].pop(0)
             models = self.models[worker]
-            (models.add if change["what"] == "load" else models.discard)(change["name"])
-            self.changes.done(worker, {"id": change["id"], "failure": None}, self.now_s)
+            failure = None
+            if change["what"] == "load":
+                models.add(change["name"])
+            elif change["name"] in models:
+                models.remove(change["name"])
+            else:
+                failure = {"kind": "load", "text": "it is not loaded"}
+            self.changes.done(worker, {"id": change["id"], "failure": failure}, self.now_s)
 
     def die(self, worker):
         self.starting.pop(worker, None)
