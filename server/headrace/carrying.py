@@ -29,6 +29,12 @@ from headrace.tensors import join
 
 _LOG = structlog.get_logger(__name__)
 
+STAYS = 0.7
+"""
+Features that take longer than the model count as longer until they take so much of its time, and
+the other way about: where both take as long it must not be another answer with each batch.
+"""
+
 
 class BatchCarrier:
     """
@@ -51,7 +57,7 @@ class BatchCarrier:
         buckets: Pads requests of different shapes to one; None to run them as they are.
 
     Attributes:
-        is_store_bound: Whether the features of the last batch took longer than the model.
+        is_store_bound: Whether features take longer than the model, by the last batches.
     """
 
     def __init__(
@@ -224,7 +230,8 @@ class BatchCarrier:
             else:
                 arrays = self._backend.infer(inputs)
             inferred_s = time.perf_counter()
-            self.is_store_bound = joined_s - started_s > inferred_s - joined_s
+            tilt = STAYS if self.is_store_bound else 1 / STAYS
+            self.is_store_bound = joined_s - started_s > (inferred_s - joined_s) * tilt
             outputs = self._blocks(arrays, rows)
             if self._buckets is not None:
                 self._buckets.check(outputs, batch[0].batch_key)

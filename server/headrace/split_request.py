@@ -58,6 +58,9 @@ class RequestPart(StandIn):
     def expired(self, now_s: float) -> bool:
         return self.split.expired(now_s)
 
+    def left_early(self) -> bool:
+        return self.split.left_early()
+
     def answer(self, batch: AnsweredBatch, start: int, prediction_id: str) -> None:  # noqa: ARG002
         self.ends_whole = self.split.take(self._index, batch, start)
 
@@ -135,6 +138,11 @@ class SplitRequest:
         """Say whether nobody waits for the parts any more."""
         whole = self._whole
         return whole is None or self.is_given_up or whole.expired(now_s)
+
+    def left_early(self) -> bool:
+        """Say whether the caller gave up although there was time left; given up is not gone."""
+        whole = self._whole
+        return whole is not None and whole.left_early()
 
     def give_up(self) -> bool:
         """

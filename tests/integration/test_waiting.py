@@ -115,7 +115,9 @@ def test_tritons_timeout_parameter_is_a_deadline_in_the_queue(stub, counted):
     with pytest.raises(grpc.RpcError) as late:
         stub.ModelInfer(request(1, timeout_us=1), timeout=10)
 
-    assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    # Which, depends on whether anything is known of the model yet: that it takes longer.
+    codes = grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert late.value.code() in codes
     counted(batches=0, rows=0, requests=0)
 
 

@@ -66,6 +66,19 @@ class Caller(Request):
         self.done.set()
 
 
+@pytest.mark.parametrize("has_left", [False, True])
+def test_a_part_that_is_given_up_is_not_taken_for_one_whose_caller_left(has_left):
+    batcher = Batcher(BatchPolicy(4), max_queue_size=64)
+    large = Caller(*range(8), deadline_s=time.time() + 60)
+    split = SplitRequest(large, Signature("m", [X], [Y], 4, 1_000), batcher, 0, "p")
+
+    split.give_up()
+    large.has_left = has_left
+
+    assert all(part.expired(time.time()) for part in split.parts)
+    assert [part.left_early() for part in split.parts] == [has_left, has_left]
+
+
 class Served:
     """A model of batches of four that doubles, fails on a negative number, and can be held."""
 

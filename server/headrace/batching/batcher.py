@@ -82,7 +82,8 @@ class Batcher(Generic[RequestT]):
         refused_late: Requests refused because they could not have been answered in time.
         dropped: Requests given up while they waited.
         shed: Of these, those that had waited too long while the queue stood.
-        pressure: Above 0 since a request was refused, until batches have left without another.
+        pressure: Above 0 since a request was refused for those that wait, until batches have left
+            without another.
     """
 
     def __init__(
@@ -138,9 +139,8 @@ class Batcher(Generic[RequestT]):
 
         Raises:
             Overloaded: too many requests already wait, or too many bytes of them; or it could not
-                be answered before its deadline.
-            DeadlineExceeded: its deadline has passed already; or it is so soon that even an
-                executor with nothing else to do could not make it.
+                be answered before its deadline, be it by an executor with nothing else to do.
+            DeadlineExceeded: its deadline has passed already.
             Draining: the batcher is closed.
         """
         try:
@@ -350,9 +350,10 @@ class Batcher(Generic[RequestT]):
 
     @overlaps.setter
     def overlaps(self, overlaps: bool) -> None:
-        if overlaps is not self._overlaps:
-            self._overlaps = overlaps
-            self._queue.executors = self._executors + self._overlapping * overlaps
+        if overlaps is not self._overlaps:  # looked at for each batch, changed seldom
+            with self._lock:
+                self._overlaps = overlaps
+                self._queue.executors = self._executors + self._overlapping * overlaps
 
     def __len__(self) -> int:
         """Requests waiting now."""

@@ -13,6 +13,9 @@ A request without a deadline, or with a later one, has its turn as if it were du
 whoever asks with a short deadline goes first, and nobody waits for ever.
 """
 
+COUNTED_MAX: Final = 64
+"""Requests whose rows are added up; where more are before and behind, their mean will do."""
+
 NOT_FILED: Final = -1
 
 Entry = tuple[int, float, int, float, RequestT]
@@ -56,8 +59,21 @@ class Taken(NamedTuple, Generic[RequestT]):
 
 
 def rows_behind(lane: Lane[Any], level: int, deadline_s: float, now_s: float) -> int:
-    """Count the rows of a lane that a request would overtake: exact where all have one."""
-    entries, place = lane.entries, (level, min(deadline_s, now_s + PATIENCE_S))
+    """
+    Count the rows of a lane that a request would overtake.
+
+    Exact where all have one, or `COUNTED_MAX` at most are before or behind it; otherwise as if all
+    had as many.
+    """
+    place = level, min(deadline_s, now_s + PATIENCE_S)
+    entries: list[Entry[Any]] = lane.entries
     if place >= entries[-1][:2]:
         return 0
-    return lane.rows * (len(entries) - bisect_left(entries, place)) // len(entries)
+    at, count = bisect_left(entries, place), len(entries)
+    if count - at <= COUNTED_MAX:
+        behind: int = sum([entry[REQUEST].rows for entry in entries[at:]])
+        return behind
+    if at <= COUNTED_MAX:
+        before: int = sum([entry[REQUEST].rows for entry in entries[:at]])
+        return lane.rows - before
+    return lane.rows * (count - at) // count

@@ -175,10 +175,7 @@ class RequestQueue(Generic[RequestT]):
             policy = self._levels[level - 1]
             if policy.max_queue_size and self._counts[level] >= policy.max_queue_size:
                 return False
-            timeout_s = policy.timeout_s
-            if request.timeout_s and policy.may_override:
-                timeout_s = min(timeout_s, request.timeout_s)
-            start_by_s = now_s + timeout_s
+            start_by_s = now_s + self._patience_s(request)
         number = next(self._numbers)
         self._insert((level, due_s, number, start_by_s, request))
         if self._standing is not None:
@@ -186,6 +183,13 @@ class RequestQueue(Generic[RequestT]):
             if not parts or parts[0] is request:  # the others wait while it runs
                 self._standing.came(number, request, now_s)
         return True
+
+    def _patience_s(self, request: RequestT) -> float:
+        """Return how long a request's level lets it wait."""
+        policy = self._levels[self.level_of(request) - 1]
+        if request.timeout_s and policy.may_override:
+            return min(policy.timeout_s, request.timeout_s)
+        return policy.timeout_s
 
     def has_room(self, request: RequestT, places: int) -> bool:
         """Say whether `add_all` would take a request in so many parts."""
@@ -205,6 +209,8 @@ class RequestQueue(Generic[RequestT]):
         if not self.has_room(parts[0], len(parts)):
             return False
         most, spare_s = self._policy.max_batch_size or 1, parts[0].deadline_s - now_s
+        if not self._is_plain:
+            spare_s = min(spare_s, self._patience_s(parts[0]))
         apart_s = turns_apart_s(
             self._cost, most, len(parts), self.rows / most, self.executors, spare_s
         )

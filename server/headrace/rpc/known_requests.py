@@ -25,7 +25,7 @@ LEARNED_BYTES_MAX = 16_384
 """In a larger message the tensors outweigh what could be saved."""
 
 SIZES_MAX = 512
-"""Message sizes remembered; at four requests of `LEARNED_BYTES_MAX` each, 32 MiB at the worst."""
+"""Message sizes remembered; four requests and one's parameters of each: 40 MiB at the worst."""
 
 REQUESTS_PER_SIZE_MAX = 4
 

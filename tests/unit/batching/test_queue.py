@@ -255,9 +255,9 @@ def test_parts_of_a_request_go_in_line_together_or_not_at_all():
     assert waiting.count == 4
 
 
-def in_parts(kind, due=math.inf, known=None, executors=1):
+def in_parts(kind, due=math.inf, known=None, executors=1, levels=ONE_LEVEL):
     """Return a queue in which a request of ten parts waits, of which each takes 0.1 s by itself."""
-    made = kind(BatchPolicy(4), known or cost(0.1), executors=executors)
+    made = kind(BatchPolicy(4), known or cost(0.1), levels, executors=executors)
     assert made.add_all(split(*[Part("p", due, rows=4) for _ in range(10)]), 0.0)
     return made
 
@@ -301,6 +301,16 @@ def test_what_the_parts_of_a_request_have_to_spare_is_how_far_they_are_overtaken
 
 
 @KINDS
+def test_parts_are_not_put_off_beyond_what_their_level_lets_them_wait(kind):
+    known = cost(0.1)
+    levels = [LevelPolicy(timeout_s=10 * known.bound_s(4) + 0.001)]
+
+    taken = order(in_parts(kind, known=known, levels=levels), (0.05, Caller("a")))
+
+    assert taken.index("a") == 10  # one of them would have been too late
+
+
+@KINDS
 def test_parts_are_not_put_off_by_who_comes_later_than_they_would_have_run(kind):
     """More comes than can be run: small ones, of which each batch is full."""
     late = [(0.1 * i + 0.05, Caller("n", rows=4)) for i in range(19)]
@@ -320,6 +330,17 @@ def test_what_is_ahead_is_waited_for_and_what_is_behind_is_not():
 
     assert late == pytest.approx(0.05 + 2 * 0.1 + known.bound_s(4), rel=0.05)
     assert early == pytest.approx(0.05 + known.bound_s(4), rel=0.05)
+
+
+def test_large_ones_behind_are_not_taken_for_small_ones_ahead():
+    known = cost(0.1)
+    small = [Caller("w", 0.3) for _ in range(8)]
+    large = [Caller("p", 0.8, rows=4) for _ in range(15)]
+    waiting = queue(*small, *large, known=known)
+
+    finish_s = waiting.finish_s(Caller("a", 0.5), 0.0, 0.05)
+
+    assert finish_s == pytest.approx(0.05 + 2 * 0.1 + known.bound_s(4), rel=0.05)
 
 
 def test_several_executors_share_what_is_ahead():

@@ -184,7 +184,11 @@ def test_memory_is_bounded():
     for seed in range(20):
         learn(known, message(request_id="x" * (SIZES_MAX + 5), outputs=("y",) * (seed % 2)))
 
-    assert len(known._by_size) <= SIZES_MAX
+    for length in range(SIZES_MAX + 10):
+        for _ in range(3):
+            learn(known, message(parameters={"p" * length: 1}))
+
+    assert len(known._parameters) <= len(known._by_size) <= SIZES_MAX
     assert all(len(found) <= REQUESTS_PER_SIZE_MAX for found in known._by_size.values())
 
 
