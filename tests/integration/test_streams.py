@@ -256,7 +256,9 @@ def test_a_message_may_have_less_time_than_its_stream(stub):
         for answer in stub.ModelStreamInfer(iter(asked), timeout=WAIT_S)
     }
 
-    assert "the deadline came too close" in answers["hurried"].error_message
+    # It is given up in its turn, or refused when it comes if the model is known to take longer.
+    assert "deadline" in answers["hurried"].error_message
+    assert not answers["hurried"].infer_response.outputs
     assert value(answers["other"]) == [8]
 
 
