@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,10 @@ from headrace.features.join import FeatureJoin
 from headrace.features.store import FeatureRows
 from headrace.telemetry.trace_context import Trace
 from headrace.tensors import CheckedInputs, Signature, TensorSpec, encode
+
+EDGE_MEMO_MAX = 4_096
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +28,20 @@ class Answering:
         name: The model's name.
         version: As decimal text.
         signature: What callers send and get.
-        edge_memo: What the edge serialized once for this version; bounded by the edge.
+        edge_memo: What the edge serialized once for this version; `remember` bounds it.
     """
 
     name: str
     version: str
     signature: Signature
     edge_memo: dict[Any, Any] = field(default_factory=dict)
+
+    def remember(self, key: Any, value: T) -> T:
+        """Put into `edge_memo` what was not there; return it."""
+        if len(self.edge_memo) >= EDGE_MEMO_MAX:  # variable shapes: start over rather than grow
+            self.edge_memo.clear()
+        self.edge_memo[key] = value
+        return value
 
 
 class Request(QueuedRequest):

@@ -35,7 +35,6 @@ _LARGE_BYTES = 64 << 10
 """Of a message that is judged by its model's name before it is parsed, which copies it."""
 
 _RAW_OUTPUT = tag(6)
-_MEMO_SIZE_MAX = 4_096
 
 
 _TYPED_CONTENTS = {
@@ -359,13 +358,10 @@ class _Frame(NamedTuple):
 
 
 def _frame(batch: AnsweredBatch, selection: tuple[int, ...], rows: int) -> _Frame:
-    memo: dict[Any, _Frame] = batch.model.edge_memo
     key = (selection, rows, batch.output_shapes)
-    frame = memo.get(key)
+    frame: _Frame | None = batch.model.edge_memo.get(key)
     if frame is None:
-        if len(memo) >= _MEMO_SIZE_MAX:  # variable shapes: start over rather than grow
-            memo.clear()
-        frame = memo[key] = _make_frame(batch, selection, rows)
+        frame = batch.model.remember(key, _make_frame(batch, selection, rows))
     return frame
 
 

@@ -18,7 +18,6 @@ from headrace.rpc.columns import FIXED_COLUMNS, encode_column
 from headrace.v1 import prediction_service_pb2 as pb
 from headrace.wire import delimited, tag, varint
 
-_MEMO_SIZE_MAX = 4_096
 _BATCHES_KEPT = 64
 """As many as may be answered at a time, with some to spare."""
 
@@ -97,13 +96,10 @@ class _Frame(NamedTuple):
 
 
 def _frame(batch: AnsweredBatch, selection: tuple[int, ...], rows: int) -> _Frame:
-    memo = batch.model.edge_memo
     key = (pb.PredictResponse, selection, rows, batch.output_shapes)
-    frame: _Frame | None = memo.get(key)
+    frame: _Frame | None = batch.model.edge_memo.get(key)
     if frame is None:
-        if len(memo) >= _MEMO_SIZE_MAX:  # variable shapes: start over rather than grow
-            memo.clear()
-        frame = memo[key] = _make_frame(batch, selection, rows)
+        frame = batch.model.remember(key, _make_frame(batch, selection, rows))
     return frame
 
 
@@ -157,12 +153,10 @@ def _features(batch: AnsweredBatch, start: int, stop: int) -> list[bytes]:
 
 
 def _feature_heads(batch: AnsweredBatch, plan: FeaturePlan) -> list[bytes]:
-    memo = batch.model.edge_memo
-    heads: list[bytes] | None = memo.get(plan)
+    heads: list[bytes] | None = batch.model.edge_memo.get(plan)
     if heads is None:
-        heads = memo[plan] = [
-            pb.FeatureColumn(name=feature.name).SerializeToString() for feature in plan.features
-        ]
+        columns = [pb.FeatureColumn(name=feature.name) for feature in plan.features]
+        heads = batch.model.remember(plan, [column.SerializeToString() for column in columns])
     return heads
 
 
