@@ -7,13 +7,12 @@ import grpc
 import numpy as np
 import pytest
 from feast.protos.feast.serving import ServingService_pb2
+from held_gateway import held_gateway
 from live_objects import live, nothing_collected
 from tritonclient.grpc import service_pb2
 
-from headrace.app import Gateway
 from headrace.feature_reads import FeatureRequest
 from headrace.request import Request
-from headrace.settings import load_settings
 from headrace.v1 import feature_service_pb2
 from headrace.v1 import prediction_service_pb2 as pb
 
@@ -30,34 +29,13 @@ CALLS = 1_000
 @pytest.fixture(scope="module", params=["completion-queue", "threads"])
 def held(request, model_repository, feature_repo):
     """A gateway whose model and store answer nobody until `gate` is set; `busy` is set by then."""
-    gateway = Gateway(
-        load_settings(
-            {
-                "model_repository": model_repository,
-                "feature_repo": feature_repo,
-                "grpc_address": "127.0.0.1:0",
-                "http_address": "127.0.0.1:0",
-                "ingress": request.param,
-            }
-        )
-    )
-    gateway.gate, gateway.busy = threading.Event(), threading.Event()
-    backend = gateway.catalog.find(MODEL, "")._backend
-    backend.infer = _behind(gateway, backend.infer)
-    gateway._store.read = _behind(gateway, gateway._store.read)
-    gateway.start()
-    yield gateway
-    gateway.gate.set()
-    assert gateway.stop()
-
-
-def _behind(gateway, real):
-    def wait(*args, **named):
-        gateway.busy.set()
-        assert gateway.gate.wait(60)
-        return real(*args, **named)
-
-    return wait
+    with held_gateway(
+        MODEL,
+        model_repository=model_repository,
+        feature_repo=feature_repo,
+        ingress=request.param,
+    ) as gateway:
+        yield gateway
 
 
 @pytest.fixture

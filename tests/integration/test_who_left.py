@@ -7,10 +7,9 @@ import grpc
 import numpy as np
 import pytest
 import structlog
+from held_gateway import held_gateway
 from tritonclient.grpc import service_pb2
 
-from headrace.app import Gateway
-from headrace.settings import load_settings
 from headrace.v1 import feature_service_pb2, prediction_service_pb2
 
 LEFT, LATE = "CANCELLED", "DEADLINE_EXCEEDED"
@@ -49,37 +48,16 @@ CALLS = [
 @pytest.fixture(scope="module", params=["completion-queue", "threads"])
 def held(request, model_repository, feature_repo):
     """A gateway that answers nobody until `gate` is set; of each caller it takes one row, once."""
-    gateway = Gateway(
-        load_settings(
-            {
-                "model_repository": model_repository,
-                "feature_repo": feature_repo,
-                "grpc_address": "127.0.0.1:0",
-                "http_address": "127.0.0.1:0",
-                "ingress": request.param,
-                "caller_header": "x-caller",
-                "caller_rate_per_s": 0.001,
-                "caller_burst": 1,
-            }
-        )
-    )
-    gateway.gate, gateway.busy = threading.Event(), threading.Event()
-    backend = gateway.catalog.find("scores", "")._backend
-    backend.infer = _behind(gateway, backend.infer)
-    gateway._store.read = _behind(gateway, gateway._store.read)
-    gateway.start()
-    yield gateway
-    gateway.gate.set()
-    assert gateway.stop()
-
-
-def _behind(gateway, real):
-    def wait(*args, **named):
-        gateway.busy.set()
-        assert gateway.gate.wait(60)
-        return real(*args, **named)
-
-    return wait
+    with held_gateway(
+        "scores",
+        model_repository=model_repository,
+        feature_repo=feature_repo,
+        ingress=request.param,
+        caller_header="x-caller",
+        caller_rate_per_s=0.001,
+        caller_burst=1,
+    ) as gateway:
+        yield gateway
 
 
 @pytest.fixture

@@ -11,9 +11,6 @@ from headrace.batching.batcher import Batcher
 from headrace.batching.policy import BatchPolicy
 from headrace.errors import Overloaded
 
-A_WHILE_S = 0.05
-"""To see that nothing happens: what is asserted then fails seldom rather than wrongly."""
-
 
 def caller(name, rows=1, deadline_s=math.inf):
     return SimpleNamespace(
@@ -39,6 +36,14 @@ def make(overlapping=1):
     batcher = Batcher(BatchPolicy(4), max_queue_size=100, overlapping=overlapping)
     batcher.overlaps = True
     return batcher
+
+
+def rests(batcher):
+    """Wait until somebody who would take has looked, found nothing for himself, and sleeps."""
+    deadline_s = time.monotonic() + 5
+    while not batcher._idle:
+        assert time.monotonic() < deadline_s, "nobody rests"
+        time.sleep(0.001)
 
 
 def put(batcher, *requests):
@@ -71,7 +76,7 @@ def test_a_batch_that_could_grow_waits_until_it_is_full(first, second):
     put(batcher, *map(caller, "abcdefg"))
     first.submit(batcher.take).result(5)
     beside = second.submit(batcher.take)
-    time.sleep(A_WHILE_S)
+    rests(batcher)
     assert not beside.done()
 
     put(batcher, caller("h"))
@@ -104,7 +109,7 @@ def test_no_batch_begins_beside_one_that_keeps_the_processor_busy(first, second)
     put(batcher, *map(caller, "abcdefgh"))
     first.submit(batcher.take).result(5)
     beside = second.submit(batcher.take)
-    time.sleep(A_WHILE_S)
+    rests(batcher)
 
     assert not beside.done()
     assert names(first.submit(batcher.take).result(5)) == list("efgh")
@@ -117,7 +122,7 @@ def test_no_more_begin_beside_than_there_are_to_be(first, second):
     put(batcher, *map(caller, "abcdefgh"))
     first.submit(batcher.take).result(5)
     beside = second.submit(batcher.take)
-    time.sleep(A_WHILE_S)
+    rests(batcher)
 
     assert not beside.done()
     batcher.close()
