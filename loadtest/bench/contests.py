@@ -34,7 +34,7 @@ PARAMETER, NUMBERED = Load("parameter"), Load("numbered")
 ENTITY = Load("entity")
 RANKING = Load("ranking", connections=1, in_flight=1, rows=200)
 RANKING_MANY = Load("ranking", connections=4, in_flight=1, rows=200)
-THRICE = 3
+TWICE = 2
 """Where percents are to be told."""
 
 PER_WORKER = 8
@@ -97,7 +97,7 @@ QUESTIONS = (
         PER_CPU,
         Target(0.97),
         is_fresh=True,
-        rounds_times=THRICE,
+        rounds_times=TWICE,
     ),
     Question(
         "traces-all",
@@ -116,7 +116,7 @@ QUESTIONS = (
         PER_CPU,
         Target(0.97),
         is_fresh=True,
-        rounds_times=THRICE,
+        rounds_times=TWICE,
     ),
     Question(
         "metrics",
@@ -133,7 +133,7 @@ QUESTIONS = (
         Side(GATEWAY, LOADED),
         PER_CPU,
         is_fresh=True,
-        rounds_times=THRICE,
+        rounds_times=TWICE,
     ),
     Question(
         "workers",

@@ -22,7 +22,9 @@ FAILURES = (
 WINDOWS = (0, 1, 1, 0, 1, 0, 0, 1)
 """
 Who is measured in a round between fresh processes: what drifts evenly, or ever faster, is in both
-alike. Source: the Thue-Morse sequence, whose first 2^n signs have no moments below the n-th.
+alike. Each is as long as a round of other questions: shorter ones had all or none of what is sent
+once or twice a second. Source: the Thue-Morse sequence, whose first 2^n signs have no moments below
+the n-th.
 """
 
 Tell = Callable[[str], None]
@@ -36,7 +38,7 @@ def hold(question: Question, stage: Stage, rounds: int, seconds: float, tell: Te
         question: The question.
         stage: What its servers are started on.
         rounds: How many, one at least; times `question.rounds_times`.
-        seconds: For each server, in each round.
+        seconds: For each server, in each round; between fresh processes, in each window.
         tell: Takes a line of progress.
 
     Returns:
@@ -56,7 +58,7 @@ def hold(question: Question, stage: Stage, rounds: int, seconds: float, tell: Te
                 with ExitStack() as stack:
                     servers = _start(sides, stage, stack, is_turned=bool(number % 2))
                     order = tuple(which ^ (number % 2) for which in WINDOWS)
-                    _round(contest, sides, servers, order, 2 * seconds / len(WINDOWS))
+                    _round(contest, sides, servers, order, seconds)
                     tell(_progress(contest, rounds))
                     contest.notes += [
                         f"round {number + 1}: {said}" for said in _look_for_drops(servers)

@@ -80,9 +80,14 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--rounds",
         type=int,
         default=7,
-        help="of each question; thrice as many where percents are told",
+        help="of each question; twice as many where a percent or three are told",
     )
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each server in a round")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=1.0,
+        help="for each server in a round; four times that where percents are told",
+    )
     parser.add_argument(
         "--overload-seconds", type=float, help="for each load; else 10/3 of --seconds"
     )

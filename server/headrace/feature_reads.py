@@ -35,7 +35,7 @@ from headrace.features.skew_log import FeatureReadLog, SkewLog
 from headrace.features.store import FeatureRows, OnlineStore
 from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.feature_metrics import FeatureReadMetrics, ViewMetrics
-from headrace.telemetry.spans import TracedBatch, TracedCall
+from headrace.telemetry.spans import TracedBatch, TracedCalls
 from headrace.telemetry.trace_context import Trace
 
 _LOG = structlog.get_logger(__name__)
@@ -347,12 +347,8 @@ class FeatureReads:
         batch: Sequence[FeatureRequest],
         times_s: tuple[float, float, float],
     ) -> None:
-        traced = [
-            TracedCall(trace, request.method, request.arrival_s, request.rows, "")
-            for request in batch
-            if (trace := request.trace) is not None
-        ]
-        if not traced:
+        sampled = [(trace, request) for request in batch if (trace := request.trace) is not None]
+        if not sampled:
             return
         started_s, read_s, replied_s = times_s
         calls.answered(
@@ -367,7 +363,13 @@ class FeatureReads:
                 replied_s=replied_s,
                 has_features=True,
                 is_remote=False,
-                calls=traced,
+                calls=TracedCalls(
+                    traces=[trace for trace, _ in sampled],
+                    methods=[request.method for _, request in sampled],
+                    arrivals_s=[request.arrival_s for _, request in sampled],
+                    rows=[request.rows for _, request in sampled],
+                    prediction_ids=[""] * len(sampled),
+                ),
                 feature_service=plan.service,
             )
         )

@@ -20,7 +20,7 @@ from headrace.monitoring.records import BatchRecord, Block, RecordSchema, column
 from headrace.telemetry.calls import CallRecorder
 from headrace.telemetry.feature_metrics import ViewMetrics
 from headrace.telemetry.metrics import ModelMetrics
-from headrace.telemetry.spans import INFER, TracedBatch, TracedCall
+from headrace.telemetry.spans import INFER, TracedBatch, TracedCalls
 from headrace.telemetry.trace_context import Trace, format_traceparent
 from headrace.tensors import TensorSpec
 
@@ -201,18 +201,14 @@ class BatchObserver:
             )
 
     def _traced(self, batch: Sequence[ObservedRequest], carried: Carried) -> TracedBatch | None:
-        calls = [
-            TracedCall(
-                trace,
-                request.method,
-                request.arrival_s,
-                request.caller_rows,
-                f"{self._id_prefix}{number:010x}",
-            )
+        if not [request for request in batch if request.trace is not None]:
+            return None  # nearly always, where one call in a hundred is sampled
+        sampled = [
+            (trace, request, number)
             for number, request in zip(_numbers(batch, carried), batch, strict=True)
             if (trace := request.trace) is not None and request.ends_whole
         ]
-        if not calls:
+        if not sampled:
             return None
         return TracedBatch(
             model=self._name,
@@ -225,7 +221,13 @@ class BatchObserver:
             replied_s=carried.replied_s,
             has_features=carried.features is not None,
             is_remote=self._is_remote,
-            calls=calls,
+            calls=TracedCalls(
+                traces=[trace for trace, _, _ in sampled],
+                methods=[request.method for _, request, _ in sampled],
+                arrivals_s=[request.arrival_s for _, request, _ in sampled],
+                rows=[request.caller_rows for _, request, _ in sampled],
+                prediction_ids=[f"{self._id_prefix}{number:010x}" for _, _, number in sampled],
+            ),
         )
 
 

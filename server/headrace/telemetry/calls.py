@@ -119,7 +119,7 @@ class CallRecorder:
     def answered(self, batch: TracedBatch) -> None:
         """Note a batch with sampled calls in it."""
         with self._lock:
-            self._put(batch, len(batch.calls))
+            self._put(batch, len(batch.calls.traces))
 
     def start(self) -> None:
         """Begin to tell."""
@@ -181,7 +181,7 @@ class CallRecorder:
         self._tell_answered(record)
         assert self._sampler is not None
         self._keep(batch_spans(record, self._sampler.begin(), offset_s))
-        return len(record.calls)
+        return len(record.calls.traces)
 
     def _keep(self, spans: Spans) -> None:
         if not spans.span_count:
@@ -200,23 +200,24 @@ class CallRecorder:
             self._exporter.export(spans)
 
     def _tell_answered(self, batch: TracedBatch) -> None:
-        for i, call in enumerate(batch.calls):
-            suppressed = self._answer_lines.take(time.monotonic(), len(batch.calls) - i)
+        for i, call in enumerate(zip(*batch.calls, strict=True)):
+            suppressed = self._answer_lines.take(time.monotonic(), len(batch.calls.traces) - i)
             if suppressed is None:
                 return
+            trace, method, arrival_s, rows, prediction_id = call
             _LOG.info(
                 "request",
-                method=call.method,
+                method=method,
                 code="OK",
                 **_subject(batch),
-                rows=call.rows,
+                rows=rows,
                 batch_rows=batch.rows,
-                duration_s=_s(batch.replied_s - call.arrival_s),
-                queue_s=_s(batch.started_s - call.arrival_s),
+                duration_s=_s(batch.replied_s - arrival_s),
+                queue_s=_s(batch.started_s - arrival_s),
                 features_s=_s(batch.joined_s - batch.started_s) if batch.has_features else None,
                 infer_s=_s(batch.inferred_s - batch.joined_s) if batch.model else None,
-                prediction_id=call.prediction_id or None,
-                trace_id=call.trace.trace_id.hex(),
+                prediction_id=prediction_id or None,
+                trace_id=trace.trace_id.hex(),
                 **({"suppressed": suppressed} if suppressed else {}),
             )
 

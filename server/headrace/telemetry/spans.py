@@ -26,23 +26,23 @@ REQUEST, WAIT, FETCH, INFER, REPLY = range(1, 6)
 """The spans of a call, as `Trace.id_of` numbers them."""
 
 
-class TracedCall(NamedTuple):
+class TracedCalls(NamedTuple):
     """
-    A sampled call that was answered.
+    The sampled calls of a batch, which were answered: a column for each thing that is told.
 
     Args:
-        trace: Whose.
-        method: As `package.Service/Method`.
-        arrival_s: When it reached the port, on `time.perf_counter`'s clock, as all times here.
-        rows: Of it.
-        prediction_id: Of its reply.
+        traces: Whose.
+        methods: As `package.Service/Method`.
+        arrivals_s: When each reached the port, on `time.perf_counter`'s clock, as all times here.
+        rows: Of each.
+        prediction_ids: Of their replies; empty where there are none.
     """
 
-    trace: Trace
-    method: str
-    arrival_s: float
-    rows: int
-    prediction_id: str
+    traces: Sequence[Trace]
+    methods: Sequence[str]
+    arrivals_s: Sequence[float]
+    rows: Sequence[int]
+    prediction_ids: Sequence[str]
 
 
 class TracedBatch(NamedTuple):
@@ -75,7 +75,7 @@ class TracedBatch(NamedTuple):
     replied_s: float
     has_features: bool
     is_remote: bool
-    calls: Sequence[TracedCall]
+    calls: TracedCalls
     feature_service: str = ""
 
 
@@ -144,34 +144,27 @@ def batch_spans(batch: TracedBatch, run: Trace, offset_s: float) -> Spans:
     else:
         stages = [infer + _times(started, inferred)]
     stages.append(_REPLY + _times(inferred, replied))
-    of_run = _LINK + run.trace_id + _LINKED_SPAN + run.span_id
-    of_request = _REQUEST + _END + replied + of_run
-    of_wait = _WAIT + _END + started
+    stages = [stage + _PARENT_ID for stage in stages]
+    of_request = _REQUEST + _END + replied + _LINK + run.trace_id + _LINKED_SPAN + run.span_id
+    of_wait = _WAIT + _END + started + _PARENT_ID
 
     parts = _run_span(batch, run, started, replied)
-    for trace, method, arrival_s, rows, prediction_id in batch.calls:
-        # Every span of the call begins with `context`, whose last byte its own part brings.
-        context = _context(trace)
-        under = _PARENT_ID + trace.span_id
-        since = _START + _nanoseconds(arrival_s + offset_s)
-        prediction = prediction_id.encode()
-        request = b"".join(
-            (
-                of_request,
-                _of_call(method, batch.model, batch.version, batch.feature_service, rows),
-                _of_prediction(len(prediction)) if prediction else b"",
-                prediction,
-                _PARENT_ID + trace.parent_id if trace.parent_id else b"",
-                since,
-            )
-        )
-        size = len(context)
-        parts += (_record(size + len(request)), context, request)
-        size += len(under)
-        parts += (_record(size + len(of_wait) + len(since)), context, of_wait, under, since)
-        for stage in stages:
-            parts += (_record(size + len(stage)), context, stage, under)
-    return Spans(b"".join(parts), 1 + len(batch.calls) * (2 + len(stages)))
+    frames: dict[tuple[str, int, int, int, bool], _Frame] = {}
+    for trace, method, arrival_s, rows, prediction_id in zip(*batch.calls, strict=True):
+        context, parent, prediction = _context(trace), trace.parent_id, prediction_id.encode()
+        alike = (method, rows, len(context), len(prediction), bool(parent))
+        frame = frames.get(alike)
+        if frame is None:
+            of_call = _of_call(method, batch.model, batch.version, batch.feature_service, rows)
+            frame = frames[alike] = _frame(alike, of_request + of_call, of_wait, stages)
+        since = _START + int((arrival_s + offset_s) * 1e9).to_bytes(8, "little")
+        span_id = trace.span_id
+        # Every span begins with `context`, whose last byte its own part brings.
+        parts += (frame.request, context, frame.of_call, prediction, frame.of_parent, parent, since)
+        parts += (frame.wait, context, of_wait, span_id, since)
+        for record, stage in frame.stages:
+            parts += (record, context, stage, span_id)
+    return Spans(b"".join(parts), 1 + len(batch.calls.traces) * (2 + len(stages)))
 
 
 def failed_spans(call: FailedCall, offset_s: float) -> Spans:
@@ -221,13 +214,53 @@ def failed_spans(call: FailedCall, offset_s: float) -> Spans:
     return Spans(ScopeSpans(spans=spans).SerializeToString(), len(spans))
 
 
+class _Frame(NamedTuple):
+    """
+    What the spans of alike calls share.
+
+    Args:
+        request: Goes before the call's own span.
+        of_call: What is in that, up to the prediction id's characters.
+        of_parent: What follows them, up to the parent's id; empty at a root.
+        wait: Goes before the span of its wait.
+        stages: What goes before each other span, and what is in it, up to its parent's id.
+    """
+
+    request: bytes
+    of_call: bytes
+    of_parent: bytes
+    wait: bytes
+    stages: Sequence[tuple[bytes, bytes]]
+
+
+def _frame(
+    alike: tuple[str, int, int, int, bool], of_call: bytes, of_wait: bytes, stages: Sequence[bytes]
+) -> _Frame:
+    """Put together what calls share whose method, rows, lengths and having a parent are alike."""
+    _, _, context_length, prediction_length, has_parent = alike
+    if prediction_length:
+        of_call += _of_prediction(prediction_length)
+    of_parent = _PARENT_ID if has_parent else b""
+    own = len(of_call) + prediction_length + _TIME_LENGTH
+    if has_parent:
+        own += len(of_parent) + _ID_LENGTH
+    under = context_length + _ID_LENGTH
+    return _Frame(
+        request=_record(context_length + own),
+        of_call=of_call,
+        of_parent=of_parent,
+        wait=_record(under + len(of_wait) + _TIME_LENGTH),
+        stages=[(_record(under + len(stage)), stage) for stage in stages],
+    )
+
+
 def _run_span(batch: TracedBatch, run: Trace, started: bytes, replied: bytes) -> list[bytes]:
     parts = [
         _context(run) + _RUN + _times(started, replied),
         _of_batch(batch.model, batch.version, batch.feature_service, batch.requests, batch.rows),
     ]
-    for call in batch.calls[:LINKS_MAX]:
-        parts += (_LINK, call.trace.trace_id, _LINKED_SPAN, call.trace.span_id)
+    for trace in batch.calls.traces[:LINKS_MAX]:
+        parts += (_LINK, trace.trace_id, _LINKED_SPAN, trace.span_id)
     return [_record(sum(map(len, parts))), *parts]
 
 
@@ -330,6 +363,7 @@ _SPAN_ID = _before(Span(span_id=_ID), 8)
 _PARENT_ID = _before(Span(parent_span_id=_ID), 8)
 _START = _before(Span(start_time_unix_nano=1), 8)
 _END = _before(Span(end_time_unix_nano=1), 8)
+_ID_LENGTH, _TIME_LENGTH = 8, len(_START) + 8
 _LINKED_TRACE = _before(Span.Link(trace_id=_LONG_ID), 16)
 _LINKED_SPAN = _before(Span.Link(span_id=_ID), 8)
 _LINK = (

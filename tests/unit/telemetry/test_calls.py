@@ -6,7 +6,7 @@ import structlog
 from headrace.telemetry import calls
 from headrace.telemetry.calls import CallRecorder, failed_call
 from headrace.telemetry.metrics import Metrics
-from headrace.telemetry.spans import TracedBatch, TracedCall
+from headrace.telemetry.spans import TracedBatch, TracedCalls
 from headrace.telemetry.trace_context import Rule, Sampler
 
 
@@ -73,11 +73,16 @@ def test_what_comes_while_too_much_waits_is_dropped_and_counted(recorder):
     assert recorder.dropped == 7
 
 
+def batch_of(traces):
+    count = len(traces)
+    traced = TracedCalls(traces, ["p.S/M"] * count, [0.0] * count, [1] * count, ["id"] * count)
+    return TracedBatch("m", "1", count, count, 1.0, 2.0, 3.0, 4.0, False, False, traced)
+
+
 def full_of_sampled_calls():
     sampler = Sampler(Rule(1.0))
     recorder = CallRecorder(Metrics(), sampler)
-    batch = [TracedCall(sampler.begin(), "p.S/M", 0.0, 1, "id")] * calls.CALLS_MAX
-    recorder.answered(TracedBatch("m", "1", 1, 1, 1.0, 2.0, 3.0, 4.0, False, False, batch))
+    recorder.answered(batch_of([sampler.begin()] * calls.CALLS_MAX))
     return recorder
 
 
@@ -127,14 +132,11 @@ def test_a_call_that_cannot_be_told_of_does_not_silence_the_next(recorder):
 
 def test_many_calls_of_one_batch_leave_as_many_lines_as_are_allowed():
     recorder = CallRecorder(Metrics(), Sampler(Rule(1.0)))
-    traced = [
-        TracedCall(Sampler(Rule(1.0)).begin(), "p.S/M", 0.0, 1, f"id{number}")
-        for number in range(100)
-    ]
+    traces = [Sampler(Rule(1.0)).begin() for _ in range(100)]
     for _ in range(2):
-        recorder.answered(TracedBatch("m", "1", 100, 100, 1.0, 2.0, 3.0, 4.0, False, False, traced))
+        recorder.answered(batch_of(traces))
     lines = lines_of(recorder)
     assert {line["code"] for line in lines} == {"OK"}
     assert 10 <= len(lines) <= 12
-    assert lines[0]["trace_id"] == traced[0].trace.trace_id.hex()
+    assert lines[0]["trace_id"] == traces[0].trace_id.hex()
     assert (lines[0]["duration_s"], lines[0]["infer_s"]) == (4.0, 1.0)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from opentelemetry.proto.trace.v1.trace_pb2 import ScopeSpans, Span, Status
 
 from headrace.telemetry import spans
-from headrace.telemetry.spans import FailedCall, TracedBatch, TracedCall
+from headrace.telemetry.spans import FailedCall, TracedBatch, TracedCalls
 from headrace.telemetry.trace_context import Trace
 
 RUN = Trace(b"r" * 16, b"", b"run_run")
@@ -30,6 +30,10 @@ def read(written):
     return list(of_scope.spans)
 
 
+def traced(calls):
+    return TracedCalls(*zip(*calls, strict=True))
+
+
 def batch(calls=1, *, has_features=True, **times):
     stages = {"started_s": 2.0, "joined_s": 3.0, "inferred_s": 5.0, "replied_s": 5.5, **times}
     return TracedBatch(
@@ -40,7 +44,7 @@ def batch(calls=1, *, has_features=True, **times):
         **stages,
         has_features=has_features,
         is_remote=False,
-        calls=[TracedCall(trace(i + 1), "p.S/M", 1.0 + i / 8, 2, f"id{i}") for i in range(calls)],
+        calls=traced((trace(i + 1), "p.S/M", 1.0 + i / 8, 2, f"id{i}") for i in range(calls)),
     )
 
 
@@ -100,12 +104,44 @@ def test_a_call_is_under_its_caller_and_says_what_it_was():
 
 @given(st.text(max_size=600), st.text(min_size=1, max_size=300), st.text(min_size=1, max_size=40))
 def test_whatever_callers_and_models_are_called_is_read_back(state, model, prediction_id):
-    call = TracedCall(trace(1, state), "p.S/M", 1.0, 10**9, prediction_id)
-    found = batch_spans(batch()._replace(model=model, calls=[call]))
+    call = (trace(1, state), "p.S/M", 1.0, 10**9, prediction_id)
+    found = batch_spans(batch()._replace(model=model, calls=traced([call])))
     assert {span.trace_state for span in found if span.name != "batch.run"} == {state}
     request = attributes_of(by_name(found, b"\1" * 16)["headrace.request"])
     assert (request["headrace.model"], request["headrace.rows"]) == (model, 10**9)
     assert request["headrace.prediction_id"] == prediction_id
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["p.S/M", "p.S/Other"]),
+            st.sampled_from([1, 200, 300]),
+            st.sampled_from(["", "id", "longer"]),
+            st.sampled_from([b"", b"caller_p"]),
+            st.sampled_from(["", "a=1"]),
+        ),
+        max_size=12,
+    )
+)
+def test_calls_that_are_unlike_are_told_of_each_as_it_was(several):
+    calls = [
+        (Trace(bytes([i]) * 16, parent, bytes([i]) * 7, state), method, 1.0 + i / 8, rows, name)
+        for i, (method, rows, name, parent, state) in enumerate(several, 1)
+    ]
+    one = batch()._replace(calls=traced(calls) if calls else TracedCalls((), (), (), (), ()))
+    spans_of = batch_spans(one)
+    assert len(spans_of) == 1 + 5 * len(calls)
+    for trace_of, method, arrival_s, rows, name in calls:
+        found = by_name(spans_of, trace_of.trace_id)
+        assert {span.trace_state for span in found.values()} == {trace_of.state}
+        request = found.pop("headrace.request")
+        assert (request.span_id, request.parent_span_id) == (trace_of.span_id, trace_of.parent_id)
+        told = attributes_of(request)
+        assert (told["rpc.method"], told["headrace.rows"]) == (method, rows)
+        assert told.get("headrace.prediction_id", "") == name
+        assert {span.parent_span_id for span in found.values()} == {trace_of.span_id}
+        assert request.start_time_unix_nano == int(arrival_s * 1e9)
 
 
 def test_a_read_of_features_without_a_model_has_no_model_in_it():
@@ -116,8 +152,9 @@ def test_a_read_of_features_without_a_model_has_no_model_in_it():
 
 
 def test_a_call_that_began_its_trace_is_under_nobody():
-    call = TracedCall(Trace(b"t" * 16, b"", b"stem_st"), "p.S/M", 1.0, 1, "id")
-    span = by_name(batch_spans(batch()._replace(calls=[call])), b"t" * 16)["headrace.request"]
+    call = (Trace(b"t" * 16, b"", b"stem_st"), "p.S/M", 1.0, 1, "id")
+    found = batch_spans(batch()._replace(calls=traced([call])))
+    span = by_name(found, b"t" * 16)["headrace.request"]
     assert span.parent_span_id == b""
 
 
