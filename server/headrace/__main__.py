@@ -74,15 +74,13 @@ def _serve(options: dict[str, Any]) -> int:
     devices = plan_workers(settings.workers, cores=core_count(), devices=gpu_devices())
     if len(devices) > 1:
         return _supervise(settings, devices)
-    from headrace.app import open_gateway  # noqa: PLC0415 after the settings: it takes seconds
+    # After the settings: they take seconds.
+    from headrace.app import open_gateway  # noqa: PLC0415
+    from headrace.process_end import end_if_held_up  # noqa: PLC0415
 
     gateway = open_gateway(settings)
     code = gateway.run(on_ready=lambda: _say_serving(gateway.grpc_address, gateway.http_address))
-    if code == EXIT_FAILED:
-        # Threads that wait for what has died would keep the interpreter from ending.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    end_if_held_up(gateway, code)
     return code
 
 

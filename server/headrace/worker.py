@@ -1,14 +1,13 @@
 """The process of one worker: a gateway that a supervisor starts, asks and stops."""
 
-import os
 import socket
-import sys
 from collections.abc import Callable, Collection, Sequence
 
 import structlog
 
 from headrace.app import Gateway, WorkerPlace, open_gateway
 from headrace.errors import StartupError
+from headrace.process_end import end_if_held_up
 from headrace.settings import ServeSettings, load
 from headrace.telemetry.logs import set_log_level, set_up_logs
 from headrace.workers.channel import ChannelBrokenError, Message
@@ -71,10 +70,7 @@ def run_worker(channel_fd: int) -> int:
     code = gateway.run(on_ready=lambda: link.serving(served), asked=link.asked_to_stop)
     if code:
         structlog.get_logger(__name__).error("worker_failed", exit_code=code)
-        # Threads that wait for what has died would keep the interpreter from ending.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    end_if_held_up(gateway, code)
     return code
 
 
@@ -87,6 +83,9 @@ class _Served:
         self.load = gateway.repository.load
         self.unload = gateway.repository.unload
         self._gateway = gateway
+
+    def serves(self, name: str) -> bool:
+        return self._gateway.catalog.is_ready(name)
 
     def readiness_notes(self) -> Sequence[str]:
         return self._gateway.readiness_notes()

@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import onnx
@@ -40,6 +41,14 @@ sys.exit(main(sys.argv[3:]))  # -c -m headrace …
 process.interpreter = lambda: [sys.executable, "-c", worker]
 """
 
+ALONE_WITH_A_FAULT = """
+import time
+from pathlib import Path
+from headrace.repository.manager import RepositoryManager
+
+{fault}
+"""
+
 STARTS_WHEN_IT_MAY = """
 load_all = RepositoryManager.load_all
 def load_all_when_allowed(manager):
@@ -57,6 +66,15 @@ def load_when_allowed(manager, name):
         time.sleep(0.02)
     load_now(manager, name)
 RepositoryManager._load_now = load_when_allowed
+"""
+
+LOADS_FOR_EVER = """
+load_now = RepositoryManager._load_now
+def never(manager, name):
+    Path({held!r}).touch()
+    while True:
+        time.sleep(1.0)
+RepositoryManager._load_now = never
 """
 
 
@@ -241,6 +259,28 @@ def test_what_came_too_late_for_its_caller_is_there_after_a_worker_has_died(supe
     until(lambda: ready_workers(serving["http_address"]) == 2, "it was not replaced")
 
     assert told(address) == {("copy", True)}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.usefixtures("model")
+def test_a_load_that_never_ends_keeps_no_server_from_ending(supervise, tmp_path, workers):
+    held = tmp_path / "held"
+    fault = workers_with(LOADS_FOR_EVER, held)
+    if workers == 1:
+        fault = ALONE_WITH_A_FAULT.format(fault=LOADS_FOR_EVER.format(held=str(held)))
+    process = supervise(
+        *(fault, "--workers", str(workers), "--drain-timeout-s", "1"),
+        *("--model-control-mode", "explicit"),
+    )
+    address = json.loads(process.stdout.readline())["grpc_address"]
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(load_model, address)
+        until(held.exists, "nothing was loaded")
+
+        process.send_signal(signal.SIGTERM)
+
+        assert process.wait(30) == 0
+        assert isinstance(loading.exception(30), grpc.RpcError)
 
 
 def test_a_worker_that_answers_nothing_for_long_is_replaced(supervise):

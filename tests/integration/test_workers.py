@@ -469,8 +469,31 @@ def test_a_load_by_one_worker_is_done_by_all_before_it_returns(start, tmp_path, 
     assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert "no such model" in refused.value.details()
 
+    replace_one(server)
+    assert index(server) == [{"other"}] * 12
+
+
+def replace_one(server):
     killed = workers_of(server.process)[0]
     os.kill(killed, signal.SIGKILL)
     until(lambda: killed not in workers_of(server.process), "it did not die")
     until(lambda: server.page("/readyz") == "ready\n", "it was not replaced")
-    assert index(server) == [{"other"}] * 12
+
+
+def test_a_version_that_serves_beside_a_broken_one_does_so_in_a_replacement_too(
+    start, tmp_path, model_files
+):
+    write_model(tmp_path, model_files, "scores")
+    with (tmp_path / "scores" / "config.pbtxt").open("a") as config:
+        config.write("\nversion_policy { all {} }\n")
+    (tmp_path / "scores" / "2").mkdir()
+    (tmp_path / "scores" / "2" / "model.onnx").write_bytes(b"no model")
+    server = start(tmp_path, "--model-control-mode", "explicit")
+    with pytest.raises(grpc.RpcError) as refused:
+        load_model(server, "scores")
+    assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert index(server) == [{"scores"}] * 12
+
+    replace_one(server)
+
+    assert index(server) == [{"scores"}] * 12

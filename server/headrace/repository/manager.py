@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Generic, Literal
@@ -94,6 +94,10 @@ class RepositoryManager(Generic[ServedT]):
         self._models: dict[str, Model[ServedT]] = {}
         self._wanted: set[str] | None = set(wanted) if mode == "explicit" else None
         self._commands: SimpleQueue[tuple[Callable[[], None], Future[None]]] = SimpleQueue()
+        self._asked: set[Future[None]] = set()
+        """Of commands whose callers wait. To be touched under `_swapping`."""
+        self._copy: tempfile.TemporaryDirectory[str] | None = None
+        """Of the version that is being loaded."""
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._swapping = threading.Lock()
@@ -134,9 +138,15 @@ class RepositoryManager(Generic[ServedT]):
             self._watcher.start()
 
     def stop(self, timeout_s: float) -> None:
-        """Stop following. What serves goes on; what is being loaded never will."""
+        """
+        Stop following. What serves goes on; what is being loaded never will, and whoever waits for
+        it is told at once. A second call waits for longer.
+        """
         with self._swapping:  # from here on nothing is swapped in
             self._stopping.set()
+            asked = list(self._asked)
+        for done in asked:
+            _end(done, ModelLoadError("this server is stopping"))
         self._wake.set()
         deadline_s = time.monotonic() + timeout_s
         for thread in (self._thread, self._watcher, *self._retiring):
@@ -144,6 +154,20 @@ class RepositoryManager(Generic[ServedT]):
                 thread.join(max(0.0, deadline_s - time.monotonic()))
         if not self._thread.is_alive():
             self._checker.close()
+
+    def abandon(self) -> bool:
+        """
+        Let go of a load that goes on although this has stopped. For a process that ends.
+
+        Returns:
+            Whether there is one: the interpreter cannot end in peace while it comes back to it.
+        """
+        if not self._thread.is_alive():
+            return False
+        self._checker.close()
+        if (copy := self._copy) is not None:
+            copy.cleanup()
+        return True
 
     def load(self, name: str, timeout_s: float | None) -> None:
         """
@@ -187,9 +211,14 @@ class RepositoryManager(Generic[ServedT]):
         with self._swapping:  # once stopping is said, nobody comes for what is put here
             if self._stopping.is_set():
                 raise ModelLoadError("this server is stopping")
+            self._asked.add(done)
             self._commands.put((what, done))
         self._wake.set()
-        done.result(timeout_s)
+        try:
+            done.result(timeout_s)
+        finally:
+            with self._swapping:
+                self._asked.discard(done)
 
     def _follow(self) -> None:
         while not self._stopping.is_set():
@@ -206,9 +235,6 @@ class RepositoryManager(Generic[ServedT]):
                 _LOG.exception("repository_look_failed")
             self._checker.close_when_idle(CHECKER_IDLE_S)
         self._checker.close()
-        while not self._commands.empty():
-            _, done = self._commands.get()
-            done.set_exception(ModelLoadError("this server is stopping"))
 
     def _until_next_look_s(self) -> float:
         moving = [
@@ -411,7 +437,8 @@ class RepositoryManager(Generic[ServedT]):
         if version.reason is not None:
             raise ModelLoadError(version.reason)
         check_manifest(version.path)  # links are refused where they lie, not copied
-        with tempfile.TemporaryDirectory(prefix="headrace-") as folder:
+        self._copy = tempfile.TemporaryDirectory(prefix="headrace-", ignore_cleanup_errors=True)
+        with self._copy as folder:
             path = copy(version.path, Path(folder))
             if self._fingerprint(model, version) != seen:
                 raise ChangedMeanwhileError
@@ -460,9 +487,20 @@ def _matches_manifest(version: VersionFolder | None) -> bool:
 
 
 def _settle(what: Callable[[], Any], done: "Future[None]") -> None:
+    if done.done():  # its caller has been told that this stops
+        return
     try:
         what()
     except Exception as error:
-        done.set_exception(error)
+        _end(done, error)
     else:
-        done.set_result(None)
+        _end(done, None)
+
+
+def _end(done: "Future[None]", error: Exception | None) -> None:
+    """Tell whoever waits, once: a load that ends and a stop may meet."""
+    with contextlib.suppress(InvalidStateError):
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)

@@ -141,7 +141,14 @@ class Changes:
             self._finish_if_all_have(change, now_s)
 
     def done(self, worker: int, message: Message, now_s: float) -> None:
-        """Take a worker's `done`, a late one too."""
+        """
+        Take a worker's `done`, a late one too.
+
+        Args:
+            worker: Whose.
+            message: Its `failure`; with one, whether the model `serves` all the same.
+            now_s: Now.
+        """
         change = self._open.get(message["id"])
         if change is None or worker not in change.waiting:
             return
@@ -149,7 +156,9 @@ class Changes:
         failure = message["failure"]
         if failure is not None:
             change.failures[worker] = failure
-        else:
+        # A load may fail although one of the model's versions serves: whoever comes later has to
+        # serve that too.
+        if failure is None or (change.what == "load" and message["serves"]):
             newest = self._made.get(change.subject)
             if newest is None or newest.id < change.id:
                 self._made[change.subject] = _Made(change.id, change.what, change.name)

@@ -4,7 +4,8 @@ From the supervisor: `start` (worker, settings, and what `catch_up` has), `catch
 models, log_level) or `begin` (which `built` waits for), `look` (which `state` answers), `numbers`
 (id), `change` (id, what, name), `changed` (id, failure), `drain`.
 From a worker: `cannot_start` (reason), `built` (seen), `started` and `state` (ready, notes),
-`numbers` (id, families), `ask` (id, what, name, timeout_s), `done` (id, failure).
+`numbers` (id, families), `ask` (id, what, name, timeout_s), `done` (id, failure; whether the
+model of a load serves).
 """
 
 import json

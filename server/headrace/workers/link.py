@@ -47,6 +47,8 @@ class Served(Protocol):
 
     def unload(self, name: str, timeout_s: float | None) -> None: ...
 
+    def serves(self, name: str) -> bool: ...
+
     def hurry(self) -> None: ...
 
 
@@ -74,6 +76,8 @@ class SupervisorLink:
         self._asked: dict[int, Future[None]] = {}
         self._ids = count(1)
         self._is_cut = False
+        self._may_serve = False
+        """Whether requests may have been accepted, though nobody has been told so."""
         self._steps: SimpleQueue[Message] = SimpleQueue()
         self._changing = threading.Condition()
         self._changes: list[Message] = []
@@ -105,7 +109,8 @@ class SupervisorLink:
 
     def start(self, drain_timeout_s: float) -> None:
         """
-        Begin to listen. Until `serving` a supervisor that asks to stop, or goes, ends the process.
+        Begin to listen. Before `join` has let this worker begin, a supervisor that asks to stop, or
+        goes, ends the process.
 
         Args:
             drain_timeout_s: How long stopping may take, about.
@@ -172,10 +177,11 @@ class SupervisorLink:
         for future in list(self._asked.values()):
             if not future.done():
                 future.set_exception(ModelLoadError("this server is stopping"))
-        if self._served is None:
+        if not self._may_serve:
             os._exit(1)
         _LOG.warning("supervisor_gone", effect="this worker stops")
-        self._served.hurry()
+        if self._served is not None:
+            self._served.hurry()
         self.asked_to_stop.set()
         time.sleep(self._exit_timeout_s)
         os._exit(1)
@@ -202,7 +208,7 @@ class SupervisorLink:
         served = self._served
         match message["type"]:
             case "drain":
-                if served is None:
+                if not self._may_serve:
                     os._exit(0)  # nothing was accepted
                 self.asked_to_stop.set()
             case "look" if served is not None:
@@ -210,6 +216,7 @@ class SupervisorLink:
             case "numbers" if served is not None:
                 self._send_numbers(served, message["id"])
             case "begin" | "catch_up":
+                self._may_serve = message["type"] == "begin"
                 self._steps.put(message)
             case "change" if message["what"] == "log_level":
                 set_log_level(message["name"])
@@ -237,10 +244,14 @@ class SupervisorLink:
             assert self._served is not None
             change = {"load": self._served.load, "unload": self._served.unload}[message["what"]]
             # However long it takes: the supervisor counts the time, and has to know the end of it.
-            self._done(message, failure_of(lambda: change(message["name"], None)))  # noqa: B023 called at once
+            failure = failure_of(lambda: change(message["name"], None))  # noqa: B023 called at once
+            self._done(message, failure, serves=self._served.serves(message["name"]))
 
-    def _done(self, change: Message, failure: dict[str, str] | None) -> None:
-        self._send({"type": "done", "id": change["id"], "failure": failure})
+    def _done(
+        self, change: Message, failure: dict[str, str] | None, *, serves: bool = False
+    ) -> None:
+        done = {"type": "done", "id": change["id"], "failure": failure}
+        self._send({**done, "serves": serves})
 
     def _state(self, served: Served) -> tuple[bool, tuple[str, ...]]:
         is_ready = served.is_ready() and not self.asked_to_stop.is_set()

@@ -35,9 +35,9 @@ class World:
             if worker in (None, number)
         ]
 
-    def done(self, worker, failure=None, change=-1):
+    def done(self, worker, failure=None, change=-1, *, serves=False):
         ids = sorted({message["id"] for number, message in self.sent if number == worker})
-        message = {"type": "done", "id": ids[change], "failure": failure}
+        message = {"type": "done", "id": ids[change], "failure": failure, "serves": serves}
         self.changes.done(worker, message, 101.0)
 
     @property
@@ -89,6 +89,25 @@ def test_the_failure_of_any_worker_is_the_callers(failing):
 
     assert world.answers == [REFUSED]
     assert world.loaded == ([] if failing == (1, 2) else ["m"])
+
+
+def test_a_load_that_failed_for_one_of_its_versions_is_what_the_next_worker_begins_with():
+    world = World()
+    world.ask()
+    world.done(1, REFUSED, serves=True)
+    world.done(2, REFUSED, serves=True)
+
+    assert world.answers == [REFUSED]
+    assert world.loaded == ["m"]
+
+
+def test_a_load_after_which_nothing_serves_is_forgotten():
+    world = World()
+    world.ask()
+    world.done(1, REFUSED)
+    world.done(2, REFUSED)
+
+    assert world.loaded == []
 
 
 def test_a_worker_that_dies_is_not_waited_for():
@@ -340,7 +359,9 @@ class Server:
                 models.remove(change["name"])
             else:
                 failure = {"kind": "load", "text": "it is not loaded"}
-            self.changes.done(worker, {"id": change["id"], "failure": failure}, self.now_s)
+            self.changes.done(
+                worker, {"id": change["id"], "failure": failure, "serves": False}, self.now_s
+            )
 
     def die(self, worker):
         self.starting.pop(worker, None)
