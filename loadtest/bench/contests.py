@@ -35,7 +35,7 @@ ENTITY = Load("entity")
 RANKING = Load("ranking", connections=1, in_flight=1, rows=200)
 RANKING_MANY = Load("ranking", connections=4, in_flight=1, rows=200)
 TWICE = 2
-"""Where percents are to be told."""
+"""Where a percent or three are to be told."""
 
 PER_WORKER = 8
 """Connections: the kernel deals them out by chance, and few would be dealt unevenly."""

@@ -22,8 +22,8 @@ FAILURES = (
 WINDOWS = (0, 1, 1, 0, 1, 0, 0, 1)
 """
 Who is measured in a round between fresh processes: what drifts evenly, or ever faster, is in both
-alike. Each is as long as a round of other questions: shorter ones had all or none of what is sent
-once or twice a second. Source: the Thue-Morse sequence, whose first 2^n signs have no moments below
+alike. Each is as long as a round of other questions: what is sent after a window counts too, and
+was much beside a shorter one. Source: the Thue-Morse sequence, whose first 2^n signs have no moments below
 the n-th.
 """
 

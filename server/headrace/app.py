@@ -55,6 +55,9 @@ STREAM_STOP_S = 2.0
 CALLS_STOP_S = 2.0
 """How long the last spans may take to their collector when stopping."""
 
+LOAD_STOP_S = 2.0
+"""How long a load under way may take when stopping; it comes to nothing whatever it takes."""
+
 GARBAGE_STOP_S = 2.0
 """How long a collection under way may take when stopping."""
 
@@ -340,7 +343,8 @@ class Gateway:
         unfinished = self.grpc.stop(max(0.0, deadline_s - time.monotonic()))
         if self.http is not None:
             self.http.stop()
-        self.repository.stop(max(0.0, deadline_s - time.monotonic()))
+        # A load may go on for long, and nobody wants it any more: what follows needs the time.
+        self.repository.stop(min(LOAD_STOP_S, max(0.0, deadline_s - time.monotonic())))
         if self._feature_watch.ident is not None:
             self._feature_watch.join(max(0.0, deadline_s - time.monotonic()))
         if self._registry is not None:

@@ -17,7 +17,8 @@ def end_if_held_up(gateway: Gateway, code: int) -> None:
         gateway: One that has stopped, or failed.
         code: The process' exit code.
     """
-    if code == 0 and not gateway.repository.abandon():
+    is_loading = gateway.repository.abandon()
+    if code == 0 and not is_loading:
         return
     sys.stdout.flush()
     sys.stderr.flush()

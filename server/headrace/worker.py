@@ -68,6 +68,7 @@ def run_worker(channel_fd: int) -> int:
         return 2
     served = _Served(gateway)
     code = gateway.run(on_ready=lambda: link.serving(served), asked=link.asked_to_stop)
+    link.leave()
     if code:
         structlog.get_logger(__name__).error("worker_failed", exit_code=code)
     end_if_held_up(gateway, code)

@@ -69,12 +69,12 @@ RepositoryManager._load_now = load_when_allowed
 """
 
 LOADS_FOR_EVER = """
-load_now = RepositoryManager._load_now
-def never(manager, name):
+from headrace.loading import VersionLoader
+def load(loader, name, version):
     Path({held!r}).touch()
     while True:
         time.sleep(1.0)
-RepositoryManager._load_now = never
+VersionLoader.load = load
 """
 
 
@@ -263,24 +263,27 @@ def test_what_came_too_late_for_its_caller_is_there_after_a_worker_has_died(supe
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.usefixtures("model")
-def test_a_load_that_never_ends_keeps_no_server_from_ending(supervise, tmp_path, workers):
-    held = tmp_path / "held"
+def test_a_load_that_never_ends_keeps_no_server_from_ending_and_leaves_no_copy(
+    supervise, tmp_path, monkeypatch, workers
+):
+    copies, held = tmp_path / "copies", tmp_path / "held"
+    copies.mkdir()
+    monkeypatch.setenv("TMPDIR", str(copies))
     fault = workers_with(LOADS_FOR_EVER, held)
     if workers == 1:
         fault = ALONE_WITH_A_FAULT.format(fault=LOADS_FOR_EVER.format(held=str(held)))
-    process = supervise(
-        *(fault, "--workers", str(workers), "--drain-timeout-s", "1"),
-        *("--model-control-mode", "explicit"),
-    )
+    process = supervise(*(fault, "--workers", str(workers), "--model-control-mode", "explicit"))
     address = json.loads(process.stdout.readline())["grpc_address"]
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(load_model, address)
         until(held.exists, "nothing was loaded")
+        assert list(copies.glob("headrace-*"))
 
         process.send_signal(signal.SIGTERM)
 
-        assert process.wait(30) == 0
-        assert isinstance(loading.exception(30), grpc.RpcError)
+        assert process.wait(20) == 0  # the drain timeout is 30 s
+        assert loading.exception(20).code() is grpc.StatusCode.UNAVAILABLE
+    assert list(copies.glob("headrace-*")) == []
 
 
 def test_a_worker_that_answers_nothing_for_long_is_replaced(supervise):

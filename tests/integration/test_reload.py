@@ -17,7 +17,7 @@ import tritonclient.grpc as triton
 from onnx import TensorProto, helper, numpy_helper
 
 from headrace.app import Gateway
-from headrace.errors import ModelLoadError
+from headrace.errors import Draining
 from headrace.settings import load_settings
 
 SETTLE_S = 0.3
@@ -329,7 +329,7 @@ def test_a_load_that_is_asked_for_while_the_server_stops_is_refused_at_once(root
     world = World(root, model_control_mode="explicit")
     world.close()
 
-    with pytest.raises(ModelLoadError, match="stopping"):
+    with pytest.raises(Draining, match="stopping"):
         world.gateway.repository.load("m", 60)
 
 

@@ -11,15 +11,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future, InvalidStateError
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, Generic, Literal
+from typing import Generic, Literal
 
 import structlog
 import watchfiles
 
 from headrace.errors import ModelLoadError, NotYetLoadable, StartupError
+from headrace.repository.commands import Commands
 from headrace.repository.config import ModelConfig, parse_config
 from headrace.repository.policy import Load, next_action
 from headrace.repository.sandbox import OnnxChecker
@@ -38,11 +37,18 @@ RETRY_S = 5.0
 
 _NO_FILES = ""  # no fingerprint: whatever files are there are not those that failed
 
+ABANDON_TRIES, ABANDON_PAUSE_S = 20, 0.05
+"""To remove the copy of a version that is still being loaded when the process ends."""
+
 CHECKER_IDLE_S = 60.0
 """How long the ONNX checker's process waits for another model: versions often come in a row."""
 
 WATCH_DEBOUNCE_MS = 200
 """Events are collected for so long; copying one file makes hundreds."""
+
+
+class _StoppedError(Exception):
+    """What is being loaded never will be: nobody needs to hear how it failed."""
 
 
 class RepositoryManager(Generic[ServedT]):
@@ -93,9 +99,7 @@ class RepositoryManager(Generic[ServedT]):
         self._retire_timeout_s = retire_timeout_s
         self._models: dict[str, Model[ServedT]] = {}
         self._wanted: set[str] | None = set(wanted) if mode == "explicit" else None
-        self._commands: SimpleQueue[tuple[Callable[[], None], Future[None]]] = SimpleQueue()
-        self._asked: set[Future[None]] = set()
-        """Of commands whose callers wait. To be touched under `_swapping`."""
+        self._commands = Commands()
         self._copy: tempfile.TemporaryDirectory[str] | None = None
         """Of the version that is being loaded."""
         self._wake = threading.Event()
@@ -144,9 +148,7 @@ class RepositoryManager(Generic[ServedT]):
         """
         with self._swapping:  # from here on nothing is swapped in
             self._stopping.set()
-            asked = list(self._asked)
-        for done in asked:
-            _end(done, ModelLoadError("this server is stopping"))
+        self._commands.close()
         self._wake.set()
         deadline_s = time.monotonic() + timeout_s
         for thread in (self._thread, self._watcher, *self._retiring):
@@ -166,7 +168,11 @@ class RepositoryManager(Generic[ServedT]):
             return False
         self._checker.close()
         if (copy := self._copy) is not None:
-            copy.cleanup()
+            for _ in range(ABANDON_TRIES):  # files may still be written to it
+                copy.cleanup()
+                if not Path(copy.name).exists():
+                    break
+                time.sleep(ABANDON_PAUSE_S)
         return True
 
     def load(self, name: str, timeout_s: float | None) -> None:
@@ -178,10 +184,11 @@ class RepositoryManager(Generic[ServedT]):
             timeout_s: Longest to wait for it; None for as long as it takes.
 
         Raises:
-            ModelLoadError: it is not there, or none of its versions can be loaded.
+            ModelLoadError: it is not there, or one of its versions cannot be loaded.
+            Draining: this is stopping.
             TimeoutError: it takes longer; it goes on.
         """
-        self._command(lambda: self._load_now(name), timeout_s)
+        self._commands.ask(lambda: self._load_now(name), timeout_s, self._wake.set)
 
     def unload(self, name: str, timeout_s: float | None) -> None:
         """
@@ -193,9 +200,10 @@ class RepositoryManager(Generic[ServedT]):
 
         Raises:
             ModelLoadError: no such model.
+            Draining: this is stopping.
             TimeoutError: it takes longer; it goes on.
         """
-        self._command(lambda: self._unload_now(name), timeout_s)
+        self._commands.ask(lambda: self._unload_now(name), timeout_s, self._wake.set)
 
     def look_soon(self) -> None:
         """Look without waiting for the next time: something outside the files has changed."""
@@ -206,20 +214,6 @@ class RepositoryManager(Generic[ServedT]):
         """What makes versions come and go."""
         return self._mode
 
-    def _command(self, what: Callable[[], None], timeout_s: float | None) -> None:
-        done: Future[None] = Future()
-        with self._swapping:  # once stopping is said, nobody comes for what is put here
-            if self._stopping.is_set():
-                raise ModelLoadError("this server is stopping")
-            self._asked.add(done)
-            self._commands.put((what, done))
-        self._wake.set()
-        try:
-            done.result(timeout_s)
-        finally:
-            with self._swapping:
-                self._asked.discard(done)
-
     def _follow(self) -> None:
         while not self._stopping.is_set():
             self._wake.wait(self._until_next_look_s())
@@ -227,8 +221,7 @@ class RepositoryManager(Generic[ServedT]):
             if self._stopping.is_set():
                 break
             try:
-                while not self._commands.empty():
-                    _settle(*self._commands.get())
+                self._commands.run()
                 if self._mode == "poll":
                     self._look()
             except Exception:  # the next look may do better; what serves goes on
@@ -390,6 +383,8 @@ class RepositoryManager(Generic[ServedT]):
         self._publish()
         try:
             build = self._build(model, seen.folder, seen.fingerprint)
+        except _StoppedError:
+            return False
         except ChangedMeanwhileError:
             if self._mode == "poll":
                 seen.since_s, seen.is_settled = time.monotonic(), False
@@ -437,16 +432,28 @@ class RepositoryManager(Generic[ServedT]):
         if version.reason is not None:
             raise ModelLoadError(version.reason)
         check_manifest(version.path)  # links are refused where they lie, not copied
+        try:
+            config, served = self._load_copy(model, version, seen)
+        except Exception:
+            if self._stopping.is_set():  # its copy may be gone, its checker closed
+                raise _StoppedError from None
+            raise
+        return Build(seen, config, served)
+
+    def _load_copy(
+        self, model: Model[ServedT], version: VersionFolder, seen: str
+    ) -> tuple[ModelConfig, ServedT]:
         self._copy = tempfile.TemporaryDirectory(prefix="headrace-", ignore_cleanup_errors=True)
         with self._copy as folder:
             path = copy(version.path, Path(folder))
             if self._fingerprint(model, version) != seen:
                 raise ChangedMeanwhileError
+            if self._stopping.is_set():
+                raise _StoppedError
             copied = VersionFolder(version.number, path, has_model=version.has_model)
             if version.has_model:
                 self._checker.check(copied.model_path)
-            config, served = self._load(model.name, copied)
-        return Build(seen, config, served)
+            return self._load(model.name, copied)
 
     def _retire(self, name: str, number: int, served: ServedT) -> None:
         """Let an old version finish, on a thread of its own: it may take its time."""
@@ -484,23 +491,3 @@ def _matches_manifest(version: VersionFolder | None) -> bool:
         check_manifest(version.path)
         return True
     return False
-
-
-def _settle(what: Callable[[], Any], done: "Future[None]") -> None:
-    if done.done():  # its caller has been told that this stops
-        return
-    try:
-        what()
-    except Exception as error:
-        _end(done, error)
-    else:
-        _end(done, None)
-
-
-def _end(done: "Future[None]", error: Exception | None) -> None:
-    """Tell whoever waits, once: a load that ends and a stop may meet."""
-    with contextlib.suppress(InvalidStateError):
-        if error is None:
-            done.set_result(None)
-        else:
-            done.set_exception(error)

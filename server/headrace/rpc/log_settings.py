@@ -8,13 +8,7 @@ from typing import Any
 
 from tritonclient.grpc import service_pb2
 
-from headrace.errors import (
-    DeadlineExceeded,
-    Draining,
-    InvalidRequest,
-    ModelLoadError,
-    PermissionDenied,
-)
+from headrace.errors import DeadlineExceeded, InvalidRequest, PermissionDenied
 from headrace.telemetry.logs import LOG_LEVELS, log_level
 
 TIMEOUT_S = 5.0
@@ -24,7 +18,7 @@ ChangeLevel = Callable[[str, float], None]
 """
 Takes one of `LOG_LEVELS` and a timeout in seconds; returns when every process writes from it.
 
-Raises `TimeoutError` when one has not yet, `ModelLoadError` when this server is stopping.
+Raises `TimeoutError` when one has not yet, `Draining` when this server is stopping.
 """
 
 _FIELDS = {"log_verbose_level": "uint32_param"}
@@ -57,8 +51,6 @@ class LogSettings:
                 raise DeadlineExceeded(
                     "not every worker has changed its log level yet; they will"
                 ) from None
-            except ModelLoadError as error:
-                raise Draining(str(error)) from None
         reply = service_pb2.LogSettingsResponse()
         for name, value in switches(log_level()).items():
             setattr(reply.settings[name], _FIELDS.get(name, "bool_param"), value)

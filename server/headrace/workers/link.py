@@ -1,12 +1,13 @@
 """A worker's side of the channel to its supervisor."""
 
+import contextlib
 import os
 import select
 import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from itertools import count
 from queue import SimpleQueue
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 
 import structlog
 
-from headrace.errors import ModelLoadError
+from headrace.errors import Draining, ModelLoadError
 from headrace.telemetry.logs import set_log_level
 from headrace.workers.channel import ChannelBrokenError, Decoder, Message, encode
 from headrace.workers.numbers import Page
@@ -29,6 +30,8 @@ START_TIMEOUT_S = 10.0
 
 ANSWER_MARGIN_S = 5.0
 """How much longer than a change itself its answer may take."""
+
+STOPPING = "this server is stopping"
 
 EXIT_TIMEOUT_S = 15.0
 """Beyond the drain timeout; a worker without a supervisor that has not ended by then is cut off."""
@@ -140,6 +143,8 @@ class SupervisorLink:
     def serving(self, served: Served) -> None:
         """Tell that requests are served from now on."""
         self._served = served
+        if self._is_cut:  # it was not there yet when the supervisor went
+            served.hurry()
         self._changer.start()
         self._said = self._state(served)
         self._send({"type": "started", **_fields(self._said)})
@@ -155,18 +160,24 @@ class SupervisorLink:
 
         Raises:
             ModelLoadError: a worker could not.
+            Draining: this one is stopping.
             TimeoutError: it takes longer.
         """
         number, future = next(self._ids), Future[None]()
         self._asked[number] = future
         try:
             if self._is_cut:  # after the entry: whoever cuts first has seen it, or we see the cut
-                raise ModelLoadError("this server is stopping")
+                raise Draining(STOPPING)
             message = {"type": "ask", "id": number, "what": what}
             self._send({**message, "name": name, "timeout_s": timeout_s})
             future.result(timeout_s + ANSWER_MARGIN_S)
         finally:
             self._asked.pop(number, None)
+
+    def leave(self) -> None:
+        """Keep nobody waiting for changes any more: this worker stops."""
+        for future in list(self._asked.values()):
+            _end(future, Draining(STOPPING))
 
     def _run(self) -> None:
         try:
@@ -174,9 +185,7 @@ class SupervisorLink:
         except Exception:  # noqa: BLE001 whatever it was, nobody leads this process any more
             _LOG.exception("supervisor_link_failed")
         self._is_cut = True
-        for future in list(self._asked.values()):
-            if not future.done():
-                future.set_exception(ModelLoadError("this server is stopping"))
+        self.leave()
         if not self._may_serve:
             os._exit(1)
         _LOG.warning("supervisor_gone", effect="this worker stops")
@@ -227,7 +236,7 @@ class SupervisorLink:
                     self._changing.notify()
             case "changed":
                 future = self._asked.get(message["id"])
-                if future is not None and not future.done():
+                if future is not None:
                     settle(future, message["failure"])
 
     def _send_numbers(self, served: Served, number: int) -> None:
@@ -244,7 +253,11 @@ class SupervisorLink:
             assert self._served is not None
             change = {"load": self._served.load, "unload": self._served.unload}[message["what"]]
             # However long it takes: the supervisor counts the time, and has to know the end of it.
-            failure = failure_of(lambda: change(message["name"], None))  # noqa: B023 called at once
+            try:
+                failure = failure_of(lambda: change(message["name"], None))  # noqa: B023 called at once
+            except Draining:  # the supervisor waits for no worker that has ended
+                self.leave()
+                return
             self._done(message, failure, serves=self._served.serves(message["name"]))
 
     def _done(
@@ -272,9 +285,16 @@ class SupervisorLink:
 
 
 def failure_of(change: Callable[[], None]) -> dict[str, str] | None:
-    """Carry out a change; return what it raised, for the channel."""
+    """
+    Carry out a change; return what it raised, for the channel.
+
+    Raises:
+        Draining: this worker is stopping: it will never be made here.
+    """
     try:
         change()
+    except Draining:
+        raise
     except ModelLoadError as error:
         return {"kind": "load", "text": str(error)}
     except (TimeoutError, FutureTimeoutError):
@@ -288,13 +308,22 @@ def failure_of(change: Callable[[], None]) -> dict[str, str] | None:
 def settle(future: "Future[None]", failure: dict[str, str] | None) -> None:
     """Make of what came over the channel what `failure_of` had seen."""
     if failure is None:
-        future.set_result(None)
+        _end(future, None)
     elif failure["kind"] == "load":
-        future.set_exception(ModelLoadError(failure["text"]))
+        _end(future, ModelLoadError(failure["text"]))
     elif failure["kind"] == "timeout":
-        future.set_exception(TimeoutError())
+        _end(future, TimeoutError())
     else:
-        future.set_exception(RuntimeError("a worker failed; its log says more"))
+        _end(future, RuntimeError("a worker failed; its log says more"))
+
+
+def _end(future: "Future[None]", error: Exception | None) -> None:
+    """Tell whoever waits, once: an answer and the end of this worker may meet."""
+    with contextlib.suppress(InvalidStateError):
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
 
 
 def _fields(state: tuple[bool, tuple[str, ...]]) -> dict[str, Any]:

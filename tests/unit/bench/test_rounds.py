@@ -24,6 +24,7 @@ if not is_mute:
 for line in sys.stdin:
     is_compared = line.startswith("answers")
     note("is compared" if is_compared else "is measured")
+    note("for " + line.split()[0])
     print(json.dumps(answers if is_compared else figures), flush=True)
 """
 FIGURES = {"requests": 100, "requests_per_s": 50.0, "errors": 0, "mean_ms": 1.0, "cpu_s": 0.5}
@@ -80,6 +81,8 @@ def test_processes_that_must_be_fresh_are_started_in_turn_for_each_round(arena):
     assert arena.noted("starts") == ["one", "two", "two", "one", "one", "two"]
     assert len(contest.rounds) == 3
     assert contest.rounds[0][0]["requests"] == 4 * FIGURES["requests"]
+    windows = ["one"] + ["two"] * 2 + ["one", "two"] + ["one"] * 2 + ["two"]
+    assert arena.noted("for 1.0")[2:10] == windows  # after both warm-ups
 
 
 def test_windows_in_a_round_between_fresh_processes_cancel_an_even_and_a_growing_drift(bench):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2
 
-from headrace.errors import InvalidRequest, ModelLoadError
+from headrace.errors import Draining, InvalidRequest
 from headrace.rpc.log_settings import LogSettings, level_for, switches
 from headrace.rpc.status import status_of
 from headrace.telemetry.logs import LOG_LEVELS
@@ -124,7 +124,7 @@ def test_whoever_may_not_change_it_may_ask_for_it():
     ("problem", "code"),
     [
         (TimeoutError(), grpc.StatusCode.DEADLINE_EXCEEDED),
-        (ModelLoadError("this server is stopping"), grpc.StatusCode.UNAVAILABLE),
+        (Draining("this server is stopping"), grpc.StatusCode.UNAVAILABLE),
     ],
 )
 def test_a_change_that_did_not_reach_all_says_so(problem, code):

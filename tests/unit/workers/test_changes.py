@@ -352,15 +352,17 @@ class Server:
         if self.queues.get(worker):
             change = self.queues[worker].pop(0)
             models = self.models[worker]
-            failure = None
+            failure, serves = None, change["what"] == "load"
             if change["what"] == "load":
                 models.add(change["name"])
+                if change["name"] == "n":  # one of its versions is broken
+                    failure = REFUSED
             elif change["name"] in models:
                 models.remove(change["name"])
             else:
                 failure = {"kind": "load", "text": "it is not loaded"}
             self.changes.done(
-                worker, {"id": change["id"], "failure": failure, "serves": False}, self.now_s
+                worker, {"id": change["id"], "failure": failure, "serves": serves}, self.now_s
             )
 
     def die(self, worker):
