@@ -113,10 +113,10 @@ def _how(rounds: int, seconds: float) -> str:
     return f"""\
 Medians of {rounds} interleaved rounds of {seconds:g} s for each server; where percents are to be
 told, of as many rounds between fresh processes, or twice as many, of four times {seconds:g} s for
-each. All of them are below. A ratio is the median of the rounds' ratios, with the interval that holds it, and the verdict is the
-ratio's. By the other clock: where rates are compared, the processor time of a request, of the first
-over the second (below 1 the first one needs less); where processor time is, the requests/s of the
-first over those of the second. """
+each. All of them are below. A ratio is the median of the rounds' ratios, with the interval that
+holds it, and the verdict is the ratio's. By the other clock: where rates are compared, the
+processor time of a request, of the first over the second (below 1 the first one needs less); where
+processor time is, the requests/s of the first over those of the second. """
 
 
 def _every_round(contests: Sequence[Contest]) -> str:
