@@ -23,8 +23,8 @@ WINDOWS = (0, 1, 1, 0, 1, 0, 0, 1)
 """
 Who is measured in a round between fresh processes: what drifts evenly, or ever faster, is in both
 alike. Each is as long as a round of other questions: what is sent after a window counts too, and
-was much beside a shorter one. Source: the Thue-Morse sequence, whose first 2^n signs have no moments below
-the n-th.
+was much beside a shorter one. Source: the Thue-Morse sequence, whose first 2^n signs have no
+moments below the n-th.
 """
 
 Tell = Callable[[str], None]
