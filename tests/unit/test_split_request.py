@@ -188,7 +188,7 @@ def test_a_sampled_request_is_told_of_once_with_all_of_its_rows():
             raise NotImplementedError("the edge samples")
 
         def answered(self, batch):
-            self.told += batch.calls
+            self.told.append(batch.calls)
 
     calls = Calls()
     with Served(calls=calls) as served:
@@ -197,8 +197,9 @@ def test_a_sampled_request_is_told_of_once_with_all_of_its_rows():
         served.model.submit(large)
         large.outcome()
 
-    assert [(call.rows, call.prediction_id) for call in calls.told] == [(10, large.prediction_id)]
-    assert calls.told[0].trace is large.trace
+    (told,) = calls.told
+    assert (told.rows, told.prediction_ids) == ([10], [large.prediction_id])
+    assert told.traces == [large.trace]
 
 
 def test_one_part_that_fails_fails_the_whole_and_the_others_are_not_run():
