@@ -1,12 +1,12 @@
 """What callers want done by the one thread that may do it: one after another, each told once."""
 
-import contextlib
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from queue import SimpleQueue
 
 from headrace.errors import Draining
+from headrace.settling import settle
 
 
 class Commands:
@@ -60,9 +60,9 @@ class Commands:
             try:
                 what()
             except Exception as error:  # noqa: BLE001 its caller's
-                _settle(done, error)
+                settle(done, error)
             else:
-                _settle(done, None)
+                settle(done, None)
 
     def close(self) -> None:
         """Tell everybody who waits that this server is stopping."""
@@ -70,16 +70,7 @@ class Commands:
             self._is_closed = True
             waiting = list(self._waiting)
         for done in waiting:
-            _settle(done, _stopping())
-
-
-def _settle(done: "Future[None]", error: Exception | None) -> None:
-    """Tell one caller, once: the end of what he wanted and `close` may meet."""
-    with contextlib.suppress(InvalidStateError):
-        if error is None:
-            done.set_result(None)
-        else:
-            done.set_exception(error)
+            settle(done, _stopping())
 
 
 def _stopping() -> Draining:

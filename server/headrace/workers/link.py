@@ -1,13 +1,12 @@
 """A worker's side of the channel to its supervisor."""
 
-import contextlib
 import os
 import select
 import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from itertools import count
 from queue import SimpleQueue
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 import structlog
 
 from headrace.errors import Draining, ModelLoadError
+from headrace.settling import settle
 from headrace.telemetry.logs import set_log_level
 from headrace.workers.channel import ChannelBrokenError, Decoder, Message, encode
 from headrace.workers.numbers import Page
@@ -177,7 +177,7 @@ class SupervisorLink:
     def leave(self) -> None:
         """Keep nobody waiting for changes any more: this worker stops."""
         for future in list(self._asked.values()):
-            _end(future, Draining(STOPPING))
+            settle(future, Draining(STOPPING))
 
     def _run(self) -> None:
         try:
@@ -237,7 +237,7 @@ class SupervisorLink:
             case "changed":
                 future = self._asked.get(message["id"])
                 if future is not None:
-                    settle(future, message["failure"])
+                    settle_as(future, message["failure"])
 
     def _send_numbers(self, served: Served, number: int) -> None:
         try:
@@ -305,25 +305,16 @@ def failure_of(change: Callable[[], None]) -> dict[str, str] | None:
     return None
 
 
-def settle(future: "Future[None]", failure: dict[str, str] | None) -> None:
+def settle_as(future: "Future[None]", failure: dict[str, str] | None) -> None:
     """Make of what came over the channel what `failure_of` had seen."""
     if failure is None:
-        _end(future, None)
+        settle(future, None)
     elif failure["kind"] == "load":
-        _end(future, ModelLoadError(failure["text"]))
+        settle(future, ModelLoadError(failure["text"]))
     elif failure["kind"] == "timeout":
-        _end(future, TimeoutError())
+        settle(future, TimeoutError())
     else:
-        _end(future, RuntimeError("a worker failed; its log says more"))
-
-
-def _end(future: "Future[None]", error: Exception | None) -> None:
-    """Tell whoever waits, once: an answer and the end of this worker may meet."""
-    with contextlib.suppress(InvalidStateError):
-        if error is None:
-            future.set_result(None)
-        else:
-            future.set_exception(error)
+        settle(future, RuntimeError("a worker failed; its log says more"))
 
 
 def _fields(state: tuple[bool, tuple[str, ...]]) -> dict[str, Any]:
