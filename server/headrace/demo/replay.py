@@ -1,10 +1,12 @@
 """Later years, replayed: homes are valued, then sold, and the monitor hears for how much."""
 
 import json
+import operator
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from headrace.demo.sales import Sale, request
@@ -14,15 +16,26 @@ from headrace.errors import StartupError
 from headrace.v1 import monitor_service_pb2 as pb
 from headrace.v1 import monitor_service_pb2_grpc as pb_grpc
 
-HOMES_PER_REQUEST = 50
+HOMES_PER_REQUEST = 250
+"""At most, and at least half of it where there are more than that."""
+
+WINDOW_ROWS = HOMES_PER_REQUEST // 2
+"""
+Fewest rows of the monitor's windows. Any request has them: however slow this machine, and wherever
+it tears the sales apart, their last window ends.
+"""
+
 OUTCOMES_PER_REQUEST = 5_000
 TIMEOUT_S = 30.0
+POLL_PERIOD_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
     """
     What the monitor says of some sales.
+
+    Where they came to several windows, error and bias are those windows' means, by sales.
 
     Args:
         sales: How many it knows the price of.
@@ -65,18 +78,18 @@ class Replay:
         """
         outcomes, version = [], 0
         before = self._rows()
-        for start in range(0, len(sales), HOMES_PER_REQUEST):
-            part = sales[start : start + HOMES_PER_REQUEST]
+        for part in _requests(sales):
             reply = self._predict(request(part), timeout=CALL_TIMEOUT_S)
             version = reply.model_version
             outcomes += [
                 pb.Outcome(prediction_id=f"{reply.prediction_id}/{i}", value=sale.price_usd)
                 for i, sale in enumerate(part)
             ]
-        known = sum(window["labelled"] for window in self._windows(version))
+        # Windows with outcomes have ended, all of them: the last finding waited for that.
+        known = len(self._windows(version))
         self._wait_for_rows(before + len(sales))
         self._report(outcomes)
-        return self._finding(version, known + len(outcomes))
+        return self._finding(version, known, len(outcomes))
 
     def report(self) -> dict[str, Any]:
         """Fetch the monitor's report."""
@@ -98,32 +111,39 @@ class Replay:
         while self._rows() < rows:
             if time.monotonic() > deadline_s:
                 raise StartupError("the monitor did not get the predictions")
-            time.sleep(0.05)
+            time.sleep(POLL_PERIOD_S)
 
     def _report(self, outcomes: Sequence[pb.Outcome]) -> None:
-        for start in range(0, len(outcomes), OUTCOMES_PER_REQUEST):
-            part = outcomes[start : start + OUTCOMES_PER_REQUEST]
-            self._monitor.ReportOutcomes(
-                pb.ReportOutcomesRequest(outcomes=part), timeout=CALL_TIMEOUT_S
-            )
+        """
+        Report outcomes until their predictions are known, all of them.
 
-    def _finding(self, version: int, labelled: int) -> Finding:
-        """Wait until the window with these outcomes has ended."""
+        Some may not be yet: the rows that were waited for may have been somebody else's.
+        """
+        deadline_s = time.monotonic() + TIMEOUT_S
+        for start in range(0, len(outcomes), OUTCOMES_PER_REQUEST):
+            message = pb.ReportOutcomesRequest(
+                outcomes=outcomes[start : start + OUTCOMES_PER_REQUEST]
+            )
+            while self._monitor.ReportOutcomes(message, timeout=CALL_TIMEOUT_S).unknown_count:
+                if time.monotonic() > deadline_s:
+                    raise StartupError("the monitor did not keep the predictions")
+                time.sleep(POLL_PERIOD_S)
+
+    def _finding(self, version: int, known: int, sales: int) -> Finding:
+        """Wait until the windows after the `known` first ones have ended with all outcomes."""
         deadline_s = time.monotonic() + TIMEOUT_S
         while time.monotonic() < deadline_s:
-            windows = self._windows(version)
-            if sum(window["labelled"] for window in windows) >= labelled:
-                performance = windows[-1]
-                count = performance["labelled"]
+            windows = self._windows(version)[known:]
+            if sum(window["labelled"] for window in windows) >= sales:
                 of = self._version(version)
                 return Finding(
-                    sales=count,
-                    error=performance["error"],
-                    bias=performance["bias"],
+                    sales=sum(window["labelled"] for window in windows),
+                    error=_mean(windows, "error"),
+                    bias=_mean(windows, "bias"),
                     prediction_drift=of["predictions"][0]["statistics"].get("prediction_drift"),
                     alarms=tuple(sorted({alarm["signal"] for alarm in of["alarms"]})),
                 )
-            time.sleep(0.1)
+            time.sleep(POLL_PERIOD_S)
         raise StartupError("the monitor did not come to a finding")
 
     def _windows(self, version: int) -> list[dict[str, Any]]:
@@ -136,3 +156,17 @@ class Replay:
             if (of["model"], of["version"]) == (MODEL, version):
                 return dict(of)
         return {}
+
+
+def _requests(sales: Sequence[Sale]) -> list[Sequence[Sale]]:
+    """Divide sales evenly: no request is left with a few of them."""
+    count = -(-len(sales) // HOMES_PER_REQUEST)
+    ends = [len(sales) * i // count for i in range(count + 1)]
+    return [sales[start:end] for start, end in pairwise(ends)]
+
+
+def _mean(windows: Sequence[Mapping[str, Any]], name: str) -> float:
+    """Return the mean of what windows say, weighted by their outcomes."""
+    weights = [window["labelled"] for window in windows]
+    found = [window[name] for window in windows]
+    return float(sum(map(operator.mul, weights, found)) / sum(weights))

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from headrace.demo import stack
-from headrace.demo.replay import Finding, Replay
+from headrace.demo.replay import WINDOW_ROWS, Finding, Replay
 from headrace.demo.sales import Sale, by_half_year, read_sales, request
 from headrace.demo.stack import MODEL, Addresses, say
 from headrace.demo.traffic import CALL_TIMEOUT_S, IN_FLIGHT, Predict, Trickle, burst
@@ -26,7 +26,7 @@ from headrace.errors import StartupError
 from headrace.v1 import monitor_service_pb2_grpc, prediction_service_pb2_grpc
 
 HOMES_SHOWN = 8
-WINDOW_S, WINDOW_ROWS = 1.5, 500
+WINDOW_S = 1.5
 REPORT_FILENAME = "demo-report.html"
 
 RETRAIN_CUTOFF = "2016-01-01"
