@@ -81,6 +81,7 @@ class WorkerPlace:
         join: Called when all is loaded, and before anybody can connect, with what loads other
             models instead; returns when this process has what the others have.
         change_log_level: Changes it everywhere; see `rpc.log_settings.ChangeLevel`.
+        leave: Called when new requests are refused: nobody waits for the others any more.
     """
 
     number: int
@@ -88,6 +89,7 @@ class WorkerPlace:
     shared: Callable[[str], Repository]
     join: Callable[[Callable[[Collection[str]], None]], None]
     change_log_level: ChangeLevel
+    leave: Callable[[], None]
 
 
 class Gateway:
@@ -107,6 +109,7 @@ class Gateway:
 
     def __init__(self, settings: ServeSettings, place: WorkerPlace | None = None) -> None:
         self._settings = settings
+        self._place = place
         self._stopping = threading.Event()
         self._hurry = threading.Event()
         refuse_two_builds()
@@ -333,6 +336,8 @@ class Gateway:
         deadline_s = time.monotonic() + self._settings.drain_timeout_s
         self.grpc.leave()
         self.grpc.refuse_new()
+        if self._place is not None:
+            self._place.leave()
         self.repository.stop(0)  # it may be in the middle of a load: the requests come first
         models = self._catalog.served()
         ended = self._reads is None or self._reads.stop(max(0.0, deadline_s - time.monotonic()))

@@ -60,6 +60,7 @@ def run_worker(channel_fd: int) -> int:
         shared=lambda mode: SharedRepository(link, mode),
         join=join,
         change_log_level=lambda level, timeout_s: link.ask("log_level", level, timeout_s),
+        leave=link.leave,
     )
     try:
         gateway = open_gateway(settings, place)

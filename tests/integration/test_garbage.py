@@ -23,6 +23,9 @@ LOOKED_AT_WITHIN_S = IDLE_PERIOD_S / 4
 LOOKS_AT_ALL_MAX = 2
 """While one version is loaded: one is due after it. Python's own pace makes some in any load."""
 
+PAUSED_SHARE_MAX = 0.01
+"""Of the time under load, in pauses of any length. Half a millisecond in two seconds is usual."""
+
 PAUSE_MAX_S = 0.025
 """
 Half a millisecond is usual for what is new; the rest is for a machine whose cores are shared. All
@@ -108,6 +111,7 @@ def test_under_load_only_a_new_model_is_looked_at_and_nobody_waits_long_for_it(
             return count(f'headrace_gc_pause_seconds_{suffix}{{generation="{generation}"{more}}}')
 
         until(lambda: len(rounds) == 1, 60)
+        began_s, paused_s = time.monotonic(), pauses("young", "sum")
         shutil.copytree(tmp_path / "models" / tiny / "1", tmp_path / "models" / tiny / "2")
         loads = f'headrace_model_loads_total{{model="{tiny}",result="ready"}}'
         until(lambda: count(loads) == 2, 60)
@@ -121,6 +125,8 @@ def test_under_load_only_a_new_model_is_looked_at_and_nobody_waits_long_for_it(
         for generation in ("young", "old"):
             short = pauses(generation, "bucket", f',le="{PAUSE_MAX_S}"')
             assert short == pauses(generation)
+        paused_s = pauses("young", "sum") + pauses("old", "sum") - paused_s
+        assert paused_s <= PAUSED_SHARE_MAX * (time.monotonic() - began_s)
 
 
 @contextlib.contextmanager

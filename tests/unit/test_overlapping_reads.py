@@ -1,5 +1,6 @@
-"""What a model does while the features of a full batch are on their way."""
+"""What a model does while the features of a batch are on their way, and how long it waits."""
 
+import math
 import threading
 import time
 
@@ -30,10 +31,10 @@ A_WHILE_S = 0.2
 class Caller(Request):
     """Asks for drivers, each of whom has his number for a feature."""
 
-    def __init__(self, *drivers):
+    def __init__(self, *drivers, deadline_s=math.inf):
         raw = np.array(drivers, np.int64).tobytes()
         super().__init__(
-            CheckedInputs(len(drivers), (raw,), ((1,),)), float("inf"), time.perf_counter(), 8
+            CheckedInputs(len(drivers), (raw,), ((1,),)), deadline_s, time.perf_counter(), 8
         )
         self.answered = threading.Event()
 
@@ -56,16 +57,18 @@ class SlowStore(MemoryStore):
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Semaphore(0)
+        self.timeouts_s = []
 
     def read(self, *asked, **how):
+        self.timeouts_s.append(how["timeout_s"])
         self.entered.release()
         assert self.gate.wait(10)
-        time.sleep(0.002)  # longer than the model, by far
+        time.sleep(0.02)  # longer than the model, by far
         return super().read(*asked, **how)
 
 
 class Served:
-    def __init__(self, model_s=0.0):
+    def __init__(self, model_s=0.0, timeout_s=900.0):
         self.store = SlowStore()
         for driver in range(100):
             self.store.put("v", {"driver_id": driver}, {"f": float(driver)}, event_time_s=1e9)
@@ -90,12 +93,13 @@ class Served:
                 max_batch_size=4,
             ),
             store=self.store,
+            feature_timeout_s=timeout_s,
             overlapping_count=1,
         )
         self.model.start()
 
-    def ask(self, *drivers):
-        caller = Caller(*drivers)
+    def ask(self, *drivers, **how):
+        caller = Caller(*drivers, **how)
         self.model.submit(caller)
         return caller
 
@@ -160,3 +164,27 @@ def test_beside_a_model_that_takes_longer_than_its_features_nothing_is_read_ahea
 
     served.store.gate.set()
     assert all(caller.answered.wait(5) for caller in callers)
+
+
+@pytest.mark.parametrize(
+    ("within_s", "least_s", "most_s"),
+    [
+        ([300.0, 600.0], 300.0, 600.0),  # the last of them counts
+        ([300.0, math.inf], 900.0, 900.0),
+        ([300.0, 5_000.0], 900.0, 900.0),
+    ],
+)
+def test_a_batch_waits_for_its_features_no_longer_than_its_callers_wait(
+    start, within_s, least_s, most_s
+):
+    served = start()
+    served.learn()
+    served.ask(*FULL)  # the others come together, while this one is with the store
+    assert served.has_asked()
+    callers = [served.ask(driver, deadline_s=time.time() + s) for driver, s in enumerate(within_s)]
+
+    served.store.gate.set()
+
+    assert all(caller.answered.wait(5) for caller in callers)
+    assert len(served.store.timeouts_s) == 3
+    assert least_s <= served.store.timeouts_s[-1] <= most_s

@@ -54,11 +54,11 @@ class Caller(Request):
 class Model:
     """One that a text configures, and whose batches the test takes."""
 
-    def __init__(self, text, root, clock):
+    def __init__(self, text, root, clock, **settings):
         config = parse_config(f"max_batch_size: 1 {text}", "m")
         assert not config.without_effect
         loader = VersionLoader(
-            load_settings({"model_repository": root}), None, None, metrics := Metrics()
+            load_settings({"model_repository": root, **settings}), None, None, metrics := Metrics()
         )
         self.served = ServedModel(
             name="m",
@@ -98,11 +98,23 @@ def model(monkeypatch, tmp_path):
     clock = Clock()
     monkeypatch.setattr(batcher_module, "time", clock)
     monkeypatch.setattr(predict, "time", clock)
-    return lambda text: Model(text, tmp_path, clock)
+    return lambda text, **settings: Model(text, tmp_path, clock, **settings)
 
 
 def policy(more):
     return f"dynamic_batching {{ default_queue_policy {{ {more} }} }}"
+
+
+@pytest.mark.parametrize(
+    ("own", "waiting"), [("", 2), ("max_queue_size: 1", 1), ("max_queue_size: 3", 3)]
+)
+def test_a_models_own_queue_is_as_long_as_it_says_whatever_the_servers_limit(model, own, waiting):
+    asked = model(policy(own), max_queue_size=2)
+    for _ in range(waiting):
+        asked.ask("a")
+
+    with pytest.raises(Overloaded):
+        asked.ask("b")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ Source: TensorFlow Serving's split of source, policy and manager; Triton's contr
 """
 
 import contextlib
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -21,6 +20,7 @@ from headrace.errors import ModelLoadError, NotYetLoadable, StartupError
 from headrace.repository.commands import Commands
 from headrace.repository.config import ModelConfig, parse_config
 from headrace.repository.policy import Load, next_action
+from headrace.repository.private_copy import PrivateCopy, remove_left
 from headrace.repository.sandbox import OnnxChecker
 from headrace.repository.scan import ModelFolder, VersionFolder, scan
 from headrace.repository.snapshot import ChangedMeanwhileError, copy, fingerprint
@@ -36,9 +36,6 @@ RETRY_S = 5.0
 """How soon a version is tried again that lacked something outside its files."""
 
 _NO_FILES = ""  # no fingerprint: whatever files are there are not those that failed
-
-ABANDON_TRIES, ABANDON_PAUSE_S = 20, 0.05
-"""To remove the copy of a version that is still being loaded when the process ends."""
 
 CHECKER_IDLE_S = 60.0
 """How long the ONNX checker's process waits for another model: versions often come in a row."""
@@ -100,8 +97,8 @@ class RepositoryManager(Generic[ServedT]):
         self._models: dict[str, Model[ServedT]] = {}
         self._wanted: set[str] | None = set(wanted) if mode == "explicit" else None
         self._commands = Commands()
-        self._copy: tempfile.TemporaryDirectory[str] | None = None
-        """Of the version that is being loaded."""
+        self._copy: PrivateCopy | None = None
+        """Of the version that was loaded last, or is being loaded."""
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._swapping = threading.Lock()
@@ -118,7 +115,9 @@ class RepositoryManager(Generic[ServedT]):
         Raises:
             StartupError: the repository is not a folder that can be read.
         """
-        self._bring_in_step(scan(self._root), is_settled=True)
+        folders = scan(self._root)
+        remove_left()
+        self._bring_in_step(folders, is_settled=True)
         if self._mode == "none":
             self._checker.close()
 
@@ -146,9 +145,9 @@ class RepositoryManager(Generic[ServedT]):
         Stop following. What serves goes on; what is being loaded never will, and whoever waits for
         it is told at once. A second call waits for longer.
         """
+        self._commands.close()  # first: what breaks off is not told as if it were done
         with self._swapping:  # from here on nothing is swapped in
             self._stopping.set()
-        self._commands.close()
         self._wake.set()
         deadline_s = time.monotonic() + timeout_s
         for thread in (self._thread, self._watcher, *self._retiring):
@@ -159,20 +158,17 @@ class RepositoryManager(Generic[ServedT]):
 
     def abandon(self) -> bool:
         """
-        Let go of a load that goes on although this has stopped. For a process that ends.
+        Stop, and let go of a load that goes on nevertheless. For a process that ends.
 
         Returns:
             Whether there is one: the interpreter cannot end in peace while it comes back to it.
         """
+        self.stop(0)  # a process that failed has not
         if not self._thread.is_alive():
             return False
         self._checker.close()
         if (copy := self._copy) is not None:
-            for _ in range(ABANDON_TRIES):  # files may still be written to it
-                copy.cleanup()
-                if not Path(copy.name).exists():
-                    break
-                time.sleep(ABANDON_PAUSE_S)
+            copy.remove()
         return True
 
     def load(self, name: str, timeout_s: float | None) -> None:
@@ -443,9 +439,9 @@ class RepositoryManager(Generic[ServedT]):
     def _load_copy(
         self, model: Model[ServedT], version: VersionFolder, seen: str
     ) -> tuple[ModelConfig, ServedT]:
-        self._copy = tempfile.TemporaryDirectory(prefix="headrace-", ignore_cleanup_errors=True)
+        self._copy = PrivateCopy()
         with self._copy as folder:
-            path = copy(version.path, Path(folder))
+            path = copy(version.path, folder)
             if self._fingerprint(model, version) != seen:
                 raise ChangedMeanwhileError
             if self._stopping.is_set():

@@ -20,13 +20,15 @@ _LOG = structlog.get_logger(__name__)
 CHECK_TIMEOUT_S = 60.0
 """For one model, starting the process included."""
 
+KILL_TIMEOUT_S = 5.0
+
 _ENVIRONMENT = {"PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR"}
 """What the checker's process gets of ours: no credentials, no proxies."""
 
 
 class OnnxChecker:
     """
-    Checks models one after another; used by one thread.
+    Checks models one after another; used by one thread. Another may `close` it, at the very end.
 
     The process starts with the first model and serves until `close`, so that many models cost one
     start: a third of a second of CPU, which a server on one core would feel. A process that dies or
@@ -79,7 +81,8 @@ class OnnxChecker:
         if process is None:
             return
         process.kill()
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the kernel holds it: it is dead
+            process.wait(KILL_TIMEOUT_S)
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):  # a question that nobody took is flushed

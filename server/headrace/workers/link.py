@@ -78,7 +78,7 @@ class SupervisorLink:
         self._said: tuple[bool, tuple[str, ...]] | None = None
         self._asked: dict[int, Future[None]] = {}
         self._ids = count(1)
-        self._is_cut = False
+        self._is_cut = self._has_left = False
         self._may_serve = False
         """Whether requests may have been accepted, though nobody has been told so."""
         self._steps: SimpleQueue[Message] = SimpleQueue()
@@ -166,7 +166,9 @@ class SupervisorLink:
         number, future = next(self._ids), Future[None]()
         self._asked[number] = future
         try:
-            if self._is_cut:  # after the entry: whoever cuts first has seen it, or we see the cut
+            if (
+                self._is_cut or self._has_left
+            ):  # after the entry: `leave` has seen it, or we see this
                 raise Draining(STOPPING)
             message = {"type": "ask", "id": number, "what": what}
             self._send({**message, "name": name, "timeout_s": timeout_s})
@@ -175,7 +177,8 @@ class SupervisorLink:
             self._asked.pop(number, None)
 
     def leave(self) -> None:
-        """Keep nobody waiting for changes any more: this worker stops."""
+        """Keep nobody waiting for changes, now or later: this worker stops."""
+        self._has_left = True
         for future in list(self._asked.values()):
             settle(future, Draining(STOPPING))
 

@@ -71,6 +71,17 @@ def visible_devices(variable: str | None, present: int) -> list[str]:
     return devices
 
 
+def deaths_in_a_row(before: int, served_s: float | None) -> int:
+    """
+    Count a death.
+
+    Args:
+        before: Deaths in a row until now.
+        served_s: How long the worker had served; None if it never did.
+    """
+    return 1 if served_s is not None and served_s >= STEADY_S else before + 1
+
+
 def restart_delay_s(deaths: int, chance: float) -> float:
     """
     Return how long to wait before a worker is replaced, in seconds.

@@ -31,8 +31,8 @@ from headrace.workers.changes import Changes, Failure
 from headrace.workers.channel import Message
 from headrace.workers.numbers import Ledger, supervisor_families
 from headrace.workers.policy import (
-    STEADY_S,
     WorkerState,
+    deaths_in_a_row,
     readiness,
     restart_delay_s,
     starts_too_long,
@@ -357,7 +357,7 @@ class Supervisor:
                     break
             self._selector.unregister(process.channel)
         process.channel.close()
-        was_steady = process.is_started and now_s - place.started_s >= STEADY_S
+        served_s = now_s - place.started_s if process.is_started else None
         place.process, place.closed_s = None, None
         place.state = replace(place.state, is_started=False, is_ready=False, notes=())
         self._questions.ended(place.number)
@@ -374,7 +374,7 @@ class Supervisor:
                 _LOG.critical("worker_died_at_start", worker=place.number, reason=reason)
             self._was_cut_off = True
             return
-        place.deaths = 1 if was_steady else place.deaths + 1
+        place.deaths = deaths_in_a_row(place.deaths, served_s)
         self._schedule(place, reason)
 
     def _schedule(self, place: _Place, reason: str) -> None:

@@ -2,9 +2,11 @@
 
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from headrace.errors import Draining
 from headrace.workers.channel import Decoder, encode
 from headrace.workers.link import SupervisorLink
 
@@ -100,3 +102,15 @@ def test_one_that_has_to_catch_up_first_has_accepted_nothing(supervisor, exits):
     supervisor.say(type="drain")
 
     assert exits() == [0]
+
+
+def test_who_waits_for_a_change_hears_that_the_worker_stops_and_so_does_who_asks_then(supervisor):
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(supervisor.link.ask, "load", "m", TIMEOUT_S)
+        assert [message["type"] for message in supervisor.hear()] == ["ask"]
+
+        supervisor.link.leave()
+
+        assert isinstance(asked.exception(TIMEOUT_S), Draining)
+    with pytest.raises(Draining):
+        supervisor.link.ask("load", "m", TIMEOUT_S)

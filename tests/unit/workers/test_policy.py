@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from headrace.workers.policy import (
     FIRST_DELAY_S,
     MAX_DELAY_S,
+    STEADY_S,
     WorkerState,
+    deaths_in_a_row,
     plan_workers,
     quota_cores,
     readiness,
@@ -55,6 +57,19 @@ def test_workers_follow_cores_and_gpus(asked, cores, devices, plan):
 )
 def test_gpus_are_those_that_cuda_would_show(variable, present, devices):
     assert visible_devices(variable, present) == devices
+
+
+@pytest.mark.parametrize(
+    ("before", "served_s", "deaths"),
+    [
+        pytest.param(0, 1.0, 1, id="the first"),
+        pytest.param(3, 1.0, 4, id="one more, soon after it served"),
+        pytest.param(3, None, 4, id="one more, before it served"),
+        pytest.param(3, STEADY_S, 1, id="the first again, after a good while"),
+    ],
+)
+def test_deaths_soon_after_one_another_are_in_a_row(before, served_s, deaths):
+    assert deaths_in_a_row(before, served_s) == deaths
 
 
 @pytest.mark.parametrize(
