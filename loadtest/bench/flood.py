@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,6 +102,7 @@ def gateway(
     *,
     monitor_port: int | None = None,
     collector_port: int | None = None,
+    arguments: Sequence[str] = (),
 ) -> Iterator[Gateway]:
     """
     Run a gateway until the block ends; it serves when it begins.
@@ -111,10 +112,11 @@ def gateway(
         core: That it is kept on.
         monitor_port: Of a monitor that all predictions are streamed to.
         collector_port: Of a collector that one call in a hundred is told to.
+        arguments: More of them, of `headrace serve`.
     """
     command = [sys.executable, "-m", "headrace", "serve", "--model-repository", str(repository)]
     command += ["--grpc-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0"]
-    command += ["--workers", "1", "--drain-delay-s", "0", "--log-level", "error"]
+    command += ["--workers", "1", "--drain-delay-s", "0", "--log-level", "error", *arguments]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("OTEL_")}
     if monitor_port is not None:
         command += ["--monitor-address", f"127.0.0.1:{monitor_port}"]

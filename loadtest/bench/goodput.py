@@ -124,6 +124,7 @@ class Judgement(NamedTuple):
         values: Of each round, or load.
         is_sound: Whether the generator kept up where it was measured, in most rounds.
         cpu_value: By processor time, if that can be said.
+        is_worst: Whether the value is the worst and no median.
     """
 
     what: str
@@ -133,6 +134,7 @@ class Judgement(NamedTuple):
     values: list[float]
     is_sound: bool
     cpu_value: float | None = None
+    is_worst: bool = False
 
     @property
     def is_missed(self) -> bool:
@@ -141,9 +143,13 @@ class Judgement(NamedTuple):
 
     @property
     def verdict(self) -> str:
+        """`met` or `missed`, `…, barely` of a median whose rounds differ; or `not measured`."""
         if not self.is_sound:
             return "not measured"
-        return "missed" if self.is_missed else "met"
+        word = "missed" if self.is_missed else "met"
+        known = [value for value in self.values if not math.isnan(value)]
+        differ = len({self.target.is_met_by(value) for value in known}) > 1
+        return f"{word}, barely" if differ and not self.is_worst else word
 
 
 def peak(flood: Flood) -> Peak:
@@ -232,7 +238,8 @@ def judgements(sweep: Sweep, *, is_cheap_to_refuse: bool) -> list[Judgement]:
         if shares:
             what = ", ".join(f"{share:g}" for share in shares)
             of_each = [getattr(sweep.middle(share), values) for share in shares]
-            found.append(Judgement(what, figure, target, _worst(of_each), of_each, is_sound))
+            worst = Judgement(what, figure, target, _worst(of_each), of_each, is_sound)
+            found.append(worst._replace(is_worst=True))
     return found
 
 

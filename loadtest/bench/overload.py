@@ -1,6 +1,7 @@
 """Ask a gateway for more than it can answer, and see how much it still does.
 
     python loadtest/bench/overload.py [--rounds 5] [--seconds 5] [--only slow|tiny] [--shares 2,5]
+        [--streams 125]
 
 Two models, each with a gateway of its own: one whose row costs 8 ms, far more than a refusal, and a
 tiny MLP. Each round finds the peak in a closed loop, then offers 0.1 to 5 times that at random
@@ -44,6 +45,7 @@ SHARES = {
 CALM_SHARE, CALM_S, CALM_S_MIN = 0.5, 5.0, 3.0
 """What is asked after a flood, for as long as it, within bounds: recovery may take two seconds."""
 
+WARM_UP_S, WARM_UP_S_MAX = 1.0, 4.0
 CONNECTIONS = 4
 FAILURES = (RuntimeError, ValueError, OSError, subprocess.SubprocessError, ZeroDivisionError)
 """What may become of a model's measurement; the other one is measured all the same."""
@@ -86,10 +88,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _tell,
             models=[options.only] if options.only else list(SHARES),
             shares=options.shares,
+            streams=options.streams,
         )
     if options.json:
         print(json.dumps(as_json(found)))
-    if options.page or not (options.no_page or options.only or options.shares):
+    is_whole = not (options.only or options.shares or options.streams)
+    if options.page or (is_whole and not options.no_page):
         path = RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-overload.md"
         draw(found, path.with_suffix(".png"), _tell)
         path.write_text(page(found, circumstances(_command(options))))
@@ -106,6 +110,7 @@ def measure(
     *,
     models: Sequence[str] = tuple(SHARES),
     shares: Sequence[float] = (),
+    streams: int | None = None,
 ) -> Overload:
     """
     Ask models for more than they can answer, each in a gateway of its own, one after the other.
@@ -117,7 +122,9 @@ def measure(
         tell: Takes a line of progress.
         models: Names.
         shares: Of the peak, instead of all.
+        streams: Calls that a connection may have under way, instead of the default.
     """
+    arguments = () if streams is None else ("--max-concurrent-streams", str(streams))
     found = Overload(rounds, seconds)
     for subject in (one for one in SUBJECTS if one.name in models):
         sweep = Sweep(subject.name, subject.deadline_s, [], {})
@@ -134,6 +141,7 @@ def measure(
                 SERVER_CORE,
                 monitor_port=stage.monitor_port,
                 collector_port=stage.collector_port,
+                arguments=arguments,
             ) as server:
                 for number in range(rounds):
                     tell(f"overload       round {number + 1}/{rounds}  {subject.name}")
@@ -221,10 +229,23 @@ def flood_at(
         connections=CONNECTIONS,
         rate=share * peak.per_s,
         seconds=seconds,
+        warm_up=warm_up_s(share, subject.deadline_s),
         seed=seed,
         timeout=subject.deadline_s,
         then=f"{CALM_SHARE * peak.per_s}:{min(CALM_S, max(CALM_S_MIN, seconds))}",
     )
+
+
+def warm_up_s(share: float, deadline_s: float) -> float:
+    """
+    Return how long a load goes on before it counts.
+
+    Until what waits is as much as the deadline lets wait: what a flood puts there is answered, too,
+    and would be counted as served on top of what can be.
+    """
+    if share <= 1:
+        return WARM_UP_S
+    return min(WARM_UP_S_MAX, max(WARM_UP_S, deadline_s / (share - 1)))
 
 
 def draw(found: Overload, path: Path, tell: Tell) -> None:
@@ -270,6 +291,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=SECONDS)
     parser.add_argument("--only", choices=list(SHARES))
     parser.add_argument("--shares", type=_shares, default=[], help="of the peak, by commas")
+    parser.add_argument("--streams", type=int, help="--max-concurrent-streams of the gateway")
     parser.add_argument("--json", action="store_true", help="print every figure as JSON")
     parser.add_argument("--page", action="store_true", help="write a page of a part, too")
     parser.add_argument("--no-page", action="store_true", help="write no results page")
@@ -284,6 +306,7 @@ def _command(options: argparse.Namespace) -> str:
     command = f"python loadtest/bench/overload.py --rounds {options.rounds}"
     command += f" --seconds {options.seconds:g}"
     command += f" --only {options.only}" if options.only else ""
+    command += f" --streams {options.streams}" if options.streams else ""
     shares = ",".join(f"{share:g}" for share in options.shares)
     return command + (f" --shares {shares}" if shares else "")
 

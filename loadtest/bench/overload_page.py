@@ -105,8 +105,10 @@ prediction streamed to a monitor. Each gateway has one model, as refusing calls 
 {curve}{models}### How to read it
 
 - A share is of the peak: what the same gateway served in a closed loop in the same round. Figures
-  are medians of {overload.rounds} rounds of {overload.seconds:g} s; recovery and memory the worst
-  of them. *Per CPU second* divides by the processor time that the gateway used.
+  are medians of {overload.rounds} rounds of {overload.seconds:g} s, with what the rounds lie
+  between; recovery and memory the worst of them. A load goes on for a second or more before it
+  counts, until as much waits as the deadline lets. *Per CPU second* divides by the processor time
+  that the gateway used. "barely" says that some round was on the other side of the target.
 - *Generator's processor* is its own share of its core; *idle* is what it and all others left of it.
 - *Sent in time* is less than offered where the server's limits on streams hold requests back, or
   the generator is late.
@@ -123,7 +125,8 @@ prediction streamed to a monitor. Each gateway has one model, as refusing calls 
 ### Why to doubt it
 
 - One machine with two cores: the gateway has one for itself; generator, monitor and collector
-  share the other. Loopback, no TLS, a few connections.
+  share the other. Loopback, no TLS, a few connections. The gateway logs errors only: by default it
+  would write up to ten lines a second of sampled and refused calls for each status.
 - A refusal costs the server 0.02 to 0.2 ms, depending on the machine, and comes out of the same
   core: of a model whose row costs little more, nobody can serve 90 % at five times its peak. The
   tiny model is here to see that its server stays up, and is well again afterwards: more calls come

@@ -49,6 +49,8 @@ DOUBTS = """\
   workers. Requests in flight when a window ends do not count as answered.
 - The generator's own time for each request is in both figures of a question, and draws their ratio
   towards 1; most so with one in flight, where the rows' notes say how much of the mean it is.
+- The gateways log errors only: by default they would write up to ten lines a second of sampled and
+  refused calls for each status.
 - Loopback: no network, no TLS. Closed loop: a slow server is asked less often, so no tail is
   shown.
 - The model is tiny on purpose. With a model of a millisecond all would be nearly equal.

@@ -123,6 +123,27 @@ def test_a_round_in_which_the_generator_was_late_judges_nothing_but_keeps_its_wr
     assert {one.verdict for one in judged(ran(offered(95.0)), late, ran(offered(97.0)))} == {"met"}
 
 
+@pytest.mark.parametrize(
+    ("rounds", "verdict"),
+    [
+        ((91.0, 95.0, 97.0), "met"),
+        ((89.0, 95.0, 97.0), "met, barely"),
+        ((80.0, 89.0, 97.0), "missed, barely"),
+        ((80.0, 85.0, 89.0), "missed"),
+    ],
+)
+def test_a_goodput_whose_rounds_differ_is_barely_what_it_is(rounds, verdict):
+    goodput_found, *_ = judged(*(ran(offered(per_s)) for per_s in rounds))
+    assert goodput_found.verdict == verdict
+
+
+def test_a_flood_fills_the_queue_before_it_counts():
+    warm_up_s = bench.overload.warm_up_s
+    assert warm_up_s(0.5, 0.8) == warm_up_s(5.0, 0.8) == 1.0
+    assert warm_up_s(1.5, 0.8) == pytest.approx(1.6)
+    assert warm_up_s(1.01, 0.8) == 4.0
+
+
 def test_what_a_late_generator_asked_in_most_rounds_is_not_measured_and_not_missed():
     late = ran(offered(10.0, generator_is_bottleneck=True, achieved_per_s=90.0))
 
