@@ -28,10 +28,13 @@ class PrivateCopy:
     def __init__(self) -> None:
         while True:
             self.path = Path(tempfile.mkdtemp(prefix=PREFIX))
-            lock = _lock(self.path)
-            if lock is not None:
-                self._lock = lock
-                return  # otherwise somebody took it for left, before it was locked
+            try:
+                self._lock: int | None = _lock(self.path)
+            except (BlockingIOError, FileNotFoundError):
+                continue  # somebody took it for left, before it was locked
+            except OSError:  # a file system without locks, where nothing is taken for left
+                self._lock = None
+            return
 
     def remove(self) -> None:
         """Remove it although files may still be written to it. Any thread may; may be repeated."""
@@ -51,14 +54,16 @@ class PrivateCopy:
         _traceback: TracebackType | None,
     ) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
 
 
 def remove_left() -> None:
     """Remove what processes of this user left that did not end in peace. It may be models' size."""
     for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        lock = _lock(path)
-        if lock is None:
+        try:
+            lock = _lock(path)
+        except OSError:  # another process has it, or it is gone, or nothing that a process left
             continue
         try:
             shutil.rmtree(path, ignore_errors=True)
@@ -67,18 +72,24 @@ def remove_left() -> None:
         _LOG.info("left_copy_removed")
 
 
-def _lock(path: Path) -> int | None:
-    """Lock a folder of ours; None if it is another's, locked, or gone."""
+def _lock(path: Path) -> int:
+    """
+    Lock a folder of this user.
+
+    Raises:
+        BlockingIOError: another process has it.
+        FileNotFoundError: it is gone.
+        OSError: it is no folder, or not ours, or cannot be locked.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        found = os.fstat(descriptor)
+        if found.st_uid != os.geteuid():
+            raise PermissionError
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(found, path.lstat()):
+            raise FileNotFoundError
     except OSError:
-        return None
-    try:
-        if os.fstat(descriptor).st_uid == os.geteuid():
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), path.lstat()):
-                return descriptor
-    except OSError:
-        pass
-    os.close(descriptor)
-    return None
+        os.close(descriptor)
+        raise
+    return descriptor

@@ -1,5 +1,6 @@
 """A private copy goes with its load, or with the process that comes after one that was killed."""
 
+import errno
 import subprocess
 import sys
 import tempfile
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from headrace.repository import private_copy
 from headrace.repository.private_copy import PREFIX, PrivateCopy, remove_left
 
 MAKES_ONE = """
@@ -82,4 +84,17 @@ def test_a_copy_whose_files_are_still_used_can_be_removed_by_another_thread(scra
         copy.remove()
         assert not folder.exists()
     copy.remove()
+    assert list(scratch.iterdir()) == []
+
+
+def test_where_nothing_can_be_locked_copies_are_made_and_none_is_taken_for_left(
+    monkeypatch, scratch
+):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(private_copy.fcntl, "flock", flock)
+    with PrivateCopy() as folder:
+        remove_left()
+        assert folder.exists()
     assert list(scratch.iterdir()) == []
