@@ -144,6 +144,7 @@ def masked(text):
     text = re.sub(r"[+-]?[\d.,:]*\d", "#", text)
     # Which half-year an alarm begins in depends on where a window ends.
     text = re.sub(r"^(│ # H# .*│)[^│]*│$", r"\1", text, flags=re.MULTILINE)
+    text = re.sub(r"([─━═])+", r"\1", text)  # a column is as wide as what is in it
     return [re.sub(r"\s+", " ", line).strip() for line in text.strip().splitlines()]
 
 
