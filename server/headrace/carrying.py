@@ -229,8 +229,10 @@ class BatchCarrier:
         started_s, joined_s, now_s = timing
         try:
             if self._backend.is_remote:
+                # From now: its features have used up some of their time.
+                longest_wait_s = _longest_wait_s(batch, time.time())
                 arrays = self._backend.infer(
-                    inputs, _longest_wait_s(batch, now_s), traceparent_of(batch, joined_s)
+                    inputs, longest_wait_s, traceparent_of(batch, joined_s)
                 )
             else:
                 arrays = self._backend.infer(inputs)

@@ -357,6 +357,27 @@ def test_of_a_batch_whose_callers_are_all_rejected_nobody_was_answered():
     assert len(reads) == 1
 
 
+def test_a_remote_model_is_not_waited_for_in_time_that_features_have_used_up():
+    store, _ = incomplete_store(known=(1,))
+    model, _ = model_of(store)
+    outcomes, waits_s = [], []
+    caller = Caller(1, outcomes, np.int64)
+    caller.deadline_s = time.time() + 5.0
+    store.on_read = lambda: time.sleep(0.5)
+    backend = model._backend
+    backend.is_remote = True
+
+    def infer(inputs, timeout_s=None, traceparent=None):
+        waits_s.append(timeout_s)
+        return run(inputs)
+
+    backend.infer = infer
+    model._carrier.carry([caller])
+
+    assert outcomes == ["answered"]
+    assert waits_s[0] <= 4.5
+
+
 class WrongReader(Reader):
     __slots__ = ()
 
