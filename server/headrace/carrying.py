@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from headrace.backends.base import Backend
 from headrace.batching.bisection import Blame
-from headrace.batching.culprits import try_whole
+from headrace.batching.culprits import Survivors, try_whole
 from headrace.errors import (
     BackendError,
     ComputationFailed,
@@ -90,9 +90,14 @@ class BatchCarrier:
         positions = {spec.name: i for i, spec in enumerate(backend.outputs)}
         self._positions = tuple(positions[spec.name] for spec in model.signature.outputs)
 
-    def carry(self, batch: Sequence[Request]) -> None:
-        """Answer every request of a batch, with a prediction or an error. Does not raise."""
-        try_whole(batch, self._attempt, self._fail)
+    def carry(self, batch: Sequence[Request]) -> bool:
+        """
+        Answer every request of a batch, with a prediction or an error. Does not raise.
+
+        Returns:
+            Whether anybody was answered with a prediction.
+        """
+        return try_whole(batch, self._attempt, self._fail)
 
     def take_number(self) -> tuple[int, str]:
         """Number a request that will come in parts; return its prediction id too."""
@@ -114,16 +119,16 @@ class BatchCarrier:
                 _LOG.exception("reply_failed")
         self._metrics.failed(sum([request.ends_whole for request in requests]))
 
-    def _attempt(self, batch: Sequence[Request]) -> Blame[Request] | None:
+    def _attempt(self, batch: Sequence[Request]) -> Blame[Request] | Survivors[Request] | None:
         """
         Carry a batch as far as it goes.
 
         Returns:
             None when everybody is answered; or those who are not, because somebody among them has
-            values that cannot be computed with.
+            values that cannot be computed with, or because features of others are missing.
 
         Raises:
-            ServingError: nobody of those who are left can be answered, whoever they are.
+            ServingError: nobody can be answered, whoever they are.
         """
         started_s = time.perf_counter()
         now_s = time.time()
@@ -142,7 +147,7 @@ class BatchCarrier:
             kept = self._reject_incomplete(self._join, batch, missing)
             if len(kept) < len(batch):
                 # The survivors go round again, alone: rare, and simpler than cutting every array.
-                return self._attempt(kept) if kept else None
+                return Survivors(kept)
         inputs = self._join.assemble(features, columns)
         timing = (started_s, time.perf_counter(), now_s)
         return self._infer_and_reply(batch, rows, inputs, entities, features, missing, timing)
@@ -224,8 +229,10 @@ class BatchCarrier:
         started_s, joined_s, now_s = timing
         try:
             if self._backend.is_remote:
+                # From now: its features have used up some of their time.
+                longest_wait_s = _longest_wait_s(batch, time.time())
                 arrays = self._backend.infer(
-                    inputs, _longest_wait_s(batch, now_s), traceparent_of(batch, joined_s)
+                    inputs, longest_wait_s, traceparent_of(batch, joined_s)
                 )
             else:
                 arrays = self._backend.infer(inputs)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from headrace.batching.batcher import Batcher
 from headrace.batching.bisection import Blame
 from headrace.batching.codel import Codel
-from headrace.batching.culprits import try_whole
+from headrace.batching.culprits import Survivors, try_whole
 from headrace.batching.policy import BatchPolicy
 from headrace.batching.queued import QueuedRequest
 from headrace.errors import (
@@ -238,37 +238,40 @@ class FeatureReads:
         (self._short if request.rows <= LONG_ROWS else self._long).put(request)
 
     def _execute(self, queue: Batcher[FeatureRequest]) -> None:
-        while (batch := queue.take()) is not None:
-            self._serve_batch(batch)
+        was_answered = True
+        while (batch := queue.take(was_answered=was_answered)) is not None:
+            was_answered = self._serve_batch(batch)
             del batch  # while there is nothing to do, nobody's request is kept
 
-    def _serve_batch(self, batch: Sequence[FeatureRequest]) -> None:
+    def _serve_batch(self, batch: Sequence[FeatureRequest]) -> bool:
+        """See to it that everybody is answered; say whether anybody got features."""
         try:
             plan = self._plans.find(batch[0].batch_key)
         except Exception as error:  # noqa: BLE001 the thread must go on
             self._fail(batch, error)
-            return
-        for part in _parts(batch, len(plan.features)):
-            self._serve(plan, part)
+            return False
+        were_answered = [self._serve(plan, part) for part in _parts(batch, len(plan.features))]
+        return any(were_answered)
 
-    def _serve(self, plan: FeaturePlan, batch: Sequence[FeatureRequest]) -> None:
-        """See to it that every request of a batch is answered, whatever happens."""
-        try_whole(batch, partial(self._carry, plan), self._fail)
+    def _serve(self, plan: FeaturePlan, batch: Sequence[FeatureRequest]) -> bool:
+        """See to it that every request of a part of a batch is answered, whatever happens."""
+        return try_whole(batch, partial(self._carry, plan), self._fail)
 
     def _carry(
         self, plan: FeaturePlan, batch: Sequence[FeatureRequest]
-    ) -> Blame[FeatureRequest] | None:
+    ) -> Blame[FeatureRequest] | Survivors[FeatureRequest] | None:
         """
         Carry a batch as far as it goes.
 
         Returns:
             None when everybody is answered; or those who are not, because somebody among them has
-            values that cannot be computed with.
+            values that cannot be computed with, or because others ask for what cannot be read.
         """
         started_s = time.perf_counter()
-        batch, entities = self._entities(plan, batch)
-        if not batch:
-            return None
+        right, entities = self._entities(plan, batch)
+        if len(right) < len(batch):
+            # The others go round again, alone: rare, and simpler than to tell who has been told.
+            return Survivors(right)
         now_s = time.time()
         timeout_s = min(self._timeout_s, _longest_wait_s(batch, now_s))
         try:

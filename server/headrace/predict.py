@@ -242,7 +242,8 @@ class ServedModel:
             raise
 
     def _execute(self) -> None:
-        while (batch := self._batcher.take()) is not None:
-            self._carrier.carry(batch)
+        was_answered = True
+        while (batch := self._batcher.take(was_answered=was_answered)) is not None:
+            was_answered = self._carrier.carry(batch)
             self._batcher.overlaps = self._carrier.is_store_bound
             del batch  # while there is nothing to do, nobody's request is kept

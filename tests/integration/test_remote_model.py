@@ -4,6 +4,7 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import grpc
@@ -56,13 +57,13 @@ def far_port():
         return probe.getsockname()[1]
 
 
-def near_root(tmp_path, port, more=""):
+def near_root(tmp_path, port, more="", timeout_s=10):
     (tmp_path / "near" / "double" / "1").mkdir(parents=True)
     (tmp_path / "near" / "double" / "config.pbtxt").write_text(
         f"""
         backend: "oip"
         parameters {{ key: "oip_address" value {{ string_value: "127.0.0.1:{port}" }} }}
-        parameters {{ key: "oip_timeout_s" value {{ string_value: "10" }} }}
+        parameters {{ key: "oip_timeout_s" value {{ string_value: "{timeout_s}" }} }}
         {more}
         """
     )
@@ -192,6 +193,29 @@ def test_a_far_server_that_hangs_costs_a_caller_no_more_than_its_deadline(far_ro
         # The executor was not kept for longer than anybody waited.
         assert answers(near)
         assert time.monotonic() - start_s < 5
+    finally:
+        assert near.stop()
+        assert far.stop()
+
+
+def test_a_far_server_that_hangs_for_its_own_limit_does_not_answer(far_root, tmp_path):
+    far = gateway(far_root)
+    near = gateway(near_root(tmp_path, far.grpc.port, timeout_s=0.3))
+    try:
+        assert answers(near)
+        model = far.catalog.find("double", "")
+        real, goes_on = model._backend.infer, threading.Event()
+
+        def hang(inputs):
+            goes_on.wait(30)
+            return real(inputs)
+
+        model._backend.infer = hang
+        with pytest.raises(triton.InferenceServerException) as hung:
+            ask(near, timeout_s=20)
+        goes_on.set()
+
+        assert hung.value.status() == "StatusCode.UNAVAILABLE"  # its caller has time left
     finally:
         assert near.stop()
         assert far.stop()

@@ -10,7 +10,12 @@ import pytest
 from headrace.backends.stub import StubBackend
 from headrace.batching.batcher import Batcher
 from headrace.batching.policy import BatchPolicy
-from headrace.errors import ComputationFailed, DeadlineExceeded, FeatureStoreUnavailable
+from headrace.errors import (
+    ComputationFailed,
+    DeadlineExceeded,
+    FeatureStoreUnavailable,
+    InvalidRequest,
+)
 from headrace.feature_reads import FeatureReads, FeatureRequest
 from headrace.features.join import FeatureJoin
 from headrace.features.memory_store import MemoryStore
@@ -118,7 +123,7 @@ def run(inputs):
     return [inputs["x"] * 2]
 
 
-def model_of(store=None):
+def model_of(store=None, missing_features="nan"):
     """Return a model that fails on negative numbers; with a store, one that is joined to it."""
     join = None
     inputs = [X]
@@ -128,7 +133,7 @@ def model_of(store=None):
             model_inputs=[X],
             model="m",
             feature_order=None,
-            missing_features="nan",
+            missing_features=missing_features,
             max_batch_size=16,
         )
         inputs = join.inputs
@@ -301,3 +306,148 @@ def test_and_likewise_where_features_are_read_without_a_model():
     assert sorted(outcomes) == ["ComputationFailed", DeadlineExceeded.__name__, "answered"]
     assert reads._metrics._requests_failed == 2
     assert account.refunded == 0
+
+
+def incomplete_store(known):
+    """Return a store in which only some drivers are known, and the list of its reads."""
+    store, reads = Store(), []
+    for number in known:
+        store.put("v", {"driver_id": number}, {"f": 1.0}, time.time())
+    store.on_read = lambda: reads.append(None)
+    return store, reads
+
+
+def test_who_is_rejected_for_missing_features_fails_once_whatever_befalls_the_others():
+    store, reads = incomplete_store(known=range(3, 10))
+    model, metrics = model_of(store, "reject")
+    outcomes = []
+    callers = [Caller(number, outcomes, np.int64) for number in range(10)]
+
+    def look():
+        reads.append(None)
+        store.is_gone = len(reads) > 1
+
+    store.on_read = look
+    assert not model._carrier.carry(callers)
+
+    assert outcomes == ["MissingFeatures"] * 3 + ["FeatureStoreUnavailable"] * 7
+    assert metrics.requests_failed == 10
+
+
+def test_and_likewise_during_the_search_for_others():
+    store, _ = incomplete_store(known=range(1, 8))
+    model, metrics = model_of(store, "reject")
+    outcomes = []
+    callers = [Caller(number, outcomes, np.int64) for number in (-1, *range(1, 10))]
+
+    assert model._carrier.carry(callers)
+
+    assert sorted(outcomes) == ["ComputationFailed", *["MissingFeatures"] * 2, *["answered"] * 7]
+    assert metrics.requests_failed == 3
+
+
+def test_of_a_batch_whose_callers_are_all_rejected_nobody_was_answered():
+    store, reads = incomplete_store(known=())
+    model, _ = model_of(store, "reject")
+    outcomes = []
+
+    assert not model._carrier.carry([Caller(number, outcomes, np.int64) for number in (1, 2)])
+
+    assert outcomes == ["MissingFeatures"] * 2
+    assert len(reads) == 1
+
+
+def test_a_remote_model_is_not_waited_for_in_time_that_features_have_used_up():
+    store, _ = incomplete_store(known=(1,))
+    model, _ = model_of(store)
+    outcomes, waits_s = [], []
+    caller = Caller(1, outcomes, np.int64)
+    caller.deadline_s = time.time() + 5.0
+    store.on_read = lambda: time.sleep(0.5)
+    backend = model._backend
+    backend.is_remote = True
+
+    def infer(inputs, timeout_s=None, traceparent=None):
+        waits_s.append(timeout_s)
+        return run(inputs)
+
+    backend.infer = infer
+    model._carrier.carry([caller])
+
+    assert outcomes == ["answered"]
+    assert waits_s[0] <= 4.5
+
+
+class WrongReader(Reader):
+    __slots__ = ()
+
+    def column_values(self, column):
+        raise InvalidRequest("wrong")
+
+
+def test_who_asks_wrongly_for_features_fails_once_whatever_befalls_the_others():
+    store = Store()
+    store.is_gone = True
+    reads = reads_of(store)
+    outcomes = []
+
+    assert not reads._serve(PLAN, [WrongReader(1, outcomes), Reader(2, outcomes)])
+
+    assert outcomes == ["InvalidRequest", "FeatureStoreUnavailable"]
+    assert reads._metrics._requests_failed == 2
+
+
+def expected_s(batcher):
+    return batcher._cost.estimate_s(1)
+
+
+def run_one_by_one(submit, requests, outcomes):
+    for request in requests:
+        count = len(outcomes)
+        submit(request)
+        until(lambda count=count: len(outcomes) > count)
+
+
+def until(condition):
+    deadline_s = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline_s, "it did not happen"
+        time.sleep(0.001)
+
+
+def test_a_model_that_fails_at_once_is_not_believed_to_have_become_faster():
+    model, _ = model_of()
+    outcomes = []
+
+    def take_time(inputs):
+        done = run(inputs)
+        time.sleep(0.05)
+        return done
+
+    model._backend._function = take_time
+    model.start()
+    try:
+        callers = [Caller(number, outcomes) for number in [1] * 3 + [-1] * 30]
+        run_one_by_one(model.submit, callers, outcomes)
+    finally:
+        assert model.stop(5)
+
+    assert outcomes == ["answered"] * 3 + ["BackendError"] * 30
+    assert expected_s(model._batcher) >= 0.05
+
+
+def test_nor_is_a_store_that_does():
+    store = Store()
+    reads = reads_of(store)
+    outcomes = []
+    store.on_read = lambda: None if store.is_gone else time.sleep(0.05)
+    reads.start()
+    try:
+        run_one_by_one(reads.submit, [Reader(1, outcomes) for _ in range(3)], outcomes)
+        store.is_gone = True
+        run_one_by_one(reads.submit, [Reader(1, outcomes) for _ in range(30)], outcomes)
+    finally:
+        assert reads.stop(5)
+
+    assert outcomes == ["answered"] * 3 + ["FeatureStoreUnavailable"] * 30
+    assert expected_s(reads._short) >= 0.05

@@ -51,8 +51,9 @@ class Backend(Protocol):
         Raises:
             InvalidTensor: an element of a BYTES input is not what the model takes.
             BackendError: the model failed on these inputs; the message names no internals.
-            BackendUnavailable: the model runs elsewhere and does not answer.
-            DeadlineExceeded: likewise, not in time.
+            BackendUnavailable: the model runs elsewhere and does not answer, or not within its own
+                limit.
+            DeadlineExceeded: likewise, not within `timeout_s`.
             Overloaded: it has too much to do there.
         """
 

@@ -121,8 +121,8 @@ class OipBackend:
         Run the model once, there.
 
         Raises:
-            BackendUnavailable: nobody answers.
-            DeadlineExceeded: not within `timeout_s`, or the model's own limit.
+            BackendUnavailable: nobody answers, or not within the model's own limit.
+            DeadlineExceeded: not within `timeout_s`, which is no longer than that.
             Overloaded: the server has too much to do.
             BackendError: it failed on these inputs, or answered something else.
         """
@@ -139,14 +139,15 @@ class OipBackend:
         for spec in self.outputs:
             request.outputs.add(name=spec.name)
         limit_s = self._remote.timeout_s
+        is_hurried = timeout_s is not None and timeout_s <= limit_s
         try:
             reply = self._infer(
                 request,
-                timeout=limit_s if timeout_s is None else min(limit_s, timeout_s),
+                timeout=timeout_s if is_hurried else limit_s,
                 metadata=None if traceparent is None else (("traceparent", traceparent),),
             )
         except grpc.RpcError as error:
-            raise self._as_error(error) from None
+            raise self._as_error(error, is_hurried=is_hurried) from None
         given = {output.name: i for i, output in enumerate(reply.outputs)}
         try:
             return [_read(spec, reply, given[spec.name]) for spec in self.outputs]
@@ -158,13 +159,14 @@ class OipBackend:
         """Close the connection."""
         self._channel.close()
 
-    def _as_error(self, error: Any) -> ServingError:
+    def _as_error(self, error: Any, *, is_hurried: bool) -> ServingError:
         code = error.code()
         self._log(f"{code.name}: {error.details()}")
         if code is grpc.StatusCode.UNAVAILABLE:
             return BackendUnavailable(f"the server of model '{self._model}' does not answer")
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return DeadlineExceeded(f"the server of model '{self._model}' did not answer in time")
+            late = f"the server of model '{self._model}' did not answer in time"
+            return DeadlineExceeded(late) if is_hurried else BackendUnavailable(late)
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
             return Overloaded(f"the server of model '{self._model}' has too much to do")
         return self._failed()

@@ -59,7 +59,7 @@ class Batcher(Generic[RequestT]):
     threads may call any method.
 
     How long a batch takes is learned from the executors: from the end of one `take` to the
-    beginning of the next by the same thread.
+    beginning of the next by the same thread, which says whether anybody was answered meanwhile.
 
     Where batches mostly wait for something else than a processor, one more may be under way while
     `overlaps` is set. It begins only when it is full, as far as the sizes of those that wait can
@@ -112,7 +112,7 @@ class Batcher(Generic[RequestT]):
         self._overlaps = False
         self._rows_of_full = policy.max_batch_size or 1
         self._lock = threading.Lock()
-        self._cost = BatchCost()
+        self._cost = BatchCost(executors + overlapping)
         self._queue: RequestQueue[RequestT]
         waiting = policy, self._cost, levels, default_level, executors, codel
         if is_fair:
@@ -210,9 +210,13 @@ class Batcher(Generic[RequestT]):
             self.pressure = 2
         return error
 
-    def take(self) -> list[RequestT] | None:
+    def take(self, *, was_answered: bool = True) -> list[RequestT] | None:
         """
         Wait for work and take one batch.
+
+        Args:
+            was_answered: Whether anybody was, of the batch that this thread took last. Otherwise
+                how fast it ended does not count.
 
         Returns:
             At least one request, all of one `batch_key`; None when the batcher is closed and
@@ -224,7 +228,7 @@ class Batcher(Generic[RequestT]):
             with self._lock:
                 if not is_free:
                     is_free = True
-                    self._learn(self._running.pop(thread, None))
+                    self._learn(self._running.pop(thread, None), was_answered=was_answered)
                 arrived_before_s = (
                     math.inf if self._closed or not self._has_delay else time.perf_counter()
                 )
@@ -359,11 +363,13 @@ class Batcher(Generic[RequestT]):
         """Requests waiting now."""
         return self._queue.count
 
-    def _learn(self, took: tuple[float, int, float] | None) -> None:
+    def _learn(self, took: tuple[float, int, float] | None, *, was_answered: bool = True) -> None:
         if took is not None:
             started_s, rows, _ = took
             self._learned_s = now_s = time.perf_counter()
-            self._cost.observe(rows, max(now_s - started_s, 1e-6))
+            cost = self._cost
+            observe = cost.observe if was_answered else cost.observe_failed
+            observe(rows, max(now_s - started_s, 1e-6))
 
     def _note_running(self, thread: int, rows: int) -> float:
         """Note that a thread begins a batch; return how long that takes, about."""

@@ -19,9 +19,12 @@ RECENT_MIN, RECENT_MAX = 4.0, 32.0
 """Batches that are averaged over, however long or short they are."""
 
 SURPRISE_MAX = 4.0
+"""A batch counts as at most so many times what was expected: a pause is hardly seen."""
+
+SURPRISES_ENOUGH = 3
 """
-A batch counts as at most so many times what was expected: a pause of the machine is hardly seen,
-and a model that has become slower is believed after three or four batches.
+So many batches in a row above that are no pause: the last one is believed, and all before it is
+forgotten. One more for each other batch that may run at the time: a pause is a surprise to all.
 """
 
 ROWS_MAX = 1 << 30
@@ -36,9 +39,12 @@ class BatchCost:
 
     Not safe for several threads at once. Before the first batch has been seen nothing is known, and
     every estimate is 0: nobody is refused on a guess.
+
+    Args:
+        side_by_side: How many batches may run at a time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, side_by_side: int = 1) -> None:
         self.fixed_s = 0.0
         """Of every batch, in seconds."""
         self.per_row_s = 0.0
@@ -46,6 +52,9 @@ class BatchCost:
         """What 95 % of the batches take at most, as a multiple of the estimate."""
         self._latest = 1.0  # how long the last batch took, as a multiple of the estimate; at most 1
         self._batches = 0
+        self._surprises = 0  # in a row
+        self._surprises_enough = SURPRISES_ENOUGH + side_by_side - 1
+        self._is_of_failures = False
         self._rows = self._seconds = 0.0  # means
         self._rows_variance = self._covariance = 0.0
 
@@ -55,7 +64,12 @@ class BatchCost:
         if self._batches:
             expected_s = self.estimate_s(rows)
             self._follow_quantile(seconds / expected_s)
-            seconds = min(seconds, SURPRISE_MAX * expected_s)
+            most_s = SURPRISE_MAX * expected_s
+            if seconds <= most_s:
+                self._surprises = 0
+            else:
+                seconds = self._surprise(seconds, most_s)
+        self._is_of_failures = False
         self._batches += 1
         # Plain averages of the first few, then older ones fade.
         weight = min(max(-math.expm1(-seconds / MEMORY_S), 1.0 / RECENT_MAX), 1.0 / RECENT_MIN)
@@ -75,6 +89,22 @@ class BatchCost:
         self.fixed_s = self._seconds - self.per_row_s * self._rows
         self._latest = min(1.0, took_s / self.estimate_s(rows))
 
+    def observe_failed(self, rows: int, seconds: float) -> None:
+        """
+        Learn from a batch of which nobody was answered.
+
+        What failed fast says nothing of how long an answer takes; what failed slowly kept others
+        waiting, as an answer does. When it fails fast after that, others may hope for a better end.
+        """
+        expected_s = self.estimate_s(rows)
+        if not self._batches:
+            return
+        if seconds > expected_s:
+            self.observe(rows, seconds)
+            self._is_of_failures = True
+        elif self._is_of_failures:
+            self._latest = seconds / expected_s
+
     def estimate_s(self, rows: float) -> float:
         """Return how long a batch of `rows` takes on average, in seconds."""
         return self.fixed_s + self.per_row_s * rows
@@ -93,6 +123,14 @@ class BatchCost:
         if left_s <= 0:
             return 0
         return int(left_s / self.per_row_s) if self.per_row_s * ROWS_MAX > left_s else ROWS_MAX
+
+    def _surprise(self, seconds: float, most_s: float) -> float:
+        """Return what a batch counts as that took longer than `most_s`."""
+        self._surprises += 1
+        if self._surprises < self._surprises_enough:
+            return most_s
+        self._surprises = self._batches = 0  # averages start anew, with this one
+        return seconds
 
     def _follow_quantile(self, ratio: float) -> None:
         step = QUANTILE if ratio > self.margin else QUANTILE - 1.0

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from headrace.batching.bisection import Bisection, Blame
 from headrace.batching.queued import QueuedRequest
@@ -16,10 +16,23 @@ from headrace.errors import (
 
 RequestT = TypeVar("RequestT", bound=QueuedRequest)
 
-Attempt = Callable[[Sequence[RequestT]], Blame[RequestT] | None]
+
+class Survivors(NamedTuple, Generic[RequestT]):
+    """
+    Those who are left of a batch whose others have been told what is wrong with them.
+
+    Args:
+        requests: To be tried again, by themselves; perhaps none.
+    """
+
+    requests: Sequence[RequestT]
+
+
+Attempt = Callable[[Sequence[RequestT]], Blame[RequestT] | Survivors[RequestT] | None]
 """
-Carries requests as far as it goes. Returns None when everybody is answered, or those who are not,
-because of something in one of them; raises when nobody who is left can be answered, whoever it is.
+Carries requests as far as it goes. Returns None when everybody is answered; or those who are not,
+because of something in one of them, or because others were in the way. Raises when nobody has been
+told anything, and nobody can be answered, whoever it is.
 """
 
 Fail = Callable[[Sequence[RequestT], Exception], None]
@@ -32,54 +45,76 @@ _TOO_LONG_A_SEARCH = "the deadline passed while it was found out whose values ma
 _LEFT = "the caller left while it was found out whose values made a batch fail"
 
 
-def try_whole(batch: Sequence[RequestT], attempt: Attempt[RequestT], fail: Fail[RequestT]) -> None:
+def try_whole(batch: Sequence[RequestT], attempt: Attempt[RequestT], fail: Fail[RequestT]) -> bool:
     """
     See to it that every request of a batch is answered, whatever happens. Does not raise.
 
     Who is to blame is found by bisection; when that takes too long (`bisection.attempts_max`),
     those still in question fail together. Whose deadline passes meanwhile fails too. What failed is
     freed with the call: nothing here keeps an error, whose traceback leads to every request.
+
+    Returns:
+        Whether anybody was answered otherwise than with an error.
     """
-    blame: Blame[RequestT] | None = None
+    left, found = _through(batch, attempt)
     try:
-        blame = attempt(batch)
-        if blame is not None:
-            if len(blame.items) == 1:
-                fail(blame.items, blame.error)
-            else:
-                _search(blame, attempt, fail)
+        if found is None:
+            return bool(left)
+        if isinstance(found, Exception):
+            fail(left, found)
+        elif len(found.items) == 1:
+            fail(found.items, found.error)
+        else:
+            return _search(found, attempt, fail)
     except Exception as error:  # noqa: BLE001 the thread must go on
-        fail(batch, error)
+        fail(left, error)
     finally:
-        del blame  # references alone would free neither it nor those in it
+        del found  # references alone would free neither it nor those in it
+    return False
 
 
-def _search(blame: Blame[RequestT], attempt: Attempt[RequestT], fail: Fail[RequestT]) -> None:
+def _through(
+    requests: Sequence[RequestT], attempt: Attempt[RequestT]
+) -> tuple[Sequence[RequestT], Blame[RequestT] | Exception | None]:
+    """Return who was left at the last attempt, perhaps nobody, and how it ended for them."""
+    found = None
+    try:
+        while requests:
+            found = attempt(requests)
+            if not isinstance(found, Survivors):
+                return requests, found
+            requests = found.requests
+    except Exception as error:  # noqa: BLE001 whoever is left must hear of it
+        return requests, error
+    finally:
+        del found  # as in `try_whole`
+    return requests, None
+
+
+def _search(blame: Blame[RequestT], attempt: Attempt[RequestT], fail: Fail[RequestT]) -> bool:
     """Find the requests that are to blame; the others deserve their answer."""
     error, found = blame.error, None
     bisection = Bisection(blame.items)
+    was_answered = False
     try:
         while part := bisection.next_part():
-            kept = _without_expired(part, fail)
-            if not kept:
-                continue
-            try:
-                found = attempt(kept)
-            except _GONE as gone:
-                fail(kept, gone)
-                if time.time() < max([request.deadline_s for request in kept]):
-                    # Not for want of their time: the others would wait as long for as little.
-                    fail(bisection.rest(), gone)
-                continue
-            except Exception as unexpected:  # noqa: BLE001 the others must be tried
-                fail(kept, unexpected)
-                continue
-            if found is not None:
+            left, found = _through(_without_expired(part, fail), attempt)
+            if found is None:
+                was_answered |= bool(left)
+            elif isinstance(found, Blame):
                 error = found.error
                 fail(bisection.failed(found.items), error)
+            else:
+                fail(left, found)
+                if isinstance(found, _GONE) and time.time() < max(
+                    [request.deadline_s for request in left]
+                ):
+                    # Not for want of their time: the others would wait as long for as little.
+                    fail(bisection.rest(), found)
         fail(bisection.rest(), error)
     finally:
         del blame, error, found  # as in `try_whole`
+    return was_answered
 
 
 def _without_expired(part: Sequence[RequestT], fail: Fail[RequestT]) -> list[RequestT]:

@@ -54,10 +54,25 @@ def test_a_model_that_slows_down_five_times_is_believed_within_a_second_of_work(
     assert cost.bound_s(4) > 0.18
 
 
+@pytest.mark.parametrize("times", [20, 250, 10_000])
+def test_however_many_times_slower_a_model_becomes_it_is_believed_after_three_batches(times):
+    cost = seen([(4, 0.0002)] * 1_000 + [(4, 0.0002 * times)] * 3)
+
+    assert cost.estimate_s(4) == pytest.approx(0.0002 * times, rel=0.1)
+
+
 def test_one_slow_batch_among_many_is_soon_forgotten():
     cost = seen([(4, 0.005)] * 100 + [(4, 1.0)] + [(4, 0.005)] * 20)
 
     assert cost.estimate_s(4) < 0.01
+
+
+def test_a_pause_that_all_executors_see_is_hardly_seen():
+    cost = BatchCost(side_by_side=4)
+    for seconds in [0.005] * 200 + [1.0] * 4 + [0.005]:
+        cost.observe(4, seconds)
+
+    assert cost.estimate_s(4) < 0.02
 
 
 def test_a_model_that_hung_is_believed_to_be_well_again_after_a_few_batches():
@@ -76,6 +91,45 @@ def test_nineteen_of_twenty_batches_take_no_longer_than_the_bound():
         cost.observe(rows, seconds)
 
     assert 0.90 <= within / count <= 0.99
+
+
+def test_a_batch_that_failed_fast_says_nothing_of_how_long_an_answer_takes():
+    cost = seen([(4, 0.05), (8, 0.06)] * 50)
+    before = cost.estimate_s(4), cost.hoped_s(4), cost.bound_s(4)
+
+    for _ in range(1_000):
+        cost.observe_failed(8, 0.0002)
+
+    assert (cost.estimate_s(4), cost.hoped_s(4), cost.bound_s(4)) == before
+
+
+def test_one_that_failed_slowly_says_how_long_others_wait():
+    cost = seen([(4, 0.05)] * 50)
+
+    for _ in range(5):
+        cost.observe_failed(4, 1.0)
+
+    assert cost.estimate_s(4) > 0.5
+
+
+def test_when_it_fails_fast_after_that_others_may_hope():
+    cost = seen([(4, 0.05)] * 50)
+    for _ in range(5):
+        cost.observe_failed(4, 1.0)
+
+    cost.observe_failed(4, 0.0002)
+
+    assert cost.hoped_s(4) < 0.001
+    cost.observe(4, 0.05)
+    assert cost.hoped_s(4) == pytest.approx(0.05)
+
+
+def test_nothing_is_expected_of_a_model_that_has_only_failed():
+    cost = BatchCost()
+
+    cost.observe_failed(4, 1.0)
+
+    assert cost.bound_s(4) == 0
 
 
 @given(
