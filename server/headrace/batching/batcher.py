@@ -114,13 +114,11 @@ class Batcher(Generic[RequestT]):
         self._lock = threading.Lock()
         self._cost = BatchCost()
         self._queue: RequestQueue[RequestT]
-        waiting = policy, self._cost, levels, default_level, executors, codel
-        if is_fair:
-            self._queue = FairQueue(
-                *waiting, max_queue_size=max_queue_size, max_queue_bytes=max_queue_bytes
-            )
-        else:
-            self._queue = RequestQueue(*waiting)
+        self._queue = (FairQueue if is_fair else RequestQueue)(
+            *(policy, self._cost, levels, default_level, executors, codel),
+            max_queue_size=max_queue_size,
+            max_queue_bytes=max_queue_bytes,
+        )
         self._untold: deque[RequestT] = deque()
         self._refused_since_sweep = 0
         self._closed = False
@@ -156,11 +154,12 @@ class Batcher(Generic[RequestT]):
                 deadline_s = request.deadline_s
                 if deadline_s != math.inf and not queue.is_in_time(deadline_s, now_s):
                     self._refuse_if_late(request, now_s)
-                if not queue.add(request, now_s) and not (
-                    self._gives_up_overdue(now_s) and queue.add(request, now_s)
+                if not (
+                    queue.add(request, now_s)
+                    or (self._gives_up_overdue(now_s) and queue.add(request, now_s))
+                    or self._displaces((request,), now_s)
                 ):
-                    self.refused_full += 1
-                    raise Overloaded(queue.REFUSAL)
+                    self._refuse_for_want_of_room(queue.REFUSAL)
                 request.waits_in = self
                 wake = self._idle > 0 and self._may_begin()
                 if wake:
@@ -196,7 +195,8 @@ class Batcher(Generic[RequestT]):
             now_s = time.time()
             if self._closed or deadline_s <= now_s or not self._queue.is_impartial:
                 return None
-            if self._is_full(byte_count):
+            # It may be of the highest level.
+            if self._is_full(byte_count) and not self._queue.yields(1, byte_count):
                 if self._sweeps_next():
                     return None  # callers who left may make room
                 self._refused_since_sweep += 1
@@ -300,16 +300,21 @@ class Batcher(Generic[RequestT]):
         with self._lock:
             if self._closed:
                 raise Draining("this server is stopping")
-            if self._is_full(sum([request.byte_count for request in requests]), len(requests)):
-                self._refuse_for_want_of_room(f"{self._queue.count} requests are already waiting")
-            if not self._queue.add_all(requests, time.time()):
-                self._refuse_for_want_of_room(self._queue.REFUSAL)
+            queue, now_s, places = self._queue, time.time(), len(requests)
+            byte_count = sum([request.byte_count for request in requests])
+            level = queue.level_of(requests[0])
+            if self._is_full(byte_count, places) and not queue.yields(level, byte_count, places):
+                self._refuse_for_want_of_room(f"{queue.count} requests are already waiting")
+            if not queue.add_all(requests, now_s) and not self._displaces(requests, now_s):
+                self._refuse_for_want_of_room(queue.REFUSAL)
             for request in requests:
                 request.waits_in = self
             wake = min(self._idle, len(requests)) if self._may_begin() else 0
             self._idle -= wake
         for _ in range(wake):
             self._tokens.put(None)
+        if self._untold:
+            self._tell(TOLD_BESIDE)
 
     def withdraw(self, requests: Iterable[RequestT], *, counts_as_dropped: bool) -> None:
         """
@@ -392,6 +397,12 @@ class Batcher(Generic[RequestT]):
         self._give_up(overdue)
         return bool(overdue)
 
+    def _displaces(self, requests: Sequence[RequestT], now_s: float) -> bool:
+        """Put a request, or its parts, in place of others of lower levels; say whether it was."""
+        displaced = self._queue.displace(requests, now_s)
+        self._give_up(displaced)
+        return bool(displaced)
+
     def _refuse_if_late(self, request: RequestT, now_s: float, parts: int = 1) -> None:
         if request.deadline_s <= now_s:
             raise DeadlineExceeded("the deadline had passed when the request came")
@@ -457,7 +468,11 @@ class Batcher(Generic[RequestT]):
             self._tokens.get()  # already on its way: whoever un-counted this thread sent it
 
     def _refuse_unless_some_left(self, request: RequestT, now_s: float, places: int = 1) -> None:
-        """Make room of callers who have left. Swept rarely: it walks the whole queue."""
+        """
+        Make room of callers who have left, swept rarely: that walks the whole queue.
+
+        A queue that is still full may leave its room to a higher level, which takes it when put.
+        """
         queue = self._queue
         is_due = self._sweeps_next()
         self._refused_since_sweep += 1
@@ -465,11 +480,11 @@ class Batcher(Generic[RequestT]):
             self._refused_since_sweep = 1
             expired = queue.sweep(now_s)
             self._give_up(expired)
-        if self._is_full(request.byte_count, places):
-            self.refused_full += 1
-            self.pressure = 2
-            raise Overloaded(f"{queue.count} requests are already waiting")
-        self._refused_since_sweep = 0
+        byte_count = request.byte_count
+        if not self._is_full(byte_count, places):
+            self._refused_since_sweep = 0
+        elif not queue.yields(queue.level_of(request), byte_count, places):
+            self._refuse_for_want_of_room(f"{queue.count} requests are already waiting")
 
     def _sweeps_next(self) -> bool:
         count = self._refused_since_sweep + 1
