@@ -210,6 +210,12 @@ class Batcher(Generic[RequestT]):
             self.pressure = 2
         return error
 
+    def turned_away(self) -> None:
+        """Count a request that was refused for want of room before it could be put."""
+        with self._lock:
+            self.refused_full += 1
+            self.pressure = 2
+
     def take(self) -> list[RequestT] | None:
         """
         Wait for work and take one batch.
