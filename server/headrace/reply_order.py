@@ -161,7 +161,7 @@ class ReplyOrder:
             if self._has_ended:
                 raise Draining("this server is stopping")
             if self._is_full(turn.byte_count):
-                raise Overloaded(str(_FULL))
+                raise _FULL.again()
             self._turns[turn] = None
             self._bytes += turn.byte_count
         request.waits_in = turn

@@ -20,6 +20,7 @@ from headrace.batching.cost import BatchCost
 from headrace.batching.fair_queue import FairQueue
 from headrace.batching.lane import PATIENCE_S
 from headrace.batching.policy import BatchPolicy, LevelPolicy
+from headrace.batching.pushback import RETRY_STEPS_S, UNKNOWN_S, retry_step_s
 from headrace.batching.queue import RequestQueue
 from headrace.batching.waiting import Waiting
 from headrace.errors import DeadlineExceeded, Draining, Overloaded
@@ -28,9 +29,8 @@ RequestT = TypeVar("RequestT", bound=Waiting)
 
 _LOG = structlog.get_logger(__name__)
 
-_FULL = Overloaded("too many requests are already waiting")
-_LATE = Overloaded("too much is waiting to answer this request before its deadline")
-"""To be told and never raised: that would collect every traceback."""
+_FULL = "too many requests are already waiting"
+_LATE = "too much is waiting to answer this request before its deadline"
 _SLOW = "answering takes longer than what is left until this request's deadline"
 
 READ_OF_LATE = 16
@@ -47,6 +47,17 @@ wait to be told are told within a second or so, however slow the batches are.
 
 TOLD_BESIDE = 2
 """By whoever puts a request, if more wait to be told: as many are given up as come, at the most."""
+
+
+def _overloaded(why: str, retry_after_s: float) -> Overloaded:
+    error = Overloaded(why)
+    error.retry_after_s = retry_after_s
+    return error
+
+
+_ALL_FULL = {step_s: _overloaded(_FULL, step_s) for step_s in RETRY_STEPS_S}
+_ALL_LATE = {step_s: _overloaded(_LATE, step_s) for step_s in RETRY_STEPS_S}
+"""To be told and never raised: that would collect every traceback."""
 
 
 class Batcher(Generic[RequestT]):
@@ -101,6 +112,7 @@ class Batcher(Generic[RequestT]):
     ) -> None:
         self.refused_full = self.refused_late = self.dropped = self.shed = 0
         self.pressure = 0
+        self._retry_after_s = UNKNOWN_S
         self._names_timeouts = False
         self._late_unread = 0
         self._has_codel = codel is not None
@@ -201,10 +213,10 @@ class Batcher(Generic[RequestT]):
                     return None  # callers who left may make room
                 self._refused_since_sweep += 1
                 self.refused_full += 1
-                error = _FULL
+                error = _ALL_FULL[self._retry_after_s]
             elif self._is_late_unread(deadline_s, now_s):
                 self.refused_late += 1
-                error = _LATE
+                error = _ALL_LATE[self._retry_after_s]
             else:
                 return None
             self.pressure = 2
@@ -214,7 +226,7 @@ class Batcher(Generic[RequestT]):
         """Count a request that was refused for want of room before it could be put."""
         with self._lock:
             self.refused_full += 1
-            self.pressure = 2
+            self._press()
 
     def take(self) -> list[RequestT] | None:
         """
@@ -247,6 +259,7 @@ class Batcher(Generic[RequestT]):
                     telling_s = TELLING_SHARE * self._note_running(thread, rows)
                     if self.pressure:
                         self.pressure -= 1
+                        self._look_ahead()
                 elif rests:
                     if self._closed:
                         return None
@@ -310,7 +323,7 @@ class Batcher(Generic[RequestT]):
             byte_count = sum([request.byte_count for request in requests])
             level = queue.level_of(requests[0])
             if self._is_full(byte_count, places) and not queue.yields(level, byte_count, places):
-                self._refuse_for_want_of_room(f"{queue.count} requests are already waiting")
+                self._refuse_for_want_of_room(_FULL)
             if not queue.add_all(requests, now_s) and not self._displaces(requests, now_s):
                 self._refuse_for_want_of_room(queue.REFUSAL)
             for request in requests:
@@ -384,8 +397,20 @@ class Batcher(Generic[RequestT]):
 
     def _refuse_for_want_of_room(self, why: str) -> None:
         self.refused_full += 1
+        self._press()
+        raise _overloaded(why, self._retry_after_s)
+
+    def _press(self) -> None:
+        """Note that somebody is refused for those who wait."""
+        if not self.pressure:
+            self._look_ahead()
         self.pressure = 2
-        raise Overloaded(why)
+
+    def _look_ahead(self) -> None:
+        """Find, once for each batch, when those who are refused may come again."""
+        batches = self._queue.rows // self._rows_of_full + 1  # and the one under way
+        wait_s = batches * self._cost.estimate_s(self._rows_of_full)
+        self._retry_after_s = retry_step_s(wait_s / self._queue.executors)
 
     def _give_up(self, dropped: Sequence[RequestT]) -> None:
         """Count those who left the queue unserved; each is to be told, without the lock."""
@@ -427,8 +452,8 @@ class Batcher(Generic[RequestT]):
             free_in_s = 0.0
         if self._queue.finish_s(request, now_s, free_in_s) > request.deadline_s:
             self.refused_late += 1
-            self.pressure = 2
-            raise Overloaded(str(_LATE))
+            self._press()
+            raise _overloaded(_LATE, self._retry_after_s)
 
     def _is_late_unread(self, deadline_s: float, now_s: float) -> bool:
         if deadline_s == math.inf or self._names_timeouts:
@@ -490,7 +515,7 @@ class Batcher(Generic[RequestT]):
         if not self._is_full(byte_count, places):
             self._refused_since_sweep = 0
         elif not queue.yields(queue.level_of(request), byte_count, places):
-            self._refuse_for_want_of_room(f"{queue.count} requests are already waiting")
+            self._refuse_for_want_of_room(_FULL)
 
     def _sweeps_next(self) -> bool:
         count = self._refused_since_sweep + 1
