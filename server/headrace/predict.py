@@ -188,6 +188,7 @@ class ServedModel:
 
         Raises:
             InvalidTensor: a dimension is larger than the model's buckets for it.
+            InvalidRequest: it has more bytes than may ever wait.
             Overloaded: too many wait, or the request could not be answered in time.
             Draining: the model is stopping.
         """

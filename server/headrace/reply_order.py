@@ -12,7 +12,7 @@ from queue import SimpleQueue
 
 import structlog
 
-from headrace.errors import BackendError, Draining, Overloaded, ServingError
+from headrace.errors import BackendError, Draining, InvalidRequest, Overloaded, ServingError
 from headrace.request import AnsweredBatch, Request, StandIn
 
 _LOG = structlog.get_logger(__name__)
@@ -153,6 +153,7 @@ class ReplyOrder:
 
         Raises:
             Overloaded: too many are on their way, or too many bytes of them.
+            InvalidRequest: it has more bytes than may ever be.
             Draining: it has been stopped.
         """
         turn = Turn(request, self)
@@ -160,6 +161,10 @@ class ReplyOrder:
         with self._lock:
             if self._has_ended:
                 raise Draining("this server is stopping")
+            if turn.byte_count > self._most_bytes:
+                raise InvalidRequest(
+                    f"request has {turn.byte_count} bytes; at most {self._most_bytes} may wait here"
+                )
             if self._is_full(turn.byte_count):
                 raise _FULL.again()
             self._turns[turn] = None
@@ -175,7 +180,9 @@ class ReplyOrder:
             What to tell its caller; not to be raised.
         """
         with self._lock:
-            return _FULL if self._is_full(byte_count) and not self._has_ended else None
+            if self._has_ended or byte_count > self._most_bytes:
+                return None  # that is not why
+            return _FULL if self._is_full(byte_count) else None
 
     def settle(self, turn: Turn, how: Callable[[Request], None] | None) -> bool:
         """

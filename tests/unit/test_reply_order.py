@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from headrace.backends.stub import StubBackend
 from headrace.batching.batcher import Batcher
 from headrace.batching.policy import BatchPolicy
-from headrace.errors import BackendError, CallerLeft, Draining, Overloaded
+from headrace.errors import BackendError, CallerLeft, Draining, InvalidRequest, Overloaded
 from headrace.predict import ServedModel
 from headrace.reply_order import OrderedRequest, ReplyOrder
 from headrace.request import Request
@@ -292,6 +292,14 @@ def test_nor_may_more_bytes_of_requests():
         until(lambda: served.replies == [0, 1, 2])
         served.submit(*[served.caller(i) for i in (3, 4, 5)])
         until(lambda: served.replies[3:] == [3, 4, 5])
+
+
+def test_a_request_that_no_empty_order_would_hold_is_wrong_and_no_overload():
+    with Served(most_bytes=12) as served:
+        with pytest.raises(InvalidRequest, match=r"16 bytes.*12"):
+            served.submit(served.caller(*range(4)))
+
+        assert served.model.queue.refused_full == 0
 
 
 def test_while_a_reply_waits_its_request_keeps_no_bytes():

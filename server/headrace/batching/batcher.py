@@ -23,7 +23,7 @@ from headrace.batching.policy import BatchPolicy, LevelPolicy
 from headrace.batching.pushback import RETRY_STEPS_S, UNKNOWN_S, retry_step_s
 from headrace.batching.queue import RequestQueue
 from headrace.batching.waiting import Waiting
-from headrace.errors import DeadlineExceeded, Draining, Overloaded
+from headrace.errors import DeadlineExceeded, Draining, InvalidRequest, Overloaded
 
 RequestT = TypeVar("RequestT", bound=Waiting)
 
@@ -151,6 +151,7 @@ class Batcher(Generic[RequestT]):
             Overloaded: too many requests already wait, or too many bytes of them; or it could not
                 be answered before its deadline, be it by an executor with nothing else to do.
             DeadlineExceeded: its deadline has passed already.
+            InvalidRequest: it has more bytes than may ever wait.
             Draining: the batcher is closed.
         """
         try:
@@ -209,8 +210,8 @@ class Batcher(Generic[RequestT]):
                 return None
             # It may be of the highest level.
             if self._is_full(byte_count) and not self._queue.yields(1, byte_count):
-                if self._sweeps_next():
-                    return None  # callers who left may make room
+                if byte_count > self._max_queue_bytes or self._sweeps_next():
+                    return None  # it is wrong, or callers who left may make room
                 self._refused_since_sweep += 1
                 self.refused_full += 1
                 error = _ALL_FULL[self._retry_after_s]
@@ -286,7 +287,7 @@ class Batcher(Generic[RequestT]):
             parts: Into how many it will be split.
 
         Raises:
-            Overloaded, DeadlineExceeded, Draining: as `put`.
+            Overloaded, DeadlineExceeded, InvalidRequest, Draining: as `put`.
         """
         try:
             with self._lock:
@@ -314,6 +315,7 @@ class Batcher(Generic[RequestT]):
 
         Raises:
             Overloaded: others came meanwhile, and there is no room any more.
+            InvalidRequest: they have more bytes than may ever wait.
             Draining: the batcher is closed.
         """
         with self._lock:
@@ -322,8 +324,10 @@ class Batcher(Generic[RequestT]):
             queue, now_s, places = self._queue, time.time(), len(requests)
             byte_count = sum([request.byte_count for request in requests])
             level = queue.level_of(requests[0])
-            if self._is_full(byte_count, places) and not queue.yields(level, byte_count, places):
-                self._refuse_for_want_of_room(_FULL)
+            if self._is_full(byte_count, places):
+                self._refuse_if_too_large(byte_count)
+                if not queue.yields(level, byte_count, places):
+                    self._refuse_for_want_of_room(_FULL)
             if not queue.add_all(requests, now_s) and not self._displaces(requests, now_s):
                 self._refuse_for_want_of_room(queue.REFUSAL)
             for request in requests:
@@ -504,18 +508,24 @@ class Batcher(Generic[RequestT]):
 
         A queue that is still full may leave its room to a higher level, which takes it when put.
         """
-        queue = self._queue
+        queue, byte_count = self._queue, request.byte_count
+        self._refuse_if_too_large(byte_count)
         is_due = self._sweeps_next()
         self._refused_since_sweep += 1
         if is_due:
             self._refused_since_sweep = 1
             expired = queue.sweep(now_s)
             self._give_up(expired)
-        byte_count = request.byte_count
         if not self._is_full(byte_count, places):
             self._refused_since_sweep = 0
         elif not queue.yields(queue.level_of(request), byte_count, places):
             self._refuse_for_want_of_room(_FULL)
+
+    def _refuse_if_too_large(self, byte_count: int) -> None:
+        if byte_count > self._max_queue_bytes:  # to come again would not help
+            raise InvalidRequest(
+                f"request has {byte_count} bytes; at most {self._max_queue_bytes} may wait here"
+            )
 
     def _sweeps_next(self) -> bool:
         count = self._refused_since_sweep + 1

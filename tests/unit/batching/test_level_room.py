@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from headrace.batching.batcher import Batcher
 from headrace.batching.policy import BatchPolicy, LevelPolicy
 from headrace.batching.queued import QueuedRequest
-from headrace.errors import Overloaded
+from headrace.errors import InvalidRequest, Overloaded
 
 TWO = (LevelPolicy(), LevelPolicy())
 
@@ -247,7 +247,7 @@ def test_a_higher_level_is_refused_only_when_it_has_filled_the_queue_itself(
                     batcher.put(parts[0])
                 else:
                     batcher.put_all(parts)
-            except Overloaded:
+            except (Overloaded, InvalidRequest):
                 assert all(other.error is None for other in waiting)
                 assert (
                     is_fair
