@@ -98,6 +98,15 @@ class Draining(NotReady):
 class Overloaded(ServingError):
     """The queue is full. Slow down; the same call may work later."""
 
+    retry_after_s: float | None = None
+    """In how many seconds it may go better, about; None where nobody knows."""
+
+    def again(self) -> "Overloaded":
+        """Return one like it, to be raised: raising one that is kept collects every traceback."""
+        error = Overloaded(str(self))
+        error.retry_after_s = self.retry_after_s
+        return error
+
 
 class QuotaExceeded(Overloaded):
     """
@@ -110,7 +119,7 @@ class QuotaExceeded(Overloaded):
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
-        self.retry_after_s = retry_after_s
+        self.retry_after_s: float = retry_after_s
 
 
 class DeadlineExceeded(ServingError):

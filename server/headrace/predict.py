@@ -188,6 +188,7 @@ class ServedModel:
 
         Raises:
             InvalidTensor: a dimension is larger than the model's buckets for it.
+            InvalidRequest: it has more bytes than may ever wait.
             Overloaded: too many wait, or the request could not be answered in time.
             Draining: the model is stopping.
         """
@@ -207,6 +208,11 @@ class ServedModel:
 
     def refuses(self, deadline_s: float, byte_count: int = 1) -> Overloaded | None:
         """Say whether a request of which no more is known would be refused; see `Batcher`."""
+        if self._order is not None and self._batcher.pressure:
+            error = self._order.refuses(byte_count)
+            if error is not None:
+                self._batcher.turned_away()
+                return error
         if self._latency_slo_s is not None and deadline_s == math.inf:
             deadline_s = time.time() + self._latency_slo_s
         return self._batcher.refuses(deadline_s, byte_count)
@@ -217,7 +223,11 @@ class ServedModel:
         return len(self._batcher)
 
     def _submit_in_order(self, order: ReplyOrder, request: Request) -> None:
-        stand_in = order.enter(request)
+        try:
+            stand_in = order.enter(request)
+        except Overloaded:
+            self._batcher.turned_away()
+            raise
         try:
             self._put(stand_in)
         except Exception:

@@ -6,16 +6,19 @@ Source: Triton, `preserve_ordering` of `ModelDynamicBatching`.
 
 import threading
 import time
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from queue import SimpleQueue
 
 import structlog
 
-from headrace.errors import BackendError, Draining, Overloaded, ServingError
+from headrace.errors import BackendError, Draining, InvalidRequest, Overloaded, ServingError
 from headrace.request import AnsweredBatch, Request, StandIn
 
 _LOG = structlog.get_logger(__name__)
+
+_FULL = Overloaded("too many replies of this model wait for an earlier one")
+"""To be told and never raised: that would collect every traceback."""
 
 _Reply = tuple[Callable[[Request], None], Request]
 """How a request is replied to, and the request."""
@@ -105,7 +108,8 @@ class ReplyOrder:
         self._most_bytes = most_bytes
         self._bytes = 0
         self._lock = threading.Lock()
-        self._turns: deque[Turn] = deque()
+        # Found in one step at either end, and in between when one leaves that is not replied to.
+        self._turns: OrderedDict[Turn, None] = OrderedDict()
         self._ready: SimpleQueue[list[_Reply] | None] = SimpleQueue()
         self._has_ended = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -126,13 +130,17 @@ class ReplyOrder:
         """
         with self._lock:
             self._has_ended = True
-            turns, self._turns = self._turns, deque()
+            turns, self._turns = self._turns, OrderedDict()
             self.held = self._bytes = 0
             self._ready.put(_replies_of(turns))
             self._ready.put(None)
         if self._thread.ident is not None:
             self._thread.join(max(0.0, deadline_s - time.perf_counter()))
         return not self._thread.is_alive()
+
+    def __len__(self) -> int:
+        """Requests that have a place now."""
+        return len(self._turns)
 
     @property
     def is_alive(self) -> bool:
@@ -145,6 +153,7 @@ class ReplyOrder:
 
         Raises:
             Overloaded: too many are on their way, or too many bytes of them.
+            InvalidRequest: it has more bytes than may ever be.
             Draining: it has been stopped.
         """
         turn = Turn(request, self)
@@ -152,17 +161,34 @@ class ReplyOrder:
         with self._lock:
             if self._has_ended:
                 raise Draining("this server is stopping")
-            byte_count = self._bytes + turn.byte_count
-            if len(self._turns) >= self._most or byte_count > self._most_bytes:
-                raise Overloaded("too many replies of this model wait for an earlier one")
-            self._turns.append(turn)
-            self._bytes = byte_count
+            if turn.byte_count > self._most_bytes:
+                raise InvalidRequest(
+                    f"request has {turn.byte_count} bytes; at most {self._most_bytes} may wait here"
+                )
+            if self._is_full(turn.byte_count):
+                raise _FULL.again()
+            self._turns[turn] = None
+            self._bytes += turn.byte_count
         request.waits_in = turn
         return stand_in
+
+    def refuses(self, byte_count: int) -> Overloaded | None:
+        """
+        Say whether `enter` would refuse a request of at least so many bytes.
+
+        Returns:
+            What to tell its caller; not to be raised.
+        """
+        with self._lock:
+            if self._has_ended or byte_count > self._most_bytes:
+                return None  # that is not why
+            return _FULL if self._is_full(byte_count) else None
 
     def settle(self, turn: Turn, how: Callable[[Request], None] | None) -> bool:
         """
         Settle how a request is replied to; with None it is not, and whoever calls does it.
+
+        Who is not replied to has no place any more: refused requests must not fill the order.
 
         Returns:
             Whether that had not been settled before. Otherwise nothing happens.
@@ -178,7 +204,11 @@ class ReplyOrder:
             if how is not None:
                 turn.reply = how, request
             if not self._has_ended:
-                self.held += how is not None
+                if how is None:
+                    del self._turns[turn]
+                    self._bytes -= turn.byte_count
+                else:
+                    self.held += 1
                 self._advance()
                 return True
         if how is not None:
@@ -188,14 +218,17 @@ class ReplyOrder:
     def _advance(self) -> None:
         """Hand over every reply that nobody is before. Under the lock, so that they stay so."""
         turns, over = self._turns, []
-        while turns and turns[0].is_settled:
-            turn = turns.popleft()
+        while turns and (turn := next(iter(turns))).is_settled:
+            del turns[turn]
             self._bytes -= turn.byte_count
             over.append(turn)
         ready = _replies_of(over)
         if ready:
             self.held -= len(ready)
             self._ready.put(ready)
+
+    def _is_full(self, byte_count: int) -> bool:
+        return len(self._turns) >= self._most or self._bytes + byte_count > self._most_bytes
 
     def _run(self) -> None:
         while (ready := self._ready.get()) is not None:

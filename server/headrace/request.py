@@ -132,10 +132,10 @@ class StandIn(Request):
 
     def drop_for(self) -> Callable[[Request], None]:
         """Return what drops the caller's request for this one's reason; it does not lead here."""
-        is_shed = self.is_shed
+        is_shed, is_displaced = self.is_shed, self.is_displaced
 
         def drop(request: Request) -> None:
-            request.is_shed = is_shed
+            request.is_shed, request.is_displaced = is_shed, is_displaced
             request.drop()
 
         return drop

@@ -153,7 +153,7 @@ def test_a_call_that_cannot_be_answered_in_time_is_refused_at_once_with_pushback
     assert code(late) is EXHAUSTED
     assert time.perf_counter() - start_s < LATE_S / 2  # not at its deadline
     slow.gate.set()
-    assert ("grpc-retry-pushback-ms", "100") in late.trailing_metadata()
+    assert int(dict(late.trailing_metadata())["grpc-retry-pushback-ms"]) > 0
     assert {code(future) for future in ahead} == {grpc.StatusCode.OK}
     assert 999 not in slow.ran
 

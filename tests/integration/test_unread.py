@@ -107,7 +107,7 @@ def test_what_cannot_be_served_whatever_it_says_is_refused_with_pushback_and_cou
         assert call.code() is EXHAUSTED  # who had read it would say that it is no message
         assert call.details() == "too many requests are already waiting"
         trailing = dict(call.trailing_metadata())
-        assert trailing["grpc-retry-pushback-ms"] == "100"
+        assert int(trailing["grpc-retry-pushback-ms"]) > 0
         assert b"OVERLOADED" in trailing["grpc-status-details-bin"]
         assert served._batcher.refused_full == refused + 1
         counted = (path.rpartition("/")[2], "RESOURCE_EXHAUSTED")

@@ -1,6 +1,7 @@
 """Replies leave in the order in which requests came, and nobody waits for more than that."""
 
 import gc
+import math
 import threading
 import time
 import weakref
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from headrace.backends.stub import StubBackend
 from headrace.batching.batcher import Batcher
 from headrace.batching.policy import BatchPolicy
-from headrace.errors import BackendError, CallerLeft, Draining, Overloaded
+from headrace.errors import BackendError, CallerLeft, Draining, InvalidRequest, Overloaded
 from headrace.predict import ServedModel
 from headrace.reply_order import OrderedRequest, ReplyOrder
 from headrace.request import Request
@@ -240,6 +241,44 @@ def test_so_many_replies_may_wait_and_no_more():
         until(lambda: served.replies[4:] == [5])
 
 
+@pytest.mark.parametrize("limit", [{"most": 4}, {"most_bytes": 16}])
+def test_requests_that_the_queue_refuses_take_nobodys_place(limit):
+    with Served(max_queue_size=1, **limit) as served:
+        for number in (0, 1):
+            served.hold(number)
+            running = served.submit(served.caller(number))
+            until(lambda number=number: number in served.begun)
+        waiting = served.submit(served.caller(2))
+
+        for _ in range(100):
+            with pytest.raises(Overloaded, match="requests are already waiting"):
+                served.submit(served.caller(9))
+        assert len(served.order) == 3
+        waiting[0].leave()
+
+        served.submit(served.caller(3))
+
+        assert len(served.order) == 3
+        assert running[0].outcome is None
+
+
+def test_whom_the_order_refuses_is_counted_and_the_next_ones_are_not_read():
+    with Served(most=2) as served:
+        let_go, _ = (served.hold(0), served.hold(1))
+        served.submit(served.caller(0), served.caller(1))
+        with pytest.raises(Overloaded, match="wait for an earlier one"):
+            served.submit(served.caller(2))
+        queue = served.model.queue
+        assert (queue.refused_full, queue.pressure > 0) == (1, True)
+
+        assert "wait for an earlier one" in str(served.model.refuses(math.inf))
+
+        assert queue.refused_full == 2
+        let_go()
+        until(lambda: served.replies == [0])
+        assert served.model.refuses(math.inf) is None
+
+
 def test_nor_may_more_bytes_of_requests():
     with Served(most_bytes=12) as served:
         let_go = served.hold(0)
@@ -253,6 +292,14 @@ def test_nor_may_more_bytes_of_requests():
         until(lambda: served.replies == [0, 1, 2])
         served.submit(*[served.caller(i) for i in (3, 4, 5)])
         until(lambda: served.replies[3:] == [3, 4, 5])
+
+
+def test_a_request_that_no_empty_order_would_hold_is_wrong_and_no_overload():
+    with Served(most_bytes=12) as served:
+        with pytest.raises(InvalidRequest, match=r"16 bytes.*12"):
+            served.submit(served.caller(*range(4)))
+
+        assert served.model.queue.refused_full == 0
 
 
 def test_while_a_reply_waits_its_request_keeps_no_bytes():

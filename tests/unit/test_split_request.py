@@ -293,7 +293,8 @@ def test_parts_are_their_callers_and_have_his_turns():
         assert [100] in served.batches[1:4], "parts of four rows, and then it was the other's turn"
 
 
-def test_parts_that_waited_too_long_are_one_request_that_did_and_that_is_refunded_once():
+@pytest.mark.parametrize("reason", ["is_shed", "is_displaced"])
+def test_parts_that_had_to_go_are_one_request_that_had_to_and_that_is_refunded_once(reason):
     class Account:
         refunds = 0
 
@@ -306,7 +307,7 @@ def test_parts_that_waited_too_long_are_one_request_that_did_and_that_is_refunde
         request.paid_from = account = Account()
         served.model.submit(request)
         for part in list(request.waits_in.parts):
-            part.is_shed = True
+            setattr(part, reason, True)
             part.drop()
 
         assert isinstance(request.outcome(), Overloaded)

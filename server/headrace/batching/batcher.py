@@ -20,17 +20,17 @@ from headrace.batching.cost import BatchCost
 from headrace.batching.fair_queue import FairQueue
 from headrace.batching.lane import PATIENCE_S
 from headrace.batching.policy import BatchPolicy, LevelPolicy
+from headrace.batching.pushback import RETRY_STEPS_S, UNKNOWN_S, retry_step_s
 from headrace.batching.queue import RequestQueue
 from headrace.batching.waiting import Waiting
-from headrace.errors import DeadlineExceeded, Draining, Overloaded
+from headrace.errors import DeadlineExceeded, Draining, InvalidRequest, Overloaded
 
 RequestT = TypeVar("RequestT", bound=Waiting)
 
 _LOG = structlog.get_logger(__name__)
 
-_FULL = Overloaded("too many requests are already waiting")
-_LATE = Overloaded("too much is waiting to answer this request before its deadline")
-"""To be told and never raised: that would collect every traceback."""
+_FULL = "too many requests are already waiting"
+_LATE = "too much is waiting to answer this request before its deadline"
 _SLOW = "answering takes longer than what is left until this request's deadline"
 
 READ_OF_LATE = 16
@@ -47,6 +47,17 @@ wait to be told are told within a second or so, however slow the batches are.
 
 TOLD_BESIDE = 2
 """By whoever puts a request, if more wait to be told: as many are given up as come, at the most."""
+
+
+def _overloaded(why: str, retry_after_s: float) -> Overloaded:
+    error = Overloaded(why)
+    error.retry_after_s = retry_after_s
+    return error
+
+
+_ALL_FULL = {step_s: _overloaded(_FULL, step_s) for step_s in RETRY_STEPS_S}
+_ALL_LATE = {step_s: _overloaded(_LATE, step_s) for step_s in RETRY_STEPS_S}
+"""To be told and never raised: that would collect every traceback."""
 
 
 class Batcher(Generic[RequestT]):
@@ -101,6 +112,7 @@ class Batcher(Generic[RequestT]):
     ) -> None:
         self.refused_full = self.refused_late = self.dropped = self.shed = 0
         self.pressure = 0
+        self._retry_after_s = UNKNOWN_S
         self._names_timeouts = False
         self._late_unread = 0
         self._has_codel = codel is not None
@@ -114,13 +126,11 @@ class Batcher(Generic[RequestT]):
         self._lock = threading.Lock()
         self._cost = BatchCost(executors + overlapping)
         self._queue: RequestQueue[RequestT]
-        waiting = policy, self._cost, levels, default_level, executors, codel
-        if is_fair:
-            self._queue = FairQueue(
-                *waiting, max_queue_size=max_queue_size, max_queue_bytes=max_queue_bytes
-            )
-        else:
-            self._queue = RequestQueue(*waiting)
+        self._queue = (FairQueue if is_fair else RequestQueue)(
+            *(policy, self._cost, levels, default_level, executors, codel),
+            max_queue_size=max_queue_size,
+            max_queue_bytes=max_queue_bytes,
+        )
         self._untold: deque[RequestT] = deque()
         self._refused_since_sweep = 0
         self._closed = False
@@ -141,6 +151,7 @@ class Batcher(Generic[RequestT]):
             Overloaded: too many requests already wait, or too many bytes of them; or it could not
                 be answered before its deadline, be it by an executor with nothing else to do.
             DeadlineExceeded: its deadline has passed already.
+            InvalidRequest: it has more bytes than may ever wait.
             Draining: the batcher is closed.
         """
         try:
@@ -156,11 +167,12 @@ class Batcher(Generic[RequestT]):
                 deadline_s = request.deadline_s
                 if deadline_s != math.inf and not queue.is_in_time(deadline_s, now_s):
                     self._refuse_if_late(request, now_s)
-                if not queue.add(request, now_s) and not (
-                    self._gives_up_overdue(now_s) and queue.add(request, now_s)
+                if not (
+                    queue.add(request, now_s)
+                    or (self._gives_up_overdue(now_s) and queue.add(request, now_s))
+                    or self._displaces((request,), now_s)
                 ):
-                    self.refused_full += 1
-                    raise Overloaded(queue.REFUSAL)
+                    self._refuse_for_want_of_room(queue.REFUSAL)
                 request.waits_in = self
                 wake = self._idle > 0 and self._may_begin()
                 if wake:
@@ -196,19 +208,26 @@ class Batcher(Generic[RequestT]):
             now_s = time.time()
             if self._closed or deadline_s <= now_s or not self._queue.is_impartial:
                 return None
-            if self._is_full(byte_count):
-                if self._sweeps_next():
-                    return None  # callers who left may make room
+            # It may be of the highest level.
+            if self._is_full(byte_count) and not self._queue.yields(1, byte_count):
+                if byte_count > self._max_queue_bytes or self._sweeps_next():
+                    return None  # it is wrong, or callers who left may make room
                 self._refused_since_sweep += 1
                 self.refused_full += 1
-                error = _FULL
+                error = _ALL_FULL[self._retry_after_s]
             elif self._is_late_unread(deadline_s, now_s):
                 self.refused_late += 1
-                error = _LATE
+                error = _ALL_LATE[self._retry_after_s]
             else:
                 return None
             self.pressure = 2
         return error
+
+    def turned_away(self) -> None:
+        """Count a request that was refused for want of room before it could be put."""
+        with self._lock:
+            self.refused_full += 1
+            self._press()
 
     def take(self, *, was_answered: bool = True) -> list[RequestT] | None:
         """
@@ -245,6 +264,7 @@ class Batcher(Generic[RequestT]):
                     telling_s = TELLING_SHARE * self._note_running(thread, rows)
                     if self.pressure:
                         self.pressure -= 1
+                        self._look_ahead()
                 elif rests:
                     if self._closed:
                         return None
@@ -271,7 +291,7 @@ class Batcher(Generic[RequestT]):
             parts: Into how many it will be split.
 
         Raises:
-            Overloaded, DeadlineExceeded, Draining: as `put`.
+            Overloaded, DeadlineExceeded, InvalidRequest, Draining: as `put`.
         """
         try:
             with self._lock:
@@ -299,21 +319,29 @@ class Batcher(Generic[RequestT]):
 
         Raises:
             Overloaded: others came meanwhile, and there is no room any more.
+            InvalidRequest: they have more bytes than may ever wait.
             Draining: the batcher is closed.
         """
         with self._lock:
             if self._closed:
                 raise Draining("this server is stopping")
-            if self._is_full(sum([request.byte_count for request in requests]), len(requests)):
-                self._refuse_for_want_of_room(f"{self._queue.count} requests are already waiting")
-            if not self._queue.add_all(requests, time.time()):
-                self._refuse_for_want_of_room(self._queue.REFUSAL)
+            queue, now_s, places = self._queue, time.time(), len(requests)
+            byte_count = sum([request.byte_count for request in requests])
+            level = queue.level_of(requests[0])
+            if self._is_full(byte_count, places):
+                self._refuse_if_too_large(byte_count)
+                if not queue.yields(level, byte_count, places):
+                    self._refuse_for_want_of_room(_FULL)
+            if not queue.add_all(requests, now_s) and not self._displaces(requests, now_s):
+                self._refuse_for_want_of_room(queue.REFUSAL)
             for request in requests:
                 request.waits_in = self
             wake = min(self._idle, len(requests)) if self._may_begin() else 0
             self._idle -= wake
         for _ in range(wake):
             self._tokens.put(None)
+        if self._untold:
+            self._tell(TOLD_BESIDE)
 
     def withdraw(self, requests: Iterable[RequestT], *, counts_as_dropped: bool) -> None:
         """
@@ -379,8 +407,20 @@ class Batcher(Generic[RequestT]):
 
     def _refuse_for_want_of_room(self, why: str) -> None:
         self.refused_full += 1
+        self._press()
+        raise _overloaded(why, self._retry_after_s)
+
+    def _press(self) -> None:
+        """Note that somebody is refused for those who wait."""
+        if not self.pressure:
+            self._look_ahead()
         self.pressure = 2
-        raise Overloaded(why)
+
+    def _look_ahead(self) -> None:
+        """Find, once for each batch, when those who are refused may come again."""
+        batches = self._queue.rows // self._rows_of_full + 1  # and the one under way
+        wait_s = batches * self._cost.estimate_s(self._rows_of_full)
+        self._retry_after_s = retry_step_s(wait_s / self._queue.executors)
 
     def _give_up(self, dropped: Sequence[RequestT]) -> None:
         """Count those who left the queue unserved; each is to be told, without the lock."""
@@ -397,6 +437,12 @@ class Batcher(Generic[RequestT]):
         overdue = self._queue.overdue(now_s)
         self._give_up(overdue)
         return bool(overdue)
+
+    def _displaces(self, requests: Sequence[RequestT], now_s: float) -> bool:
+        """Put a request, or its parts, in place of others of lower levels; say whether it was."""
+        displaced = self._queue.displace(requests, now_s)
+        self._give_up(displaced)
+        return bool(displaced)
 
     def _refuse_if_late(self, request: RequestT, now_s: float, parts: int = 1) -> None:
         if request.deadline_s <= now_s:
@@ -416,8 +462,8 @@ class Batcher(Generic[RequestT]):
             free_in_s = 0.0
         if self._queue.finish_s(request, now_s, free_in_s) > request.deadline_s:
             self.refused_late += 1
-            self.pressure = 2
-            raise Overloaded(str(_LATE))
+            self._press()
+            raise _overloaded(_LATE, self._retry_after_s)
 
     def _is_late_unread(self, deadline_s: float, now_s: float) -> bool:
         if deadline_s == math.inf or self._names_timeouts:
@@ -463,19 +509,29 @@ class Batcher(Generic[RequestT]):
             self._tokens.get()  # already on its way: whoever un-counted this thread sent it
 
     def _refuse_unless_some_left(self, request: RequestT, now_s: float, places: int = 1) -> None:
-        """Make room of callers who have left. Swept rarely: it walks the whole queue."""
-        queue = self._queue
+        """
+        Make room of callers who have left, swept rarely: that walks the whole queue.
+
+        A queue that is still full may leave its room to a higher level, which takes it when put.
+        """
+        queue, byte_count = self._queue, request.byte_count
+        self._refuse_if_too_large(byte_count)
         is_due = self._sweeps_next()
         self._refused_since_sweep += 1
         if is_due:
             self._refused_since_sweep = 1
             expired = queue.sweep(now_s)
             self._give_up(expired)
-        if self._is_full(request.byte_count, places):
-            self.refused_full += 1
-            self.pressure = 2
-            raise Overloaded(f"{queue.count} requests are already waiting")
-        self._refused_since_sweep = 0
+        if not self._is_full(byte_count, places):
+            self._refused_since_sweep = 0
+        elif not queue.yields(queue.level_of(request), byte_count, places):
+            self._refuse_for_want_of_room(_FULL)
+
+    def _refuse_if_too_large(self, byte_count: int) -> None:
+        if byte_count > self._max_queue_bytes:  # to come again would not help
+            raise InvalidRequest(
+                f"request has {byte_count} bytes; at most {self._max_queue_bytes} may wait here"
+            )
 
     def _sweeps_next(self) -> bool:
         count = self._refused_since_sweep + 1

@@ -19,6 +19,7 @@ from headrace.batching.codel import Codel
 from headrace.batching.cost import BatchCost
 from headrace.batching.fronts import Fronts
 from headrace.batching.lane import PATIENCE_S, REQUEST, START_BY, Entry, Lane
+from headrace.batching.level_room import LevelRoom
 from headrace.batching.line_up import LineUp, rank_of
 from headrace.batching.policy import UNLIMITED, BatchPolicy, LevelPolicy
 from headrace.batching.queue import RequestQueue
@@ -69,9 +70,11 @@ class FairQueue(RequestQueue[RequestT]):
         max_queue_size: int = UNLIMITED,
         max_queue_bytes: int = UNLIMITED,
     ) -> None:
-        super().__init__(policy, cost, levels, default_level, executors, codel)
-        self._max_queue_size = max_queue_size
-        self._max_queue_bytes = max_queue_bytes
+        super().__init__(
+            *(policy, cost, levels, default_level, executors, codel),
+            max_queue_size=max_queue_size,
+            max_queue_bytes=max_queue_bytes,
+        )
         self._line_ups: dict[Hashable, LineUp[RequestT]] = {}
         self._order = Fronts(self._lanes, self._line_ups)
         self._shares: dict[int, Shares] = {}
@@ -83,12 +86,34 @@ class FairQueue(RequestQueue[RequestT]):
 
     def has_room(self, request: RequestT, places: int) -> bool:
         """
-        Say whether `add_all` would take a request in so many parts.
+        Say whether a request's level, and its caller's part of the queue, have room for it.
 
         As with one that stays whole, a caller's part of the queue is what he holds before it:
         otherwise a request that may be as large as the queue would be refused whenever it came.
         """
-        return self._has_room(request) and super().has_room(request, places)
+        return self._may_have(request) and super().has_room(request, places)
+
+    def add_all(self, parts: Sequence[RequestT], now_s: float) -> bool:
+        """As `add`, for all parts of one request or none."""
+        return self._has_room(parts[0]) and super().add_all(parts, now_s)
+
+    def _make_room(
+        self, room: LevelRoom[RequestT], first: RequestT, places: int, byte_count: int
+    ) -> list[RequestT]:
+        """
+        As `queue`, but whose own part is full makes the room himself, as far as he can.
+
+        If that is not enough others make as much as he takes: they have no less room than before.
+        """
+        gone: list[RequestT] = []
+        level, caller = self.level_of(first), first.caller
+        most, most_bytes = self.count - places, self.byte_count - byte_count
+        while not self._has_part(caller) and (self.count > most or self.byte_count > most_bytes):
+            last = room.own_newest_below(level, caller) or room.newest_below(level)
+            if last is None:
+                break
+            gone += self._displaced(last)
+        return gone + super()._make_room(room, first, places, byte_count)
 
     def remove(self, request: RequestT) -> bool:
         """Take out a request that nobody waits for any more; say whether it was in line."""
@@ -103,11 +128,31 @@ class FairQueue(RequestQueue[RequestT]):
         return True
 
     def _has_room(self, request: RequestT) -> bool:
+        """Say whether a caller may have one more waiting, as things are."""
+        return self._has_part(request.caller) and self._has_part_of_level(request)
+
+    def _may_have(self, request: RequestT) -> bool:
+        """Say the same, if lower levels need no room."""
+        if not self._has_part_of_level(request):
+            return False
+        if self._room is None or self._has_part(request.caller):
+            return self._has_part(request.caller)
+        level = self.level_of(request)
         requests, byte_count = self._held.get(request.caller, (0, 0))
-        if requests >= FREE_SHARE * (self._max_queue_size - self.count):
-            return False
-        if byte_count > FREE_SHARE * (self._max_queue_bytes - self.byte_count):
-            return False
+        below, bytes_below = self._room.own_below(level, request.caller)
+        free, free_bytes = self._room.free(level)
+        return (
+            requests - below < FREE_SHARE * free
+            and byte_count - bytes_below <= FREE_SHARE * free_bytes
+        )
+
+    def _has_part(self, caller: Caller) -> bool:
+        requests, byte_count = self._held.get(caller, (0, 0))
+        return requests < FREE_SHARE * (
+            self._max_queue_size - self.count
+        ) and byte_count <= FREE_SHARE * (self._max_queue_bytes - self.byte_count)
+
+    def _has_part_of_level(self, request: RequestT) -> bool:
         if self._is_plain:
             return True
         level = self.level_of(request)

@@ -29,9 +29,10 @@ from headrace.batching.lane import (
     Taken,
     rows_behind,
 )
+from headrace.batching.level_room import LevelRoom
 from headrace.batching.limits import Limits
 from headrace.batching.parts import turns_apart_s
-from headrace.batching.policy import BatchPolicy, LevelPolicy
+from headrace.batching.policy import UNLIMITED, BatchPolicy, LevelPolicy
 from headrace.batching.standing import Standing
 from headrace.batching.waiting import RequestT
 
@@ -54,6 +55,8 @@ class RequestQueue(Generic[RequestT]):
         cost: How long a batch takes.
         executors: How many batches run side by side.
         codel: Says when the queue stands; whoever has waited too long is dropped then.
+        max_queue_size: Most requests waiting at once; whoever owns a queue of one level sees to it.
+        max_queue_bytes: Most bytes of them, likewise.
 
     Attributes:
         executors: As given; may be changed.
@@ -74,6 +77,9 @@ class RequestQueue(Generic[RequestT]):
         default_level: int = 1,
         executors: int = 1,
         codel: Codel | None = None,
+        *,
+        max_queue_size: int = UNLIMITED,
+        max_queue_bytes: int = UNLIMITED,
     ) -> None:
         self.count = self.byte_count = self.rows = 0
         self.shed = 0
@@ -83,7 +89,14 @@ class RequestQueue(Generic[RequestT]):
         self._levels = levels
         self._default_level = default_level
         self.executors = executors
+        self._max_queue_size = max_queue_size
+        self._max_queue_bytes = max_queue_bytes
         self._counts = [0] * (len(levels) + 1)
+        self._room: LevelRoom[RequestT] | None = None
+        if len(levels) > 1:
+            self._room = LevelRoom(
+                len(levels), max_queue_size, max_queue_bytes, by_caller=not self.is_impartial
+            )
         self._lanes: dict[Hashable, Lane[RequestT]] = {}
         self._order: LaneOrder[RequestT] = Heads(self._lanes)
         self._numbers = itertools.count()
@@ -161,7 +174,7 @@ class RequestQueue(Generic[RequestT]):
 
     def add(self, request: RequestT, now_s: float, later_s: float = 0.0) -> bool:
         """
-        Put a request in line, unless its level is full.
+        Put a request in line, unless its level is full, or a queue of several levels is.
 
         Args:
             request: Not in the queue.
@@ -174,6 +187,8 @@ class RequestQueue(Generic[RequestT]):
             level = self.level_of(request)
             policy = self._levels[level - 1]
             if policy.max_queue_size and self._counts[level] >= policy.max_queue_size:
+                return False
+            if self._room is not None and self._lacks(1, request.byte_count):
                 return False
             start_by_s = now_s + self._patience_s(request)
         number = next(self._numbers)
@@ -191,8 +206,12 @@ class RequestQueue(Generic[RequestT]):
             return min(policy.timeout_s, request.timeout_s)
         return policy.timeout_s
 
+    def yields(self, level: int, byte_count: int, places: int = 1) -> bool:
+        """Say whether lower levels can make room for so much of a level in a full queue."""
+        return self._room is not None and self._room.fits(level, byte_count, places)
+
     def has_room(self, request: RequestT, places: int) -> bool:
-        """Say whether `add_all` would take a request in so many parts."""
+        """Say whether a request's level has room for so many parts of it, as the queue may have."""
         if self._is_plain:
             return True
         level = self.level_of(request)
@@ -208,6 +227,12 @@ class RequestQueue(Generic[RequestT]):
         """
         if not self.has_room(parts[0], len(parts)):
             return False
+        if self._room is not None and self._lacks(len(parts), sum(map(_byte_count, parts))):
+            return False
+        self._add_parts(parts, now_s)
+        return True
+
+    def _add_parts(self, parts: Sequence[RequestT], now_s: float) -> None:
         most, spare_s = self._policy.max_batch_size or 1, parts[0].deadline_s - now_s
         if not self._is_plain:
             spare_s = min(spare_s, self._patience_s(parts[0]))
@@ -216,7 +241,53 @@ class RequestQueue(Generic[RequestT]):
         )
         for i, part in enumerate(parts):
             RequestQueue.add(self, part, now_s, i * apart_s)
-        return True
+
+    def displace(self, requests: Sequence[RequestT], now_s: float) -> list[RequestT]:
+        """
+        Put a request, or all parts of one, in line in place of others of lower levels.
+
+        Args:
+            requests: It, or the parts; `add` or `add_all` did not take them.
+            now_s: Unix seconds.
+
+        Returns:
+            Who has left the queue for it; nobody, if it was not put.
+        """
+        first, places = requests[0], len(requests)
+        byte_count = sum(map(_byte_count, requests))
+        if self._room is None or not self.has_room(first, places):
+            return []
+        if not self._room.fits(self.level_of(first), byte_count, places):
+            return []
+        gone = self._make_room(self._room, first, places, byte_count)
+        if places == 1:
+            RequestQueue.add(self, first, now_s)
+        else:
+            self._add_parts(requests, now_s)
+        return gone
+
+    def _make_room(
+        self, room: LevelRoom[RequestT], first: RequestT, places: int, byte_count: int
+    ) -> list[RequestT]:
+        gone: list[RequestT] = []
+        level = self.level_of(first)
+        while self._lacks(places, byte_count) and (last := room.newest_below(level)) is not None:
+            gone += self._displaced(last)
+        return gone
+
+    def _displaced(self, last: RequestT) -> list[RequestT]:
+        """Take out a request that makes room, and all other parts of the one it is a part of."""
+        gone = [each for each in last.parts or (last,) if self.remove(each)]
+        for each in gone:
+            each.is_displaced = True
+        return gone
+
+    def _lacks(self, places: int, byte_count: int) -> bool:
+        """Say whether so much more is more than may wait."""
+        return (
+            self.count + places > self._max_queue_size
+            or self.byte_count + byte_count > self._max_queue_bytes
+        )
 
     def remove(self, request: RequestT) -> bool:
         """Take out a request that nobody waits for any more; say whether it was in line."""
@@ -350,6 +421,8 @@ class RequestQueue(Generic[RequestT]):
             level, _, number, limit_s, _ = entry
             if not self._is_plain:
                 self._counts[level] += 1
+                if self._room is not None:
+                    self._room.came(level, number, request)
                 if limit_s != math.inf and self._is_delayed(level):
                     limit_s = math.inf
             limit_s = min(limit_s, request.deadline_s)
@@ -464,6 +537,8 @@ class RequestQueue(Generic[RequestT]):
             if not self._is_plain:
                 for entry in entries:
                     self._counts[entry[LEVEL]] -= 1
+                if self._room is not None:
+                    self._room.left(entries)
             if self._limits:
                 self._limits.left([entry[NUMBER] for entry in entries])
         if self._standing is not None:

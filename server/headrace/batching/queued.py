@@ -46,6 +46,7 @@ class QueuedRequest(ABC):
         "byte_count",
         "caller",
         "deadline_s",
+        "is_displaced",
         "is_shed",
         "paid_from",
         "place",
@@ -79,6 +80,8 @@ class QueuedRequest(ABC):
         """Whose rows it has taken that it gives back if it is not served."""
         self.is_shed = False
         """Whether it is dropped because the queue stands."""
+        self.is_displaced = False
+        """Whether it is dropped to make room for one of a higher level."""
         self.place: Any = None
         """The queue's own."""
         self.waits_in: WaitingPlace | None = None
@@ -105,6 +108,8 @@ class QueuedRequest(ABC):
         self.refund()
         if self.is_shed:
             self.fail(Overloaded("too much has been waiting for too long"))
+        elif self.is_displaced:
+            self.fail(Overloaded("requests of a higher priority needed the room"))
         else:
             self.fail(DeadlineExceeded("the deadline came too close while the request waited"))
 

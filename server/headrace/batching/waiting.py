@@ -24,6 +24,8 @@ class Waiting(Protocol):
     """Who asks; he shares a fair queue with the others."""
     is_shed: bool
     """Whether it is dropped because the queue stands; the queue sets it."""
+    is_displaced: bool
+    """Whether it is dropped to make room for one of a higher level; likewise."""
     place: Any
     """The queue's own."""
     waits_in: Any

@@ -15,7 +15,7 @@ from tritonclient.grpc import service_pb2
 from headrace.batching.accounts import CallerAccounts
 from headrace.batching.callers import NOBODY, Caller
 from headrace.catalog import Catalog
-from headrace.errors import Draining, InvalidRequest, InvalidTensor, Overloaded, ServingError
+from headrace.errors import Draining, InvalidRequest, InvalidTensor, ServingError
 from headrace.request import AnsweredBatch, Request
 from headrace.rpc.ingress import HotCall
 from headrace.rpc.known_requests import KnownRequest, KnownRequests
@@ -216,7 +216,7 @@ def _refuse_unparsed(call: HotCall, message: bytes, catalog: Catalog) -> None:
         return
     error = model.refuses(call.deadline_s, len(message))
     if error is not None:
-        raise Overloaded(str(error))
+        raise error.again()
 
 
 def _again(

@@ -1,7 +1,9 @@
 """One table: which error is which gRPC status, and what travels with it."""
 
+import itertools
 import math
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -27,8 +29,14 @@ REMEMBERED_MAX = 1_024
 REMEMBERED_CHARS_MAX = 256
 """Of the message of one that is kept."""
 
-RETRY_PUSHBACK_MS = 100
-"""What an overloaded server asks of clients that retry. Source: gRFC A6, "Pushback"."""
+RETRY_AFTER_S = 0.1
+"""What an overloaded server asks of clients that retry if it does not know. Source: gRFC A6."""
+
+RETRY_SPREAD = tuple([0.5 + (7 * i % 16 + 0.5) / 16 for i in range(16)])
+"""
+What one after another is told, as shares of when he may come again: pushback takes the place of a
+client's own jitter, and who was refused at one moment must not come back at one moment.
+"""
 
 RETRY_PUSHBACK_MAX_MS = 60_000
 """The most that it asks where it knows when they may come again."""
@@ -83,17 +91,34 @@ def status_of(error: Exception, trace: Trace | None = None) -> Status:
     kind, message = type(error), str(error)
     if trace is not None and _code_of(kind) is grpc.StatusCode.INTERNAL:
         return _status(kind, f"{message}, trace {trace.trace_id.hex()}")
+    if isinstance(error, errors.Overloaded) and not isinstance(error, errors.QuotaExceeded):
+        return next(statuses_of(error))
     if len(message) > REMEMBERED_CHARS_MAX:
         return _status(kind, message)
     status = _remembered(kind, message)  # type: ignore[arg-type]  # mypy: classes have no hash
     if isinstance(error, errors.QuotaExceeded):
         after_ms = math.ceil(min(error.retry_after_s * 1000, RETRY_PUSHBACK_MAX_MS))
-        return Status(
-            code=status.code,
-            details=status.details,
-            trailing=(*status.trailing[:-1], _pushback(after_ms)),
-        )
+        return _later(status, after_ms)
     return status
+
+
+def statuses_of(error: errors.Overloaded) -> Iterator[Status]:
+    """Return without end what callers are told of an error in turn: all the same, but for when."""
+    return _spread(str(error), error.retry_after_s or RETRY_AFTER_S)
+
+
+@lru_cache(maxsize=REMEMBERED_MAX // 8)
+def _spread(message: str, after_s: float) -> Iterator[Status]:
+    status = _status(errors.Overloaded, message)
+    return itertools.cycle(
+        [_later(status, math.ceil(1_000 * after_s * share)) for share in RETRY_SPREAD]
+    )
+
+
+def _later(status: Status, after_ms: int) -> Status:
+    """Say when to come again."""
+    pushback = "grpc-retry-pushback-ms", str(after_ms)
+    return Status(status.code, status.details, (*status.trailing, pushback))
 
 
 def _status(kind: type[errors.ServingError], message: str) -> Status:
@@ -101,8 +126,6 @@ def _status(kind: type[errors.ServingError], message: str) -> Status:
     trailing: tuple[tuple[str, str | bytes], ...] = (
         ("grpc-status-details-bin", _rich(code, details, kind.__name__)),
     )
-    if issubclass(kind, errors.Overloaded):
-        trailing += (_pushback(RETRY_PUSHBACK_MS),)
     return Status(code, details, trailing)
 
 
@@ -112,10 +135,6 @@ _remembered = lru_cache(maxsize=REMEMBERED_MAX)(_status)
 
 def _code_of(kind: type[errors.ServingError]) -> grpc.StatusCode:
     return next(CODES[base] for base in kind.__mro__ if base in CODES)
-
-
-def _pushback(after_ms: int) -> tuple[str, str]:
-    return "grpc-retry-pushback-ms", str(after_ms)
 
 
 def _cut(details: str) -> str:

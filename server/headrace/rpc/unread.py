@@ -4,12 +4,12 @@ While a queue refuses, what a refusal costs decides what is left to serve with: 
 refused whatever it says is not received, parsed, checked or copied.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from headrace.catalog import Catalog
 from headrace.errors import Overloaded
 from headrace.rpc.ingress import HotCall
-from headrace.rpc.status import Status, status_of
+from headrace.rpc.status import Status, statuses_of
 from headrace.telemetry.calls import CallRecorder, failed_call
 
 
@@ -30,7 +30,7 @@ class Unread:
         self._calls = calls
         self._sample = calls.sample
         self._method = method
-        self._statuses: dict[Overloaded, Status] = {}
+        self._statuses: dict[Overloaded, Iterator[Status]] = {}
 
     def glance(self, call: HotCall) -> Status | None:
         """Return the status to refuse a call with; None to receive its message."""
@@ -41,9 +41,10 @@ class Unread:
         return None if error is None else self._refusal(call, error)
 
     def _refusal(self, call: HotCall, error: Overloaded) -> Status:
-        status = self._statuses.get(error)
-        if status is None:  # there are two errors, always the same objects
-            status = self._statuses[error] = status_of(error)
+        statuses = self._statuses.get(error)
+        if statuses is None:  # there are a few errors, always the same objects
+            statuses = self._statuses[error] = statuses_of(error)
+        status = next(statuses)
         trace = None if self._sample is None else self._sample(call.metadata)
         self._calls.failed(
             failed_call(self._method, status.code.name, status.details, call.arrival_s, trace=trace)

@@ -6,7 +6,7 @@ METRICS: dict[str, str] = {
     "headrace_requests_refused_total": "Requests refused on arrival: the queue was full, or they "
     "could not have been answered before their deadline.",
     "headrace_requests_dropped_total": "Requests given up in the queue: their caller left, they "
-    "would have been answered too late, or the queue stood.",
+    "would have been answered too late, the queue stood, or a higher level needed the room.",
     "headrace_requests_shed_total": "Of these, those that had waited too long while the queue "
     "stood.",
     "headrace_request_seconds": "From a request's arrival to the end of its batch's replies.",

@@ -11,7 +11,7 @@ import structlog
 from headrace.batching.batcher import TELLING_SHARE, TOLD_AT_ONCE, TOLD_BESIDE, Batcher
 from headrace.batching.codel import Codel
 from headrace.batching.policy import BatchPolicy, LevelPolicy
-from headrace.errors import Draining, Overloaded
+from headrace.errors import Draining, InvalidRequest, Overloaded
 
 
 class Caller:
@@ -39,6 +39,12 @@ class Caller:
 
     def drop(self):
         self.drops += 1
+
+
+class OwnCaller(Caller):
+    """One whose caller is known."""
+
+    caller = "a"
 
 
 def names(batch):
@@ -247,7 +253,7 @@ def test_a_full_queue_refuses():
     batcher.put(Caller("a"))
     batcher.put(Caller("b"))
 
-    with pytest.raises(Overloaded, match="2 requests are already waiting"):
+    with pytest.raises(Overloaded, match="requests are already waiting"):
         batcher.put(Caller("c"))
     assert names(batcher.take()) == ["a", "b"]
 
@@ -430,3 +436,31 @@ def test_a_level_is_not_full_of_those_whose_time_is_over():
 
     assert starved.drops == 1
     assert (batcher.dropped, len(batcher)) == (1, 2)
+
+
+@pytest.mark.parametrize("is_fair", [False, True])
+@pytest.mark.parametrize("waiting", [0, 1])
+def test_a_request_that_no_empty_queue_would_hold_is_wrong_and_no_overload(is_fair, waiting):
+    batcher = Batcher(BatchPolicy(4), max_queue_size=8, max_queue_bytes=100, is_fair=is_fair)
+    for name in range(waiting):
+        batcher.put(OwnCaller(name))
+    large = OwnCaller("large", byte_count=101)
+
+    for refuse in (batcher.put, lambda request: batcher.judge(request, 2)):
+        with pytest.raises(InvalidRequest, match=r"101 bytes.*100"):
+            refuse(large)
+    with pytest.raises(InvalidRequest):
+        batcher.put_all([OwnCaller(i, byte_count=51) for i in range(2)])
+
+    assert (batcher.pressure, batcher.refused_full) == (0, 0)
+
+
+def test_nor_is_it_turned_away_unread():
+    batcher = Batcher(BatchPolicy(4), max_queue_size=500, max_queue_bytes=1_000)
+    for name in range(500):
+        batcher.put(Caller(name))
+    with pytest.raises(Overloaded):
+        batcher.put(Caller("one more"))
+
+    assert batcher.refuses(math.inf, 1_001) is None
+    assert batcher.refuses(math.inf, 1_000) is not None

@@ -188,10 +188,11 @@ class World:
             for _ in range(numbers.choice((1, 3)))
         ]
         CLOCK.now_s, CLOCK.thread, CLOCK.is_timing_out = 100.0, -1, False
+        self.places, self.bytes = numbers.choice((8, 64, 1_000)), numbers.choice((80, 1_000))
         self.batcher = Batcher(
             self.policy,
-            max_queue_size=numbers.choice((8, 64, 1_000)),
-            max_queue_bytes=numbers.choice((80, 1_000)),
+            max_queue_size=self.places,
+            max_queue_bytes=self.bytes,
             levels=self.levels,
             executors=executors,
             overlapping=self.overlapping,
@@ -217,7 +218,7 @@ class World:
         self.resting = {}  # by executor: until when, at most
         self.idle_at_s = -math.inf
         self.callers = []
-        self.shed_beside_idle = self.shed_begun = self.told_late = 0
+        self.shed_beside_idle = self.shed_begun = self.told_late = self.displaced = 0
         # Where nothing but deadlines counts, whose time is over has his turn soon, if not next.
         self.has_limits = is_fair or self.levels != [LevelPolicy()]
         self.taken_s = []
@@ -248,6 +249,7 @@ class World:
     def arrive(self, number):
         caller = Caller(number, self.numbers, self.size, self.told)
         self.callers.append(caller)
+        before = self.waiting_before(caller)
         error = self.batcher.refuses(caller.deadline_s, caller.byte_count)
         if error is None:
             try:
@@ -257,11 +259,28 @@ class World:
         queue = self.batcher._queue
         self.most_waiting = max(self.most_waiting, len(self.batcher))
         self.most_lanes = max(self.most_lanes, len(queue._lanes))
+        if "requests are already waiting" in str(error):
+            parts = -(-caller.rows // self.size)
+            byte_count = caller.byte_count if parts == 1 else caller.rows * 8
+            assert len(before) + parts > self.places or sum(before) + byte_count > self.bytes, (
+                "nobody is refused for the sake of a lower level"
+            )
         if error is not None:
             caller.fail(error)
         elif self.numbers.random() < 0.2:
             when_s = CLOCK.now_s + self.numbers.expovariate(1 / 0.01)
             self.at(when_s, self.leave, caller, self.numbers.random() < 0.5)
+
+    def waiting_before(self, caller):
+        """Return the sizes of those who wait at a caller's level, or at a higher one."""
+        queue = self.batcher._queue
+        level = queue.level_of(caller)
+        return [
+            request.byte_count
+            for lane in queue._lanes.values()
+            for own, *_, request in queue._entries(lane)
+            if own <= level
+        ]
 
     def limit_of(self, caller):
         """Return when the time of one is over that is put now."""
@@ -295,6 +314,7 @@ class World:
     def told(self, caller):
         was_busy = CLOCK.now_s - self.idle_at_s >= self.INTERVAL_S - 1e-9
         self.shed_beside_idle += caller.is_shed and not was_busy
+        self.displaced += caller.is_displaced
         self.shed_begun += caller.is_shed and caller.has_begun
         if self.has_limits and not caller.has_begun:  # one that runs ends with its batch
             after = bisect_right(self.taken_s, caller.limit_s)
@@ -373,6 +393,8 @@ class World:
     def check_size(self):
         """Check that what the queue holds grows with those who wait, not with who has waited."""
         queue = self.batcher._queue
+        assert len(self.batcher) <= self.places
+        assert queue.byte_count <= self.bytes
         assert len(queue._order) <= 2 * self.most_lanes + SPARE_PLACES
         assert len(queue._limits._heap) <= 2 * self.most_waiting + SPARE_PLACES
         assert len(queue._limits._waiting) <= len(self.batcher)
@@ -392,6 +414,7 @@ class World:
         assert queue.count == queue.rows == queue.byte_count == 0
         assert not queue._lanes
         assert not any(queue._counts)
+        assert queue._room is None or queue._room.is_empty
         assert not self.batcher._untold
         assert not self.batcher._running
         assert self.batcher._idle == len(self.resting) == len(self.executors)
@@ -404,7 +427,7 @@ class World:
 
 
 def play(seeds, arrivals, **kind):
-    seen = SimpleNamespace(shed=0, whole=0, bisected=0, runs=0)
+    seen = SimpleNamespace(shed=0, displaced=0, whole=0, bisected=0, runs=0)
     for seed in seeds:
         world = World(seed, **kind)
         try:
@@ -412,12 +435,14 @@ def play(seeds, arrivals, **kind):
         except AssertionError as error:
             raise AssertionError(f"scenario {seed}: {error}") from error
         seen.shed += world.batcher.shed
+        seen.displaced += world.displaced
         seen.bisected += world.model.runs > world.runs
         seen.whole += any(
             caller.rows > world.size and caller.answers == [caller.values]
             for caller in world.callers
         )
     assert (seen.shed > 0) == kind["has_codel"], "a law that never does anything was not tried"
+    assert seen.displaced
     assert seen.bisected
     assert seen.whole
 

@@ -89,7 +89,7 @@ def test_a_full_queue_refuses_unread_once_it_has_refused_and_counts_them():
 
 def test_a_queue_full_of_bytes_refuses_unread_what_does_not_fit():
     batcher = busy(8, bytes_max=10)
-    assert not is_taken(batcher, Caller(size=100))
+    assert not is_taken(batcher, Caller(size=9))
 
     assert refusals(batcher, 1, size=3) == 1
     assert refusals(batcher, 1, size=2) == 0

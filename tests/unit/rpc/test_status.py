@@ -1,5 +1,6 @@
 """What a caller learns of an error, and what it never learns."""
 
+import itertools
 from urllib.parse import quote
 
 import grpc
@@ -12,6 +13,7 @@ from headrace.rpc.status import (
     DETAILS_BYTES_MAX,
     REMEMBERED_CHARS_MAX,
     REMEMBERED_MAX,
+    RETRY_SPREAD,
     _remembered,
     status_of,
 )
@@ -94,12 +96,30 @@ def test_details_that_fit_are_left_alone():
     assert status_of(errors.InvalidRequest("größer als 10 %")).details == "größer als 10 %"
 
 
-def test_equal_refusals_are_built_once():
-    once = status_of(errors.Overloaded("64 requests are already waiting"))
-    again = status_of(errors.Overloaded("64 requests are already waiting"))
+def test_equal_errors_are_built_once():
+    once = status_of(errors.NotFound("no such thing"))
+    again = status_of(errors.NotFound("no such thing"))
 
     assert again is once
-    assert status_of(errors.NotReady("64 requests are already waiting")) != once
+    assert status_of(errors.NotReady("no such thing")) != once
+
+
+def overloaded(after_s):
+    error = errors.Overloaded("full")
+    error.retry_after_s = after_s
+    return error
+
+
+@pytest.mark.parametrize(("after_s", "after_ms"), [(None, 100), (0.025, 25), (6.4, 6_400)])
+def test_who_is_refused_at_one_moment_is_not_sent_back_at_one_moment(after_s, after_ms):
+    statuses = [status_of(overloaded(after_s)) for _ in range(64)]
+    asked_ms = [int(dict(status.trailing)["grpc-retry-pushback-ms"]) for status in statuses]
+
+    assert after_ms / 2 <= min(asked_ms) < 0.6 * after_ms
+    assert 1.4 * after_ms < max(asked_ms) <= 1.5 * after_ms
+    assert sum(asked_ms) / 64 == pytest.approx(after_ms, rel=0.03)
+    assert len({id(status) for status in statuses}) == len(RETRY_SPREAD), "built once"
+    assert all(abs(a - b) > after_ms / 8 for a, b in itertools.pairwise(asked_ms))
 
 
 def test_what_callers_make_up_takes_no_memory_for_good():
