@@ -111,7 +111,7 @@ def test_many_callers_of_as_many_shapes_go_in_turn():
 
 
 def test_what_a_batch_leaves_behind_keeps_its_turn():
-    policy = BatchPolicy(4, 1.0, preferred_batch_sizes=(2,))
+    policy = BatchPolicy(8, 1.0, preferred_batch_sizes=(2,))
     waiting = queue(*some("a", 2), *some("b", 2), Request("c"), policy=policy)
 
     assert [names(waiting.take(0, 0).batch) for _ in range(2)] == ["ab", "ca"]

@@ -381,6 +381,15 @@ def test_company_is_waited_for_only_as_long_as_everybody_has_time():
     assert names(limited.take(0.049, 0.049).batch) == "p"
 
 
+@pytest.mark.parametrize("delay_s", [0.0, 0.001])
+def test_preferred_sizes_do_not_shrink_the_batches_of_a_long_queue(delay_s):
+    waiting = RequestQueue(BatchPolicy(64, delay_s, (8,)), BatchCost())
+    for _ in range(200):
+        waiting.add(Caller("a"), 0.0)
+
+    assert [len(waiting.take(0.5, 0.5).batch) for _ in range(4)] == [64, 64, 64, 8]
+
+
 def test_a_queue_of_the_dead_is_cleared_in_the_time_of_one_walk():
     waiting = queue(*[Caller("d", 1.0, key=key) for key in "xy" for _ in range(20_000)])
     start_s = time.perf_counter()
