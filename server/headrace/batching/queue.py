@@ -295,9 +295,13 @@ class RequestQueue(Generic[RequestT]):
                 continue
             count = len(lane.entries)
             if self.rows > most or not self._takes_everything:
-                decision = self._policy.decide(
-                    [entry[REQUEST].rows for entry in lane.entries[: self._policy.most_requests]],
-                    self._oldest_wait_s(lane, now_s, arrived_before_s),
+                policy = self._policy
+                waited_s = policy.max_queue_delay_s
+                if lane.rows < min(most, policy.max_batch_size):  # a full one leaves anyway
+                    waited_s = self._oldest_wait_s(lane, now_s, arrived_before_s)
+                decision = policy.decide(
+                    [entry[REQUEST].rows for entry in lane.entries[: policy.most_requests]],
+                    waited_s,
                     most,
                 )
                 count = decision.count

@@ -363,6 +363,30 @@ def test_a_caller_who_leaves_is_out_of_the_queue_at_once():
     assert names(waiting.take(0).batch) == "ac"
 
 
+@KINDS
+def test_a_full_batch_leaves_without_a_look_at_all_who_wait(kind):
+    """Nobody's wait matters to it, and ingress waits for the lock meanwhile."""
+    looked_at = set()
+
+    class Watched(Caller):
+        @property
+        def deadline_s(self):
+            looked_at.add(self.name)
+            return math.inf
+
+        @deadline_s.setter
+        def deadline_s(self, _):
+            pass
+
+    waiting = kind(BatchPolicy(4, 0.1), cost(0.01))
+    for number in range(100):
+        waiting.add(Watched(str(number)), 0.0)
+    looked_at.clear()
+
+    assert len(waiting.take(0.0, 0.0).batch) == 4
+    assert len(looked_at) <= 4
+
+
 def test_company_is_waited_for_only_as_long_as_everybody_has_time():
     def waiting_for(*callers, levels=ONE_LEVEL):
         made = RequestQueue(BatchPolicy(8, 0.1), cost(0.01), levels)
