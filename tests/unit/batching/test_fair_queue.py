@@ -234,6 +234,28 @@ def test_others_rows_are_expected_ahead_of_a_flood():
     assert later_s == pytest.approx(alone.finish_s(Request("flood"), 0.0, 0.0) + 0.2, abs=0.11)
 
 
+def test_who_asks_for_little_waits_for_few_of_the_shapes_of_a_flood():
+    known = cost(0.01)
+    flood = [Request("flood", key=i % 64) for i in range(640)]
+    waiting = queue(*flood, size=32, known=known)
+
+    light = waiting.finish_s(Request("light", key="new"), 0.0, 0.0)
+    flood = waiting.finish_s(Request("flood", key="new"), 0.0, 0.0)
+
+    assert light <= 0.01 + known.bound_s(1) + 0.001
+    assert flood == pytest.approx(64 * 0.01 + known.bound_s(1), rel=0.05)
+
+
+def test_shapes_of_a_lower_level_are_not_waited_for():
+    known, levels = cost(0.01), [LevelPolicy()] * 2
+    flood = [Request("a", key=i, priority=2) for i in range(64)]
+    waiting = queue(*flood, Request("a", priority=1), size=32, known=known, levels=levels)
+
+    finish_s = waiting.finish_s(Request("a", key="y", priority=1), 0.0, 0.0)
+
+    assert finish_s <= 0.01 + known.bound_s(1) + 0.001
+
+
 def test_a_higher_level_is_expected_ahead_of_everybody():
     levels = [LevelPolicy()] * 2
     waiting = queue(*some("a", 40, priority=1), known=cost(0.1), levels=levels)

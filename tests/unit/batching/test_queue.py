@@ -231,21 +231,6 @@ def test_nothing_is_run_after_its_deadline():
     assert (names(taken.batch), names(taken.dropped)) == ("", "a")
 
 
-def test_an_idle_executor_is_expected_to_begin_at_once():
-    waiting = queue(known=cost(0.1))
-
-    assert waiting.finish_s(Caller("a", 9), 5.0, 0.0) == pytest.approx(5.1, rel=0.01)
-
-
-def test_a_request_of_several_batches_is_expected_to_take_as_long_as_they_do():
-    known = cost(0.01, 0.01)
-    waiting = queue(known=known)
-
-    finish_s = waiting.finish_s(Caller("a", 9, rows=40), 0.0, 0.0)
-
-    assert finish_s == pytest.approx(9 * 0.05 + known.bound_s(4), rel=0.05)
-
-
 def test_parts_of_a_request_go_in_line_together_or_not_at_all():
     waiting = queue(Caller("a"), levels=[LevelPolicy(max_queue_size=4)])
 
@@ -319,37 +304,6 @@ def test_parts_are_not_put_off_by_who_comes_later_than_they_would_have_run(kind)
 
     assert taken.count("p") == 10
     assert "".join(taken).rindex("p") <= 18  # half of what was run while they waited
-
-
-def test_what_is_ahead_is_waited_for_and_what_is_behind_is_not():
-    known = cost(0.1)
-    waiting = queue(*[Caller("w", 0.8) for _ in range(8)], known=known)
-
-    late = waiting.finish_s(Caller("a", 0.9), 0.0, 0.05)
-    early = waiting.finish_s(Caller("b", 0.7), 0.0, 0.05)
-
-    assert late == pytest.approx(0.05 + 2 * 0.1 + known.bound_s(4), rel=0.05)
-    assert early == pytest.approx(0.05 + known.bound_s(4), rel=0.05)
-
-
-def test_large_ones_behind_are_not_taken_for_small_ones_ahead():
-    known = cost(0.1)
-    small = [Caller("w", 0.3) for _ in range(8)]
-    large = [Caller("p", 0.8, rows=4) for _ in range(15)]
-    waiting = queue(*small, *large, known=known)
-
-    finish_s = waiting.finish_s(Caller("a", 0.5), 0.0, 0.05)
-
-    assert finish_s == pytest.approx(0.05 + 2 * 0.1 + known.bound_s(4), rel=0.05)
-
-
-def test_several_executors_share_what_is_ahead():
-    known = cost(0.1)
-    waiting = queue(*[Caller("w", 0.5) for _ in range(8)], known=known, executors=2)
-
-    finish_s = waiting.finish_s(Caller("a", 0.9), 0.0, 0.0)
-
-    assert finish_s == pytest.approx(0.1 + known.bound_s(4), rel=0.05)
 
 
 def test_a_caller_who_leaves_is_out_of_the_queue_at_once():
