@@ -14,11 +14,12 @@ import math
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Final
 
+from headrace.batching.ahead import Ahead, place_of
 from headrace.batching.callers import Caller
 from headrace.batching.codel import Codel
 from headrace.batching.cost import BatchCost
 from headrace.batching.fronts import Fronts
-from headrace.batching.lane import PATIENCE_S, REQUEST, START_BY, Entry, Lane
+from headrace.batching.lane import REQUEST, START_BY, Entry, Lane
 from headrace.batching.level_room import LevelRoom
 from headrace.batching.line_up import LineUp, rank_of
 from headrace.batching.policy import UNLIMITED, BatchPolicy, LevelPolicy
@@ -34,6 +35,9 @@ is alone, four ninths each if two do so, and there is always room for one more.
 Source: Choudhury and Hahne, "Dynamic queue length thresholds for shared-memory packet switches",
 IEEE/ACM Transactions on Networking, 1998.
 """
+
+LANES_COUNTED_MAX: Final = 64
+"""Lanes that are looked at to predict a wait, some 30 µs; others count by their rows alone."""
 
 
 class FairQueue(RequestQueue[RequestT]):
@@ -161,8 +165,49 @@ class FairQueue(RequestQueue[RequestT]):
         share = None if shares is None else shares.find(request.caller)
         return not most or share is None or share.count < FREE_SHARE * (most - self._counts[level])
 
+    def _ahead(self, request: RequestT, now_s: float, most: int) -> Ahead:
+        lanes, rows = self._lanes, request.rows
+        ahead = self._rows_ahead(request, now_s)
+        before = (ahead + rows - 1) // most
+        own = lanes.get(request.batch_key)
+        if len(lanes) <= (own is not None):
+            return before, before * most, self.rows + rows - before * most
+        last = rows if own is None else max(rows, own.rows + rows - before * most)
+        batches = max(before, self._lanes_ahead(request, ahead))
+        if own is not None and own.rows + rows <= most:
+            batches = min(batches, self._batches_sooner(own, most))
+        return batches, min(batches * most, max(before * most, ahead)), last
+
+    def _lanes_ahead(self, request: RequestT, ahead: int) -> int:
+        """
+        Return in how many lanes, other than its own, somebody goes before a request, if rows do.
+
+        As if those who wait at its level, or a higher one, were spread evenly over their lanes.
+        """
+        rank, key = 2 * self.level_of(request), request.batch_key
+        rows = sum([shares.rows for other, shares in self._shares.items() if other <= rank])
+        others = 0
+        for other, line_up in itertools.islice(self._line_ups.items(), LANES_COUNTED_MAX):
+            front = line_up.filed
+            others += front is not None and front[0] <= rank and other != key
+        return others * min(ahead, rows) // rows if rows else 0
+
+    def _batches_sooner(self, lane: Lane[RequestT], most: int) -> int:
+        """Return how many batches may go before the front of a lane, whom a request joins."""
+        own_front = self._line_ups[lane.key].front()
+        assert own_front is not None
+        batches = 0
+        for key, line_up in itertools.islice(self._line_ups.items(), LANES_COUNTED_MAX):
+            filed = line_up.filed  # never later than its front
+            if filed is not None and filed < own_front and key != lane.key:
+                front = line_up.front()
+                if front is not None and front < own_front:
+                    batches -= -self._lanes[key].rows // most
+        return batches
+
     def _rows_ahead(self, request: RequestT, now_s: float) -> int:
-        level, caller, key = self.level_of(request), request.caller, request.batch_key
+        """Return how many rows go before a request's own, about, if it is added now."""
+        level, caller = self.level_of(request), request.caller
         rank = 2 * level
         ahead = sum([shares.rows for other, shares in self._shares.items() if other < rank])
         shares = self._shares.get(rank)
@@ -170,11 +215,11 @@ class FairQueue(RequestQueue[RequestT]):
             return ahead
         own, share = 0, shares.find(caller)
         if share is not None and share.count:
-            own = share.rows
-            if key in self._line_ups:
-                due_s = min(request.deadline_s, now_s + PATIENCE_S)
-                behind = self._line_ups[key].behind(rank, caller, level, due_s)
-                own -= own * behind // share.count  # as if all had as many rows
+            key, place = (rank, caller), place_of(level, request.deadline_s, now_s)
+            behind = 0
+            for line_up in itertools.islice(self._line_ups.values(), LANES_COUNTED_MAX):
+                behind += line_up.behind(key, place)
+            own = share.rows * (share.count - behind) // share.count  # as if all had as many rows
         return ahead + own + shares.rows_before(caller, own + request.rows)
 
     def _insert(self, entry: Entry[RequestT]) -> None:

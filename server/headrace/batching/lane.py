@@ -1,9 +1,8 @@
 """Requests that may share a batch, what is noted of each that waits, and what leaves a queue."""
 
-from bisect import bisect_left
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any, Final, Generic, NamedTuple
+from typing import Final, Generic, NamedTuple
 
 from headrace.batching.waiting import RequestT
 
@@ -12,9 +11,6 @@ PATIENCE_S: Final = 1.0
 A request without a deadline, or with a later one, has its turn as if it were due after so long:
 whoever asks with a short deadline goes first, and nobody waits for ever.
 """
-
-COUNTED_MAX: Final = 64
-"""Requests whose rows are added up; where more are before and behind, their mean will do."""
 
 NOT_FILED: Final = -1
 
@@ -56,24 +52,3 @@ class Taken(NamedTuple, Generic[RequestT]):
     batch: list[RequestT]
     dropped: list[RequestT]
     wait_s: float | None
-
-
-def rows_behind(lane: Lane[Any], level: int, deadline_s: float, now_s: float) -> int:
-    """
-    Count the rows of a lane that a request would overtake.
-
-    Exact where all have one, or `COUNTED_MAX` at most are before or behind it; otherwise as if all
-    had as many.
-    """
-    place = level, min(deadline_s, now_s + PATIENCE_S)
-    entries: list[Entry[Any]] = lane.entries
-    if place >= entries[-1][:2]:
-        return 0
-    at, count = bisect_left(entries, place), len(entries)
-    if count - at <= COUNTED_MAX:
-        behind: int = sum([entry[REQUEST].rows for entry in entries[at:]])
-        return behind
-    if at <= COUNTED_MAX:
-        before: int = sum([entry[REQUEST].rows for entry in entries[:at]])
-        return lane.rows - before
-    return lane.rows * (count - at) // count

@@ -11,6 +11,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from typing import Any, Generic, TypeAlias
 
+from headrace.batching.ahead import Place
 from headrace.batching.callers import Caller
 from headrace.batching.lane import DUE, LEVEL, NUMBER, REQUEST, Entry
 from headrace.batching.places import SPARE_PLACES, prune
@@ -97,12 +98,13 @@ class LineUp(Generic[RequestT]):
             del self._lines[key]
         return True
 
-    def behind(self, rank: int, caller: Caller, level: int, due_s: float) -> int:
-        """Return how many of a caller's own go after one that comes now and is due then."""
-        line = self._lines.get((rank, caller))
+    def behind(self, key: tuple[int, Caller], place: Place) -> int:
+        """Return how many of those of a rank and a caller go after one at a place."""
+        line = self._lines.get(key)
         if line is None:
             return 0
-        return len(line.entries) - bisect_left(line.entries, (level, due_s, math.inf))
+        entries: list[Any] = line.entries
+        return len(entries) - bisect_left(entries, place)
 
     def front(self) -> Front | None:
         """Say whose turn it is; None when nobody is left."""

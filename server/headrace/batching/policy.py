@@ -3,9 +3,10 @@
 Decisions only: no clock, no queue, no lock. `batcher` asks, this module answers.
 
 Source: Triton, "Dynamic Batcher" (`max_batch_size`, `preferred_batch_size`,
-`max_queue_delay_microseconds`; here in seconds). With the default delay of 0 the policy is
-work-conserving: an executor that is free takes what waits, which beat every fixed delay in
-simulation on one executor.
+`max_queue_delay_microseconds`; here in seconds). Unlike there a preferred size only ends a wait for
+company: it makes no full batch smaller, and has no effect without a delay, since batches would be
+small just when much waits. With the default delay of 0 the policy is work-conserving: an executor
+that is free takes what waits, which beat every fixed delay in simulation on one executor.
 """
 
 import math
@@ -62,7 +63,8 @@ class BatchPolicy:
         max_queue_delay_s: Longest that the oldest request waits for a better batch, in seconds.
             0 never waits.
         preferred_batch_sizes: Row counts worth waiting for, ascending. With a delay, a batch
-            leaves early only at one of these (or full); without preferences, only when full.
+            leaves early only at one of these (or full); without preferences, only when full. What
+            is full or has waited out the delay is never made smaller for their sake.
         allowed_batch_sizes: Row counts that are run, ascending, to which others are filled up;
             empty for all. What fills one of them exactly leaves without the rest when filling up
             would take more rows than the rest has.
@@ -120,13 +122,13 @@ class BatchPolicy:
             if total >= most:
                 is_full = True
                 break
-        if preferred:
-            return Dispatch(preferred)
         remaining_s = self.max_queue_delay_s - oldest_wait_s
         if is_full or remaining_s <= 0:
             if exact and self._padding(total) > total - exact_rows:
                 return Dispatch(exact)
             return Dispatch(fitting)
+        if preferred:
+            return Dispatch(preferred)
         return Dispatch(0, remaining_s)
 
     def _padding(self, rows: int) -> int:

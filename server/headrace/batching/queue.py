@@ -15,6 +15,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from operator import attrgetter
 from typing import Generic
 
+from headrace.batching.ahead import Ahead, ahead_in_lanes, answered_in_s, place_of, rows_behind
 from headrace.batching.codel import Codel
 from headrace.batching.cost import BatchCost
 from headrace.batching.heads import Heads, LaneOrder
@@ -27,7 +28,6 @@ from headrace.batching.lane import (
     Entry,
     Lane,
     Taken,
-    rows_behind,
 )
 from headrace.batching.level_room import LevelRoom
 from headrace.batching.limits import Limits
@@ -130,19 +130,11 @@ class RequestQueue(Generic[RequestT]):
             now_s: Unix seconds.
             free_in_s: In how many seconds an executor will be free, about.
         """
-        cost, most = self._cost, self._policy.max_batch_size
-        ahead = self._rows_ahead(request, now_s)
-        if not most:
-            before, last = ahead, 1
-        else:
-            before = (ahead + request.rows - 1) // most
-            last = self.rows + request.rows - before * most
-            if free_in_s or before:  # others will come meanwhile: about as many as last time
-                last = max(last, self._last_rows)
-            last = min(most, last)
-            most = min(most, self.rows + request.rows)
-        wait_s = before * cost.estimate_s(most or 1) / self.executors
-        return now_s + free_in_s + wait_s + cost.bound_s(last)
+        most = self._policy.max_batch_size or 1
+        ahead = self._ahead(request, now_s, most)
+        return now_s + answered_in_s(
+            ahead, self._cost, most, self._last_rows, self.executors, free_in_s
+        )
 
     def soonest_s(self, deadline_s: float, now_s: float, free_in_s: float) -> float:
         """
@@ -155,22 +147,25 @@ class RequestQueue(Generic[RequestT]):
         lanes = self._lanes.values()
         if len(self._levels) > 1 or len(lanes) > 1 or not self.is_impartial:
             return now_s
-        cost, most = self._cost, self._policy.max_batch_size
-        ahead, last = 0, 1
+        most = self._policy.max_batch_size or 1
+        place, before = place_of(self._default_level, deadline_s, now_s), 0
         for lane in lanes:
-            ahead = lane.rows - rows_behind(lane, self._default_level, deadline_s, now_s)
-        before = ahead // most if most else ahead
-        if most:
-            if free_in_s or before:
-                last = min(most, max(last, self._last_rows))
-            most = min(most, self.rows)
-        wait_s = before * cost.estimate_s(most or 1) / self.executors
-        return now_s + free_in_s + wait_s + cost.bound_s(last)
+            before = (lane.rows - rows_behind(lane, place)) // most
+        return now_s + answered_in_s(
+            (before, before * most, 1),
+            self._cost,
+            most,
+            self._last_rows,
+            self.executors,
+            free_in_s,
+        )
 
     def is_in_time(self, deadline_s: float, now_s: float) -> bool:
         """Say whether a deadline is so far away that `finish_s` needs no asking."""
         most = self._policy.max_batch_size or 1
-        return now_s + (self.rows // most + 3) * self._cost.bound_s(most) <= deadline_s
+        # Of each shape at most one batch that is not full; the rest of one that runs, and its own.
+        batches = self.rows // most + len(self._lanes) + 2
+        return now_s + batches * self._cost.bound_s(most) <= deadline_s
 
     def add(self, request: RequestT, now_s: float, later_s: float = 0.0) -> bool:
         """
@@ -366,9 +361,13 @@ class RequestQueue(Generic[RequestT]):
                 continue
             count = len(lane.entries)
             if self.rows > most or not self._takes_everything:
-                decision = self._policy.decide(
-                    [entry[REQUEST].rows for entry in lane.entries[: self._policy.most_requests]],
-                    self._oldest_wait_s(lane, now_s, arrived_before_s),
+                policy = self._policy
+                waited_s = policy.max_queue_delay_s
+                if lane.rows < min(most, policy.max_batch_size):  # a full one leaves anyway
+                    waited_s = self._oldest_wait_s(lane, now_s, arrived_before_s)
+                decision = policy.decide(
+                    [entry[REQUEST].rows for entry in lane.entries[: policy.most_requests]],
+                    waited_s,
                     most,
                 )
                 count = decision.count
@@ -433,12 +432,11 @@ class RequestQueue(Generic[RequestT]):
         """Say whether one that has waited as long as its level allows goes last, and is kept."""
         return self._levels[level - 1].is_delayed
 
-    def _rows_ahead(self, request: RequestT, now_s: float) -> int:
-        """Return how many rows go before a request's own, about, if it is added now."""
-        lane = self._lanes.get(request.batch_key)
-        if lane is None:
-            return self.rows
-        return self.rows - rows_behind(lane, self.level_of(request), request.deadline_s, now_s)
+    def _ahead(self, request: RequestT, now_s: float, most: int) -> Ahead:
+        """Say what goes before a request's own batch, about, if it is added now."""
+        level = 1 if self._is_plain else self.level_of(request)
+        place = place_of(level, request.deadline_s, now_s)
+        return ahead_in_lanes(self._lanes, request.batch_key, request.rows, place, most)
 
     def _shed(self, standing: Standing[RequestT], now_s: float, dropped: list[RequestT]) -> None:
         """Drop those who have waited too long, while the queue stands; a batch is always left."""

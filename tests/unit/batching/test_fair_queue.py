@@ -111,7 +111,7 @@ def test_many_callers_of_as_many_shapes_go_in_turn():
 
 
 def test_what_a_batch_leaves_behind_keeps_its_turn():
-    policy = BatchPolicy(4, 1.0, preferred_batch_sizes=(2,))
+    policy = BatchPolicy(8, 1.0, preferred_batch_sizes=(2,))
     waiting = queue(*some("a", 2), *some("b", 2), Request("c"), policy=policy)
 
     assert [names(waiting.take(0, 0).batch) for _ in range(2)] == ["ab", "ca"]
@@ -232,6 +232,28 @@ def test_others_rows_are_expected_ahead_of_a_flood():
     later_s = waiting.finish_s(Request("flood"), 0.0, 0.0)
 
     assert later_s == pytest.approx(alone.finish_s(Request("flood"), 0.0, 0.0) + 0.2, abs=0.11)
+
+
+def test_who_asks_for_little_waits_for_few_of_the_shapes_of_a_flood():
+    known = cost(0.01)
+    flood = [Request("flood", key=i % 64) for i in range(640)]
+    waiting = queue(*flood, size=32, known=known)
+
+    light = waiting.finish_s(Request("light", key="new"), 0.0, 0.0)
+    flood = waiting.finish_s(Request("flood", key="new"), 0.0, 0.0)
+
+    assert light <= 0.01 + known.bound_s(1) + 0.001
+    assert flood == pytest.approx(64 * 0.01 + known.bound_s(1), rel=0.05)
+
+
+def test_shapes_of_a_lower_level_are_not_waited_for():
+    known, levels = cost(0.01), [LevelPolicy()] * 2
+    flood = [Request("a", key=i, priority=2) for i in range(64)]
+    waiting = queue(*flood, Request("a", priority=1), size=32, known=known, levels=levels)
+
+    finish_s = waiting.finish_s(Request("a", key="y", priority=1), 0.0, 0.0)
+
+    assert finish_s <= 0.01 + known.bound_s(1) + 0.001
 
 
 def test_a_higher_level_is_expected_ahead_of_everybody():

@@ -9,6 +9,7 @@ from headrace.batching.policy import BatchPolicy, Dispatch
 EAGER = BatchPolicy(max_batch_size=8)
 PATIENT = BatchPolicy(max_batch_size=8, max_queue_delay_s=0.005)
 CHOOSY = BatchPolicy(max_batch_size=8, max_queue_delay_s=0.005, preferred_batch_sizes=(4, 6))
+HASTY = BatchPolicy(max_batch_size=8, preferred_batch_sizes=(4,))
 STATIC = BatchPolicy(max_batch_size=8, allowed_batch_sizes=(2, 4, 8))
 SINGLE = BatchPolicy(max_batch_size=0, max_queue_delay_s=0.005)
 
@@ -30,6 +31,10 @@ SINGLE = BatchPolicy(max_batch_size=0, max_queue_delay_s=0.005)
         pytest.param(CHOOSY, [4, 2, 1], 0, Dispatch(2), id="the largest preferred size wins"),
         pytest.param(CHOOSY, [3, 2], 0, Dispatch(0, 0.005), id="another size waits"),
         pytest.param(CHOOSY, [3, 2], 0.005, Dispatch(2), id="but not beyond the delay"),
+        pytest.param(CHOOSY, [4, 1], 0.005, Dispatch(2), id="what is overdue leaves with all"),
+        pytest.param(CHOOSY, [4, 2, 2], 0, Dispatch(3), id="a full batch is not made smaller"),
+        pytest.param(CHOOSY, [4, 1, 4], 0, Dispatch(2), id="nor one that nothing more fits in"),
+        pytest.param(HASTY, [4, 1], 0, Dispatch(2), id="without a delay no size is preferred"),
         pytest.param(STATIC, [1, 1, 1, 1, 1], 0, Dispatch(4), id="what fits a size goes alone"),
         pytest.param(STATIC, [3, 1, 3], 0, Dispatch(3), id="unless the rest is worth filling up"),
         pytest.param(STATIC, [3, 2], 0, Dispatch(2), id="what fits no size is filled up"),
@@ -78,6 +83,20 @@ def test_with_allowed_sizes_no_more_rows_are_run_than_if_everything_went(rows, s
     left = sum(rows[count:everything])
     assert count >= 1
     assert run_for(sum(rows[:count])) + left <= run_for(sum(rows[:everything]))
+
+
+@given(
+    rows=st.lists(st.integers(1, 8), min_size=1, max_size=40),
+    preferred=st.sets(st.integers(1, 8), max_size=3),
+    delay_s=st.sampled_from([0.0, 0.005]),
+)
+def test_preferred_sizes_make_no_batch_smaller_that_is_full_or_overdue(rows, preferred, delay_s):
+    fits = BatchPolicy(8).decide(rows, 0).count
+    policy = BatchPolicy(8, delay_s, tuple(sorted(preferred)))
+
+    assert policy.decide(rows, delay_s).count == fits
+    if len(rows) > fits or sum(rows) == 8:
+        assert policy.decide(rows, 0).count == fits
 
 
 def test_a_long_queue_is_read_only_as_far_as_one_batch_reaches():

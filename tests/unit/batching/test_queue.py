@@ -231,21 +231,6 @@ def test_nothing_is_run_after_its_deadline():
     assert (names(taken.batch), names(taken.dropped)) == ("", "a")
 
 
-def test_an_idle_executor_is_expected_to_begin_at_once():
-    waiting = queue(known=cost(0.1))
-
-    assert waiting.finish_s(Caller("a", 9), 5.0, 0.0) == pytest.approx(5.1, rel=0.01)
-
-
-def test_a_request_of_several_batches_is_expected_to_take_as_long_as_they_do():
-    known = cost(0.01, 0.01)
-    waiting = queue(known=known)
-
-    finish_s = waiting.finish_s(Caller("a", 9, rows=40), 0.0, 0.0)
-
-    assert finish_s == pytest.approx(9 * 0.05 + known.bound_s(4), rel=0.05)
-
-
 def test_parts_of_a_request_go_in_line_together_or_not_at_all():
     waiting = queue(Caller("a"), levels=[LevelPolicy(max_queue_size=4)])
 
@@ -321,37 +306,6 @@ def test_parts_are_not_put_off_by_who_comes_later_than_they_would_have_run(kind)
     assert "".join(taken).rindex("p") <= 18  # half of what was run while they waited
 
 
-def test_what_is_ahead_is_waited_for_and_what_is_behind_is_not():
-    known = cost(0.1)
-    waiting = queue(*[Caller("w", 0.8) for _ in range(8)], known=known)
-
-    late = waiting.finish_s(Caller("a", 0.9), 0.0, 0.05)
-    early = waiting.finish_s(Caller("b", 0.7), 0.0, 0.05)
-
-    assert late == pytest.approx(0.05 + 2 * 0.1 + known.bound_s(4), rel=0.05)
-    assert early == pytest.approx(0.05 + known.bound_s(4), rel=0.05)
-
-
-def test_large_ones_behind_are_not_taken_for_small_ones_ahead():
-    known = cost(0.1)
-    small = [Caller("w", 0.3) for _ in range(8)]
-    large = [Caller("p", 0.8, rows=4) for _ in range(15)]
-    waiting = queue(*small, *large, known=known)
-
-    finish_s = waiting.finish_s(Caller("a", 0.5), 0.0, 0.05)
-
-    assert finish_s == pytest.approx(0.05 + 2 * 0.1 + known.bound_s(4), rel=0.05)
-
-
-def test_several_executors_share_what_is_ahead():
-    known = cost(0.1)
-    waiting = queue(*[Caller("w", 0.5) for _ in range(8)], known=known, executors=2)
-
-    finish_s = waiting.finish_s(Caller("a", 0.9), 0.0, 0.0)
-
-    assert finish_s == pytest.approx(0.1 + known.bound_s(4), rel=0.05)
-
-
 def test_a_caller_who_leaves_is_out_of_the_queue_at_once():
     leaving = Caller("b", 2, rows=2)
     waiting = queue(Caller("a", 1), leaving, Caller("c", 3))
@@ -361,6 +315,30 @@ def test_a_caller_who_leaves_is_out_of_the_queue_at_once():
     assert (waiting.count, waiting.rows, waiting.byte_count) == (2, 2, 2)
     assert not waiting.remove(leaving)
     assert names(waiting.take(0).batch) == "ac"
+
+
+@KINDS
+def test_a_full_batch_leaves_without_a_look_at_all_who_wait(kind):
+    """Nobody's wait matters to it, and ingress waits for the lock meanwhile."""
+    looked_at = set()
+
+    class Watched(Caller):
+        @property
+        def deadline_s(self):
+            looked_at.add(self.name)
+            return math.inf
+
+        @deadline_s.setter
+        def deadline_s(self, _):
+            pass
+
+    waiting = kind(BatchPolicy(4, 0.1), cost(0.01))
+    for number in range(100):
+        waiting.add(Watched(str(number)), 0.0)
+    looked_at.clear()
+
+    assert len(waiting.take(0.0, 0.0).batch) == 4
+    assert len(looked_at) <= 4
 
 
 def test_company_is_waited_for_only_as_long_as_everybody_has_time():
@@ -379,6 +357,15 @@ def test_company_is_waited_for_only_as_long_as_everybody_has_time():
     assert limited.take(0.0, 0.0).wait_s == pytest.approx(0.05 - 0.002)
     assert names(hurried.take(0.039, 0.039).batch) == "hp"
     assert names(limited.take(0.049, 0.049).batch) == "p"
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.001])
+def test_preferred_sizes_do_not_shrink_the_batches_of_a_long_queue(delay_s):
+    waiting = RequestQueue(BatchPolicy(64, delay_s, (8,)), BatchCost())
+    for _ in range(200):
+        waiting.add(Caller("a"), 0.0)
+
+    assert [len(waiting.take(0.5, 0.5).batch) for _ in range(4)] == [64, 64, 64, 8]
 
 
 def test_a_queue_of_the_dead_is_cleared_in_the_time_of_one_walk():
