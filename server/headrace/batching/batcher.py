@@ -192,8 +192,9 @@ class Batcher(Generic[RequestT]):
         Say whether `put` would refuse a request of which no more is known than this.
 
         It looks only while `pressure` is above 0, and never refuses what `put` would take, but for
-        one case: a request that names a `timeout` may overtake those that wait. Once one has,
+        two cases. A request that names a `timeout` may overtake those that wait: once one has,
         nobody is refused here for his deadline any more; until then one in `READ_OF_LATE` is not.
+        And one for whose bytes there is no room lets callers who have left be swept out.
 
         Args:
             deadline_s: Unix seconds; infinite for none.
