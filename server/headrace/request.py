@@ -132,10 +132,11 @@ class StandIn(Request):
 
     def drop_for(self) -> Callable[[Request], None]:
         """Return what drops the caller's request for this one's reason; it does not lead here."""
-        is_shed, is_displaced = self.is_shed, self.is_displaced
+        is_shed, is_displaced, retry_after_s = self.is_shed, self.is_displaced, self.retry_after_s
 
         def drop(request: Request) -> None:
             request.is_shed, request.is_displaced = is_shed, is_displaced
+            request.retry_after_s = retry_after_s
             request.drop()
 
         return drop

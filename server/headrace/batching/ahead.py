@@ -11,15 +11,19 @@ from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, Final, TypeAlias
 
 from headrace.batching.cost import BatchCost
-from headrace.batching.lane import PATIENCE_S, REQUEST, START_BY, Entry, Lane
+from headrace.batching.lane import DUE, LEVEL, PATIENCE_S, REQUEST, START_BY, Entry, Lane
 
 COUNTED_MAX: Final = 64
-"""Requests whose rows are added up; where more are before and behind, their mean will do."""
+"""
+Requests whose rows are added up, in all lanes together; where more are before and behind, their
+mean will do.
+"""
 
 LANES_COUNTED_MAX: Final = 128
 """
-Lanes that are looked at, some 10 µs: what waits in more counts as nothing, so that nobody is
-refused for it who would be in time. Who is late after all is given up when his turn comes.
+Lanes that are looked at, some 10 µs, or ten times that where each has more than a batch: what waits
+in more counts as nothing, so that nobody is refused for it who would be in time. Who is late after
+all is given up when his turn comes.
 """
 
 Place: TypeAlias = tuple[int, float, float]
@@ -45,17 +49,31 @@ def rows_behind(lane: Lane[Any], place: Any) -> int:
     Exact where all have one, or `COUNTED_MAX` at most are before or behind it; otherwise as if all
     had as many.
     """
+    return _rows_behind(lane, place, COUNTED_MAX)[0]
+
+
+def _rows_behind(lane: Lane[Any], place: Any, counted_max: int) -> tuple[int, int]:
+    """Return the rows behind a place, and how many requests were looked at for that."""
     entries: list[Entry[Any]] = lane.entries
     if place > entries[-1]:
-        return 0
+        return 0, 0
     at, count = bisect_left(entries, place), len(entries)
-    if count - at <= COUNTED_MAX:
-        behind: int = sum([entry[REQUEST].rows for entry in entries[at:]])
-        return behind
-    if at <= COUNTED_MAX:
-        before: int = sum([entry[REQUEST].rows for entry in entries[:at]])
-        return lane.rows - before
-    return lane.rows * (count - at) // count
+    if count - at <= counted_max:
+        return sum([entry[REQUEST].rows for entry in entries[at:]]), count - at
+    if at <= counted_max:
+        return lane.rows - sum([entry[REQUEST].rows for entry in entries[:at]]), at
+    return lane.rows * (count - at) // count, 0
+
+
+def _share_before(lane: Lane[Any], place: Any) -> float:
+    """Return which share of a lane goes before a place, if at all, as if dues lay evenly."""
+    first, last = lane.entries[0], lane.entries[-1]
+    if place > last:
+        return 1.0
+    if first[LEVEL] != last[LEVEL] or last[DUE] == first[DUE]:
+        return 0.0
+    share: float = (place[DUE] - first[DUE]) / (last[DUE] - first[DUE])
+    return share
 
 
 def ahead_in_lanes(
@@ -97,6 +115,7 @@ def _ahead_in_others(
 ) -> tuple[int, int]:
     """Return the batches that are begun before a place in other lanes than one, and their rows."""
     batches = run = 0
+    counted_max = COUNTED_MAX
     for lane in itertools.islice(lanes, LANES_COUNTED_MAX):
         if lane is own or lane.entries[0] > place:
             continue
@@ -105,7 +124,12 @@ def _ahead_in_others(
             batches += 1
             run += rows
         else:
-            count = -(-(rows - rows_behind(lane, place)) // most)
+            if counted_max > 0:
+                behind, counted = _rows_behind(lane, place, counted_max)
+                counted_max -= 1 + counted
+                count = -((behind - rows) // most)
+            else:
+                count = max(1, int(rows * _share_before(lane, place)) // most)
             batches += count
             run += min(rows, count * most)
     return batches, run

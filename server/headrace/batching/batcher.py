@@ -419,13 +419,14 @@ class Batcher(Generic[RequestT]):
 
     def _look_ahead(self) -> None:
         """Find, once for each batch, when those who are refused may come again."""
-        batches = self._queue.rows // self._rows_of_full + 1  # and the one under way
+        batches = self._queue.batches + 1  # and the one under way
         wait_s = batches * self._cost.estimate_s(self._rows_of_full)
         self._retry_after_s = retry_step_s(wait_s / self._queue.executors)
 
     def _give_up(self, dropped: Sequence[RequestT]) -> None:
         """Count those who left the queue unserved; each is to be told, without the lock."""
         for request in dropped:
+            request.retry_after_s = self._retry_after_s
             # Parts of one request are one caller's, who is counted once.
             split = getattr(request, "split", None)
             if split is None or split.give_up():
@@ -442,7 +443,9 @@ class Batcher(Generic[RequestT]):
     def _displaces(self, requests: Sequence[RequestT], now_s: float) -> bool:
         """Put a request, or its parts, in place of others of lower levels; say whether it was."""
         displaced = self._queue.displace(requests, now_s)
-        self._give_up(displaced)
+        if displaced:
+            self._press()  # they are refused, late
+            self._give_up(displaced)
         return bool(displaced)
 
     def _refuse_if_late(self, request: RequestT, now_s: float, parts: int = 1) -> None:

@@ -2,7 +2,8 @@
 
 A limit that all levels share is everybody's only as long as nobody of a higher level wants in: to
 him those of lower levels are room. Who came last of the lowest level goes first, as if he had been
-refused when he came. Each level's own newest is found in one step, however many wait.
+refused when he came; who was put behind the others because his time was over (DELAY) counts as
+the last. Each level's own newest is found in one step, however many wait.
 """
 
 from collections.abc import Iterable
@@ -45,7 +46,8 @@ class LevelRoom(Generic[RequestT]):
         self._most = most
         self._most_bytes = most_bytes
         self._by_caller = by_caller
-        self._levels: list[_Group[RequestT]] = [_Group() for _ in range(levels + 1)]  # from 1 on
+        # From 1 on; the first is of those who give way to nobody.
+        self._levels: list[_Group[RequestT]] = [_Group() for _ in range(levels + 1)]
         self._own: dict[tuple[int, Caller], _Group[RequestT]] = {}
 
     def came(self, level: int, number: int, request: RequestT) -> None:
@@ -63,16 +65,34 @@ class LevelRoom(Generic[RequestT]):
 
     def left(self, entries: Iterable[Entry[RequestT]]) -> None:
         """Note that some wait no longer."""
+        kept = self._levels[0]
         for level, _, number, _, request in entries:
-            group = self._levels[level]
-            del group.waiting[number]
-            group.byte_count -= request.byte_count
-            if self._by_caller:
-                own = self._own[level, request.caller]
-                del own.waiting[number]
-                own.byte_count -= request.byte_count
-                if not own.waiting:
-                    del self._own[level, request.caller]
+            if not self._goes(level, number, request):
+                del kept.waiting[number]
+                kept.byte_count -= request.byte_count
+
+    def keep(self, entries: Iterable[Entry[RequestT]]) -> None:
+        """Note that some give way to nobody any more: parts of a request of which one is run."""
+        kept = self._levels[0]
+        for level, _, number, _, request in entries:
+            if self._goes(level, number, request):
+                kept.waiting[number] = request
+                kept.byte_count += request.byte_count
+
+    def _goes(self, level: int, number: int, request: RequestT) -> bool:
+        """Count one out of its level; say whether it was there."""
+        group = self._levels[level]
+        if number not in group.waiting:
+            return False
+        del group.waiting[number]
+        group.byte_count -= request.byte_count
+        if self._by_caller:
+            own = self._own[level, request.caller]
+            del own.waiting[number]
+            own.byte_count -= request.byte_count
+            if not own.waiting:
+                del self._own[level, request.caller]
+        return True
 
     def fits(self, level: int, byte_count: int, places: int = 1) -> bool:
         """Say whether so much more of a level has room, if lower ones need none."""
@@ -80,9 +100,9 @@ class LevelRoom(Generic[RequestT]):
         return places <= free and byte_count <= free_bytes
 
     def free(self, level: int) -> tuple[int, int]:
-        """Return how many requests, and bytes, a level and those above it leave free."""
+        """Return how many requests, and bytes, are free but for those of lower levels."""
         free, free_bytes = self._most, self._most_bytes
-        for group in self._levels[1 : level + 1]:
+        for group in self._levels[: level + 1]:
             free -= len(group.waiting)
             free_bytes -= group.byte_count
         return free, free_bytes

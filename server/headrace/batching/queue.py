@@ -201,6 +201,11 @@ class RequestQueue(Generic[RequestT]):
             return min(policy.timeout_s, request.timeout_s)
         return policy.timeout_s
 
+    @property
+    def batches(self) -> int:
+        """How many batches what waits makes at least, about: each shape has its own."""
+        return max(self.rows // (self._policy.max_batch_size or 1), len(self._lanes))
+
     def yields(self, level: int, byte_count: int, places: int = 1) -> bool:
         """Say whether lower levels can make room for so much of a level in a full queue."""
         return self._room is not None and self._room.fits(level, byte_count, places)
@@ -579,6 +584,9 @@ class RequestQueue(Generic[RequestT]):
             taken = [entry for entry in taken if entry[NUMBER] not in passed]
         self._settle(lane, taken)
         self._left(lane, taken)
+        if self._room is not None:
+            parts = [part for entry in taken for part in entry[REQUEST].parts]
+            self._room.keep([part.place for part in parts if part.place is not None])
         for entry in late:
             self._pass_over(lane, entry, soonest_s, dropped)
         self._last_rows = rows

@@ -51,6 +51,7 @@ class QueuedRequest(ABC):
         "paid_from",
         "place",
         "priority",
+        "retry_after_s",
         "rows",
         "timeout_s",
         "waits_in",
@@ -82,6 +83,8 @@ class QueuedRequest(ABC):
         """Whether it is dropped because the queue stands."""
         self.is_displaced = False
         """Whether it is dropped to make room for one of a higher level."""
+        self.retry_after_s: float | None = None
+        """When it may come again if it is dropped for what waits."""
         self.place: Any = None
         """The queue's own."""
         self.waits_in: WaitingPlace | None = None
@@ -107,11 +110,16 @@ class QueuedRequest(ABC):
             return
         self.refund()
         if self.is_shed:
-            self.fail(Overloaded("too much has been waiting for too long"))
+            self.fail(self._overloaded("too much has been waiting for too long"))
         elif self.is_displaced:
-            self.fail(Overloaded("requests of a higher priority needed the room"))
+            self.fail(self._overloaded("requests of a higher priority needed the room"))
         else:
             self.fail(DeadlineExceeded("the deadline came too close while the request waited"))
+
+    def _overloaded(self, why: str) -> Overloaded:
+        error = Overloaded(why)
+        error.retry_after_s = self.retry_after_s
+        return error
 
     def left_early(self) -> bool:
         """Say whether the caller gave up although there was time left."""

@@ -26,6 +26,8 @@ class Waiting(Protocol):
     """Whether it is dropped because the queue stands; the queue sets it."""
     is_displaced: bool
     """Whether it is dropped to make room for one of a higher level; likewise."""
+    retry_after_s: float | None
+    """When it may come again if it is dropped for what waits; the batcher sets it."""
     place: Any
     """The queue's own."""
     waits_in: Any

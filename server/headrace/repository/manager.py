@@ -439,7 +439,11 @@ class RepositoryManager(Generic[ServedT]):
     def _load_copy(
         self, model: Model[ServedT], version: VersionFolder, seen: str
     ) -> tuple[ModelConfig, ServedT]:
-        self._copy = PrivateCopy()
+        try:
+            self._copy = PrivateCopy()
+        except OSError as error:  # of this process, or its disk; not of the version
+            reason = error.strerror or "no reason is known"
+            raise NotYetLoadable(f"no private copy can be made: {reason}") from None
         with self._copy as folder:
             path = copy(version.path, folder)
             if self._fingerprint(model, version) != seen:

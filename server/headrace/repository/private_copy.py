@@ -1,5 +1,6 @@
 """A folder of one's own while a version is loaded from it; those of processes that died go too."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -13,6 +14,9 @@ import structlog
 _LOG = structlog.get_logger(__name__)
 
 PREFIX = "headrace-copy-"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
+"""Of a file system that has none."""
+
 REMOVE_TRIES, REMOVE_PAUSE_S = 20, 0.05
 
 
@@ -23,6 +27,9 @@ class PrivateCopy:
     It is locked for as long as this process has it: a process that is killed, or ends at once,
     leaves a folder without a lock, which `remove_left` finds. Source: flock(2), a lock ends with
     the last descriptor of its open file.
+
+    Raises:
+        OSError: it cannot be made, or not be looked at.
     """
 
     def __init__(self) -> None:
@@ -32,8 +39,11 @@ class PrivateCopy:
                 self._lock: int | None = _lock(self.path)
             except (BlockingIOError, FileNotFoundError):
                 continue  # somebody took it for left, before it was locked
-            except OSError:  # a file system without locks, where nothing is taken for left
-                self._lock = None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    shutil.rmtree(self.path, ignore_errors=True)
+                    raise
+                self._lock = None  # nothing is taken for left there
             return
 
     def remove(self) -> None:
@@ -69,7 +79,10 @@ def remove_left() -> None:
             shutil.rmtree(path, ignore_errors=True)
         finally:
             os.close(lock)
-        _LOG.info("left_copy_removed")
+        if path.exists():
+            _LOG.warning("left_copy_not_removed", path=str(path))
+        else:
+            _LOG.info("left_copy_removed")
 
 
 def _lock(path: Path) -> int:
@@ -81,11 +94,11 @@ def _lock(path: Path) -> int:
         FileNotFoundError: it is gone.
         OSError: it is no folder, or not ours, or cannot be locked.
     """
+    if path.lstat().st_uid != os.geteuid():  # a file system may say so though we made it
+        raise OSError(errno.ENOTSUP, "a folder that is not ours")
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         found = os.fstat(descriptor)
-        if found.st_uid != os.geteuid():
-            raise PermissionError
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.samestat(found, path.lstat()):
             raise FileNotFoundError

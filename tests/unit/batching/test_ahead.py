@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headrace.batching.ahead import COUNTED_MAX
 from headrace.batching.cost import BatchCost
 from headrace.batching.fair_queue import FairQueue
 from headrace.batching.policy import BatchPolicy, LevelPolicy
@@ -217,3 +218,36 @@ def test_looking_at_hundreds_of_shapes_ends_after_some():
         assert waiting.finish_s(caller, 0.0, 0.0) >= 0.01
 
     assert time.perf_counter() - start_s < 200 * 0.0005
+
+
+class Counted(Caller):
+    """Counts how often somebody looks at its rows."""
+
+    looks = 0
+
+    @property
+    def rows(self):
+        Counted.looks += 1
+        return self._rows
+
+    @rows.setter
+    def rows(self, rows):
+        self._rows = rows
+
+
+def test_of_hundreds_of_shapes_with_many_waiting_only_some_requests_are_looked_at():
+    numbers = random.Random(5)
+    waiting = queue(
+        *[
+            Counted("w", numbers.uniform(0.1, 0.9), key=key)
+            for key in range(128)
+            for _ in range(32)
+        ],
+        known=cost(1e-4),
+    )
+    Counted.looks = 0
+
+    finish_s = waiting.finish_s(Caller("a", 0.5, key="new"), 0.0, 0.0)
+
+    assert Counted.looks <= COUNTED_MAX
+    assert finish_s == pytest.approx(128 * 4 * 1e-4, rel=0.2)  # half of them are due before it

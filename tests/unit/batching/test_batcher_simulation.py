@@ -218,7 +218,8 @@ class World:
         self.resting = {}  # by executor: until when, at most
         self.idle_at_s = -math.inf
         self.callers = []
-        self.shed_beside_idle = self.shed_begun = self.told_late = self.displaced = 0
+        self.shed_beside_idle = self.shed_begun = self.told_late = 0
+        self.displaced = self.displaced_begun = 0
         # Where nothing but deadlines counts, whose time is over has his turn soon, if not next.
         self.has_limits = is_fair or self.levels != [LevelPolicy()]
         self.taken_s = []
@@ -272,14 +273,14 @@ class World:
             self.at(when_s, self.leave, caller, self.numbers.random() < 0.5)
 
     def waiting_before(self, caller):
-        """Return the sizes of those who wait at a caller's level, or at a higher one."""
+        """Return the sizes of those who wait at a caller's level or higher, or have begun."""
         queue = self.batcher._queue
         level = queue.level_of(caller)
         return [
             request.byte_count
             for lane in queue._lanes.values()
             for own, *_, request in queue._entries(lane)
-            if own <= level
+            if own <= level or self.callers[request.number].has_begun
         ]
 
     def limit_of(self, caller):
@@ -315,6 +316,7 @@ class World:
         was_busy = CLOCK.now_s - self.idle_at_s >= self.INTERVAL_S - 1e-9
         self.shed_beside_idle += caller.is_shed and not was_busy
         self.displaced += caller.is_displaced
+        self.displaced_begun += caller.is_displaced and caller.has_begun
         self.shed_begun += caller.is_shed and caller.has_begun
         if self.has_limits and not caller.has_begun:  # one that runs ends with its batch
             after = bisect_right(self.taken_s, caller.limit_s)
@@ -408,6 +410,7 @@ class World:
             assert isinstance(answer, ServingError) or not caller.is_poison
             assert "internal" not in str(answer)
         assert not self.shed_begun, "nobody is shed of whom a part has run"
+        assert not self.displaced_begun, "nobody makes room of whom a part has run"
         assert not self.told_late, "whose time is over is told when a batch is taken next"
         assert not self.shed_beside_idle, "nobody is shed where an executor had nothing to do"
         queue = self.batcher._queue

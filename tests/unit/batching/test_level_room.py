@@ -2,17 +2,21 @@
 
 import math
 import time
+from operator import attrgetter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.batching.batcher import Batcher
+from headrace.batching.fair_queue import FREE_SHARE
 from headrace.batching.policy import BatchPolicy, LevelPolicy
 from headrace.batching.queued import QueuedRequest
 from headrace.errors import InvalidRequest, Overloaded
 
 TWO = (LevelPolicy(), LevelPolicy())
+
+byte_count = attrgetter("byte_count")
 
 
 class Caller(QueuedRequest):
@@ -207,6 +211,46 @@ class TestCallersTakeTurns:
         assert len(batcher) == 80
 
 
+def test_who_has_been_begun_makes_room_for_nobody():
+    batcher = Batcher(BatchPolicy(1), max_queue_size=6, levels=TWO, default_level=2)
+    whole = []
+    whole += many(6, 2, parts=whole)
+    batcher.put_all(whole)
+    assert batcher.take() == whole[:1]
+
+    put(batcher, Caller(1))
+    with pytest.raises(Overloaded):
+        batcher.put(Caller(1))
+
+    assert all(part.error is None for part in whole)
+    assert len(rest(batcher)) == 6
+    assert batcher._queue._room.is_empty
+
+
+def test_who_was_put_behind_the_others_counts_as_the_last_to_have_come():
+    delayed = LevelPolicy(timeout_s=0.01, is_delayed=True)
+    batcher = make(3, levels=(LevelPolicy(), delayed))
+    early = put(batcher, Caller(2))
+    time.sleep(0.02)
+    late = put(batcher, *many(2, 2, rows=4))
+    assert batcher.take() == list(late[:1])
+
+    put(batcher, *many(2, 1))
+
+    assert (early[0].error is None, late[1].error is None) == (False, True)
+
+
+def test_who_makes_room_is_told_to_come_again_when_those_who_wait_have_been_run():
+    batcher = make(8)
+    put(batcher, Caller(2, rows=4))
+    batcher.take()
+    batcher._learn((time.perf_counter() - 1.0, 4, 0.0))  # a second for a batch
+    low = put(batcher, *many(8, 2, rows=4))
+    put(batcher, Caller(1))
+
+    assert low[-1].error.retry_after_s > 1
+
+
 @given(
     steps=st.lists(
         st.tuples(
@@ -227,11 +271,12 @@ def test_a_higher_level_is_refused_only_when_it_has_filled_the_queue_itself(
 ):
     levels = (LevelPolicy(), LevelPolicy(max_queue_size=own_limit), LevelPolicy())
     batcher = make(room, levels=levels, bytes_max=bytes_max, is_fair=is_fair)
-    waiting = []
+    waiting, begun = [], set()
     for what, level, size, name in steps:
         if what == "take" and waiting:
             for one in batcher.take():
                 waiting.remove(one)
+                begun.update(map(id, one.parts))
         elif what == "leave" and waiting:
             assert batcher.leave(waiting.pop(size % len(waiting)))
         elif what in ("put", "parts"):
@@ -240,20 +285,34 @@ def test_a_higher_level_is_refused_only_when_it_has_filled_the_queue_itself(
             if what == "parts":
                 for part in parts:
                     part._parts = parts
-            rank = [other for other in waiting if other.priority <= level]
-            of_level = sum(other.priority == level for other in waiting)
+            rank = [each for each in waiting if each.priority <= level or id(each) in begun]
+            free, free_bytes = room - len(rank), bytes_max - sum(map(byte_count, rank))
+            of_level = [each for each in waiting if each.priority == level]
+            own = [each for each in rank if each.caller == name]
+            own_of_level = [each for each in of_level if each.caller == name]
+            is_judged = False
             try:
                 if what == "put":
                     batcher.put(parts[0])
                 else:
+                    batcher.judge(Caller(level, size=size * len(parts), caller=name), len(parts))
+                    is_judged = True
                     batcher.put_all(parts)
             except (Overloaded, InvalidRequest):
+                assert not is_judged
                 assert all(other.error is None for other in waiting)
                 assert (
-                    is_fair
-                    or len(rank) + len(parts) > room
-                    or sum(one.byte_count for one in rank) + size * len(parts) > bytes_max
-                    or (level == 2 and own_limit and of_level + len(parts) > own_limit)
+                    len(parts) > free
+                    or size * len(parts) > free_bytes
+                    or (level == 2 and own_limit and len(of_level) + len(parts) > own_limit)
+                    or (is_fair and len(own) >= FREE_SHARE * free)
+                    or (is_fair and sum(map(byte_count, own)) > FREE_SHARE * free_bytes)
+                    or (
+                        is_fair
+                        and level == 2
+                        and own_limit
+                        and len(own_of_level) >= FREE_SHARE * (own_limit - len(of_level))
+                    )
                 )
             else:
                 waiting += parts
