@@ -79,6 +79,10 @@ class LevelRoom(Generic[RequestT]):
                 kept.waiting[number] = request
                 kept.byte_count += request.byte_count
 
+    def is_kept(self, number: int) -> bool:
+        """Say whether one who waits gives way to nobody."""
+        return number in self._levels[0].waiting
+
     def _goes(self, level: int, number: int, request: RequestT) -> bool:
         """Count one out of its level; say whether it was there."""
         group = self._levels[level]

@@ -519,10 +519,13 @@ class RequestQueue(Generic[RequestT]):
         dropped: list[RequestT],
     ) -> None:
         """Let go of a request that was taken out of its lane, or put it behind the others."""
-        self._left(lane, (entry,))
         level, _, number, _, request = entry
+        is_kept = self._room is not None and self._room.is_kept(number)
+        self._left(lane, (entry,))
         if self._is_delayed(level) and not request.expired(soonest_s):
-            self._insert((level, math.inf, number, math.inf, request))
+            self._insert(behind := (level, math.inf, number, math.inf, request))
+            if is_kept and self._room is not None:
+                self._room.keep((behind,))
         else:
             dropped.append(request)
 

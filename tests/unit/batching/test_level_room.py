@@ -227,6 +227,24 @@ def test_who_has_been_begun_makes_room_for_nobody():
     assert batcher._queue._room.is_empty
 
 
+def test_who_has_been_begun_and_was_put_behind_the_others_makes_room_for_nobody_either():
+    delayed = LevelPolicy(timeout_s=0.01, is_delayed=True)
+    levels = (LevelPolicy(), delayed)
+    batcher = Batcher(BatchPolicy(1), max_queue_size=3, levels=levels, default_level=2)
+    whole = []
+    whole += many(3, 2, parts=whole)
+    batcher.put_all(whole)
+    batcher.take()
+    time.sleep(0.02)
+    batcher.take()
+
+    put(batcher, *many(2, 1))
+    with pytest.raises(Overloaded):
+        batcher.put(Caller(1))
+
+    assert all(part.error is None for part in whole)
+
+
 def test_who_was_put_behind_the_others_counts_as_the_last_to_have_come():
     delayed = LevelPolicy(timeout_s=0.01, is_delayed=True)
     batcher = make(3, levels=(LevelPolicy(), delayed))
