@@ -230,13 +230,14 @@ def test_who_has_been_begun_makes_room_for_nobody():
 def test_who_has_been_begun_and_was_put_behind_the_others_makes_room_for_nobody_either():
     delayed = LevelPolicy(timeout_s=0.01, is_delayed=True)
     levels = (LevelPolicy(), delayed)
-    batcher = Batcher(BatchPolicy(1), max_queue_size=3, levels=levels, default_level=2)
+    batcher = Batcher(BatchPolicy(2), max_queue_size=4, levels=levels, default_level=2)
     whole = []
-    whole += many(3, 2, parts=whole)
+    whole += many(4, 2, parts=whole)
     batcher.put_all(whole)
-    batcher.take()
+    assert batcher.take() == whole[:2]
     time.sleep(0.02)
-    batcher.take()
+    (first,) = put(batcher, Caller(1))
+    assert batcher.take() == [first], "beside which there was room for a part whose time is over"
 
     put(batcher, *many(2, 1))
     with pytest.raises(Overloaded):
