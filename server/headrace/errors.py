@@ -96,16 +96,21 @@ class Draining(NotReady):
 
 
 class Overloaded(ServingError):
-    """The queue is full. Slow down; the same call may work later."""
+    """
+    The queue is full. Slow down; the same call may work later.
 
-    retry_after_s: float | None = None
-    """In how many seconds it may go better, about; None where nobody knows."""
+    Args:
+        message: For people.
+        retry_after_s: In how many seconds it may go better, about; None where nobody knows.
+    """
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
     def again(self) -> "Overloaded":
         """Return one like it, to be raised: raising one that is kept collects every traceback."""
-        error = Overloaded(str(self))
-        error.retry_after_s = self.retry_after_s
-        return error
+        return Overloaded(str(self), self.retry_after_s)
 
 
 class QuotaExceeded(Overloaded):
@@ -118,8 +123,8 @@ class QuotaExceeded(Overloaded):
     """
 
     def __init__(self, message: str, retry_after_s: float) -> None:
-        super().__init__(message)
-        self.retry_after_s: float = retry_after_s
+        super().__init__(message, retry_after_s)
+        self.retry_after_s: float
 
 
 class DeadlineExceeded(ServingError):

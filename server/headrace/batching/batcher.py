@@ -49,14 +49,8 @@ TOLD_BESIDE = 2
 """By whoever puts a request, if more wait to be told: as many are given up as come, at the most."""
 
 
-def _overloaded(why: str, retry_after_s: float) -> Overloaded:
-    error = Overloaded(why)
-    error.retry_after_s = retry_after_s
-    return error
-
-
-_ALL_FULL = {step_s: _overloaded(_FULL, step_s) for step_s in RETRY_STEPS_S}
-_ALL_LATE = {step_s: _overloaded(_LATE, step_s) for step_s in RETRY_STEPS_S}
+_ALL_FULL = {step_s: Overloaded(_FULL, step_s) for step_s in RETRY_STEPS_S}
+_ALL_LATE = {step_s: Overloaded(_LATE, step_s) for step_s in RETRY_STEPS_S}
 """To be told and never raised: that would collect every traceback."""
 
 
@@ -409,7 +403,7 @@ class Batcher(Generic[RequestT]):
     def _refuse_for_want_of_room(self, why: str) -> None:
         self.refused_full += 1
         self._press()
-        raise _overloaded(why, self._retry_after_s)
+        raise Overloaded(why, self._retry_after_s)
 
     def _press(self) -> None:
         """Note that somebody is refused for those who wait."""
@@ -467,7 +461,7 @@ class Batcher(Generic[RequestT]):
         if self._queue.finish_s(request, now_s, free_in_s) > request.deadline_s:
             self.refused_late += 1
             self._press()
-            raise _overloaded(_LATE, self._retry_after_s)
+            raise Overloaded(_LATE, self._retry_after_s)
 
     def _is_late_unread(self, deadline_s: float, now_s: float) -> bool:
         if deadline_s == math.inf or self._names_timeouts:

@@ -254,9 +254,9 @@ class RequestQueue(Generic[RequestT]):
             Who has left the queue for it; nobody, if it was not put.
         """
         first, places = requests[0], len(requests)
-        byte_count = sum(map(_byte_count, requests))
         if self._room is None or not self.has_room(first, places):
             return []
+        byte_count = sum(map(_byte_count, requests))
         if not self._room.fits(self.level_of(first), byte_count, places):
             return []
         gone = self._make_room(self._room, first, places, byte_count)

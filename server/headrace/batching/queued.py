@@ -110,16 +110,12 @@ class QueuedRequest(ABC):
             return
         self.refund()
         if self.is_shed:
-            self.fail(self._overloaded("too much has been waiting for too long"))
+            self.fail(Overloaded("too much has been waiting for too long", self.retry_after_s))
         elif self.is_displaced:
-            self.fail(self._overloaded("requests of a higher priority needed the room"))
+            why = "requests of a higher priority needed the room"
+            self.fail(Overloaded(why, self.retry_after_s))
         else:
             self.fail(DeadlineExceeded("the deadline came too close while the request waited"))
-
-    def _overloaded(self, why: str) -> Overloaded:
-        error = Overloaded(why)
-        error.retry_after_s = self.retry_after_s
-        return error
 
     def left_early(self) -> bool:
         """Say whether the caller gave up although there was time left."""

@@ -6,10 +6,10 @@ executor, and arrivals at random moments from a seed.
 
 import math
 import random
-import threading
 
 import numpy as np
 import pytest
+from one_executor import Clock, Rests, Tokens
 
 from headrace import carrying
 from headrace.batching import batcher as batcher_module
@@ -25,35 +25,6 @@ SIZE = 16
 FAILS_S = 0.0002
 GONE_FROM_S, GONE_UNTIL_S, END_S = 1.0, 3.0, 5.5
 """In between every batch fails at once."""
-
-
-class Rests(Exception):
-    """The executor would sleep now."""
-
-
-class Clock:
-    """What the modules under test believe to be `time` and `threading`."""
-
-    now_s = 0.0
-
-    def time(self):
-        return self.now_s
-
-    perf_counter = time
-
-    def get_ident(self):
-        return 1
-
-    def Lock(self):
-        return threading.Lock()
-
-
-class Tokens:
-    def put(self, _):
-        pass
-
-    def get(self, timeout=None):
-        raise Rests
 
 
 class Caller(Request):

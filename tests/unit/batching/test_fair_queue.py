@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting_callers import cost
 
 from headrace.batching.codel import Codel
 from headrace.batching.cost import BatchCost
@@ -28,14 +29,6 @@ class Request:
 
     def expired(self, now_s):
         return self.has_left or self.deadline_s <= now_s
-
-
-def cost(fixed_s, per_row_s=0.0):
-    known = BatchCost()
-    for _ in range(50):
-        for rows in (1, 16, 64):
-            known.observe(rows, fixed_s + per_row_s * rows)
-    return known
 
 
 def queue(*requests, size=4, levels=ONE_LEVEL, known=None, policy=None, **limits):

@@ -5,11 +5,11 @@ The batcher is the real thing under a clock of the test's; one executor, driven 
 
 import math
 import random
-import threading
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from one_executor import Clock, Rests, Tokens
 
 from headrace.batching import batcher as batcher_module
 from headrace.batching.batcher import Batcher
@@ -18,36 +18,6 @@ from headrace.batching.queue import PATIENCE_S
 from headrace.errors import Overloaded
 
 MODEL_S = 0.05
-
-
-class Rests(Exception):
-    """The executor would sleep now."""
-
-
-class Clock:
-    """What the batcher believes to be `time` and `threading`."""
-
-    def __init__(self):
-        self.now_s = 1_000.0
-
-    def time(self):
-        return self.now_s
-
-    perf_counter = time
-
-    def get_ident(self):
-        return 1
-
-    def Lock(self):
-        return threading.Lock()
-
-
-class Tokens:
-    def put(self, _):
-        pass
-
-    def get(self, timeout=None):
-        raise Rests
 
 
 class Caller:
@@ -75,7 +45,7 @@ class Model:
 
     def __init__(self):
         with pytest.MonkeyPatch.context() as patch:
-            self.clock = Clock()
+            self.clock = Clock(1_000.0)
             for name in ("time", "threading"):
                 patch.setattr(batcher_module, name, self.clock)
             patch.setattr(batcher_module, "SimpleQueue", Tokens)

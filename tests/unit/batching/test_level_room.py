@@ -7,7 +7,9 @@ from operator import attrgetter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from one_executor import Clock
 
+from headrace.batching import batcher as batcher_module
 from headrace.batching.batcher import Batcher
 from headrace.batching.fair_queue import FREE_SHARE
 from headrace.batching.policy import BatchPolicy, LevelPolicy
@@ -47,6 +49,14 @@ def make(room=4, *, levels=TWO, bytes_max=1 << 62, is_fair=False):
         default_level=len(levels),
         is_fair=is_fair,
     )
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """What the batcher believes to be `time`."""
+    clock = Clock(1_000.0)
+    monkeypatch.setattr(batcher_module, "time", clock)
+    return clock
 
 
 def put(batcher, *callers):
@@ -227,7 +237,7 @@ def test_who_has_been_begun_makes_room_for_nobody():
     assert batcher._queue._room.is_empty
 
 
-def test_who_has_been_begun_and_was_put_behind_the_others_makes_room_for_nobody_either():
+def test_who_has_been_begun_and_was_put_behind_the_others_makes_room_for_nobody_either(clock):
     delayed = LevelPolicy(timeout_s=0.01, is_delayed=True)
     levels = (LevelPolicy(), delayed)
     batcher = Batcher(BatchPolicy(2), max_queue_size=4, levels=levels, default_level=2)
@@ -235,7 +245,7 @@ def test_who_has_been_begun_and_was_put_behind_the_others_makes_room_for_nobody_
     whole += many(4, 2, parts=whole)
     batcher.put_all(whole)
     assert batcher.take() == whole[:2]
-    time.sleep(0.02)
+    clock.now_s += 0.02
     (first,) = put(batcher, Caller(1))
     assert batcher.take() == [first], "beside which there was room for a part whose time is over"
 
@@ -246,11 +256,11 @@ def test_who_has_been_begun_and_was_put_behind_the_others_makes_room_for_nobody_
     assert all(part.error is None for part in whole)
 
 
-def test_who_was_put_behind_the_others_counts_as_the_last_to_have_come():
+def test_who_was_put_behind_the_others_counts_as_the_last_to_have_come(clock):
     delayed = LevelPolicy(timeout_s=0.01, is_delayed=True)
     batcher = make(3, levels=(LevelPolicy(), delayed))
     early = put(batcher, Caller(2))
-    time.sleep(0.02)
+    clock.now_s += 0.02
     late = put(batcher, *many(2, 2, rows=4))
     assert batcher.take() == list(late[:1])
 

@@ -4,6 +4,7 @@ import math
 import time
 
 import pytest
+from waiting_callers import Caller, cost
 
 from headrace.batching.codel import Codel
 from headrace.batching.cost import BatchCost
@@ -14,27 +15,6 @@ from headrace.batching.queue import RequestQueue
 
 ONE_LEVEL = (LevelPolicy(),)
 KINDS = pytest.mark.parametrize("kind", [RequestQueue, FairQueue], ids=["plain", "fair"])
-
-
-class Caller:
-    parts = ()
-
-    def __init__(self, name, due=math.inf, rows=1, priority=0, key="x", timeout_s=0.0):
-        self.name, self.deadline_s, self.rows, self.priority = name, due, rows, priority
-        self.batch_key, self.timeout_s = key, timeout_s
-        self.byte_count, self.arrival_s, self.place = rows, 0.0, None
-        self.caller, self.is_shed = "", False
-
-    def expired(self, now_s):
-        return self.deadline_s <= now_s
-
-
-def cost(fixed_s, per_row_s=0.0):
-    known = BatchCost()
-    for _ in range(50):
-        for rows in (1, 16, 64):
-            known.observe(rows, fixed_s + per_row_s * rows)
-    return known
 
 
 def queue(*callers, size=4, levels=ONE_LEVEL, default=1, known=None, executors=1, at=0.0):

@@ -105,9 +105,7 @@ def test_equal_errors_are_built_once():
 
 
 def overloaded(after_s):
-    error = errors.Overloaded("full")
-    error.retry_after_s = after_s
-    return error
+    return errors.Overloaded("full", after_s)
 
 
 @pytest.mark.parametrize(("after_s", "after_ms"), [(None, 100), (0.025, 25), (6.4, 6_400)])
